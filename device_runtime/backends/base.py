@@ -1,0 +1,86 @@
+"""The interface between the engine, which plans steps, and a backend, which runs them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from device_runtime.backends.memory_plan import MemoryPlan
+from device_runtime.backends.sampling_params import SamplingParams
+from device_runtime.package_format.package import Package
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step: new tokens of several sequences, packed without padding.
+
+    Sequence i owns tokens ``query_start[i]:query_start[i + 1]``. A decode row has one token; when
+    ``is_chained[i]`` the backend takes that token from the sequence's newest sampled token, which
+    the host may not have seen yet, and ``token_ids`` holds 0 there.
+
+    Attributes:
+        sequence_ids: one per sequence; a backend keys its sampling state by it.
+        token_ids: ``[num_tokens]`` int32.
+        positions: ``[num_tokens]`` int32, absolute.
+        query_start: ``[num_sequences + 1]`` int32, first 0, last num_tokens.
+        num_cached: ``[num_sequences]`` int32, tokens of the sequence already in its pages.
+        page_table: ``[num_sequences, max_pages]`` int32; unused entries are 0.
+        sampling: how to draw the next token of each sequence.
+        is_sampled: ``[num_sequences]`` bool; false for a prompt chunk that is not the last.
+        is_chained: ``[num_sequences]`` bool.
+        history: for a sequence that is new to the backend all of its token ids up to the end of
+            this step's chunk (the repetition penalty counts them), else empty; each int32.
+    """
+
+    sequence_ids: tuple[int, ...]
+    token_ids: NDArray[np.int32]
+    positions: NDArray[np.int32]
+    query_start: NDArray[np.int32]
+    num_cached: NDArray[np.int32]
+    page_table: NDArray[np.int32]
+    sampling: tuple[SamplingParams, ...]
+    is_sampled: NDArray[np.bool_]
+    is_chained: NDArray[np.bool_]
+    history: tuple[NDArray[np.int32], ...]
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences in this step."""
+        return len(self.sequence_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in this step, all sequences together."""
+        return int(self.token_ids.shape[0])
+
+
+class Backend(Protocol):
+    """Runs planned steps. Not thread-safe: one engine drives it."""
+
+    @property
+    def max_steps_ahead(self) -> int:
+        """Steps that may be outstanding between submit and collect (reference: 0)."""
+
+    def load(self, package: Package, plan: MemoryPlan) -> None:
+        """Put weights in place and allocate the KV pages of the plan."""
+
+    def submit(self, batch: Batch) -> None:
+        """Enqueue one step and return at once."""
+
+    def collect(self) -> list[tuple[int, int]]:
+        """Return (sequence_id, token_id) of the oldest finished step, in the batch's order."""
+
+    def logits(self, batch: Batch) -> NDArray[np.float32]:
+        """Run one step and return ``[num_tokens, vocab_size]``; samples nothing."""
+
+    def forget(self, sequence_id: int) -> None:
+        """Drop the sampling state of a finished sequence."""
+
+    def release(self, pages: list[int]) -> None:
+        """Hear that pages went back to the pool; their content may be overwritten."""
+
+    def close(self) -> None:
+        """Free everything; a second call does nothing."""

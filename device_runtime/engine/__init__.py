@@ -1,0 +1,1 @@
+"""Scheduler, page pool, sessions and sampling parameters: one engine over two backends."""
