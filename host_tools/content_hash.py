@@ -1,0 +1,126 @@
+"""Hashes of files and folders, remembered by size and time so that a second look costs nothing.
+
+A remembered hash is used only when size, modification time and inode are those of the file that
+was hashed, and the file had been at rest for a while then: an edit within the clock's granularity
+must not go unseen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from device_runtime.errors import PackageError
+
+SETTLE_S = 2.0
+"""A file changed less than this before it was hashed is hashed again next time (FAT counts 2 s)."""
+
+CHUNK_BYTES = 1 << 22
+MAX_THREADS = 4
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Put ``text`` at ``path`` whole or not at all, through a sibling and a rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sibling = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with sibling.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    sibling.replace(path)
+
+
+def file_sha256(path: Path) -> str:
+    """Return the sha256 of a file's bytes, in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def content_files(root: Path) -> list[tuple[str, Path]]:
+    """List the content of a file or folder as (relative name, path), sorted by name.
+
+    Names that start with a dot are bookkeeping (stage records, a hub's caches), not content; a
+    link counts as what it points to, for hub caches are made of links.
+
+    Raises:
+        PackageError: there is nothing at ``root``.
+    """
+    if root.is_file():
+        return [(root.name, root)]
+    if not root.is_dir():
+        raise PackageError(f"{root} is not there, run the stage that makes it first")
+    found: list[tuple[str, Path]] = []
+    for folder, folders, files in os.walk(root, followlinks=False):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in files:
+            path = Path(folder, name)
+            if not name.startswith(".") and path.is_file():
+                found.append((path.relative_to(root).as_posix(), path))
+    return sorted(found)
+
+
+class ContentHasher:
+    """Hashes files with a memory kept in one JSON file."""
+
+    def __init__(self, memory: Path) -> None:
+        """Read the memory; one that is damaged or absent is an empty one.
+
+        Args:
+            memory: the JSON file, made when first needed.
+        """
+        self._memory = memory
+        self._known: dict[str, list[object]] = {}
+        try:
+            loaded = json.loads(memory.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return
+        if isinstance(loaded, dict):
+            self._known = {str(key): value for key, value in loaded.items()}
+
+    def hash_files(self, paths: Iterable[Path]) -> list[str]:
+        """Return the sha256 of each file, in hex, in order."""
+        targets = list(paths)
+        stamps = [_stamp(path) for path in targets]
+        digests: list[str | None] = []
+        for path, stamp in zip(targets, stamps, strict=True):
+            known = self._known.get(str(path.absolute()))
+            digests.append(str(known[-1]) if known is not None and known[:-1] == stamp else None)
+        missing = [index for index, digest in enumerate(digests) if digest is None]
+        if missing:
+            started_ns = time.time_ns()
+            with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
+                fresh = list(pool.map(file_sha256, [targets[index] for index in missing]))
+            for index, digest in zip(missing, fresh, strict=True):
+                digests[index] = digest
+                self._remember(targets[index], stamps[index], digest, started_ns)
+            write_text_atomically(self._memory, json.dumps(self._known, indent=0, sort_keys=True))
+        return [str(digest) for digest in digests]
+
+    def hash_tree(self, root: Path) -> str:
+        """Return one sha256 of the names and contents below ``root``, in hex."""
+        files = content_files(root)
+        digest = hashlib.sha256()
+        hashes = self.hash_files(path for _, path in files)
+        for (name, _), content in zip(files, hashes, strict=True):
+            digest.update(f"{content}  {name}\n".encode())
+        return digest.hexdigest()
+
+    def _remember(self, path: Path, stamp: list[object], digest: str, started_ns: int) -> None:
+        changed_ns = int(str(stamp[1]))
+        if started_ns - changed_ns > SETTLE_S * 1e9 and stamp == _stamp(path):
+            self._known[str(path.absolute())] = [*stamp, digest]
+        else:
+            self._known.pop(str(path.absolute()), None)
+
+
+def _stamp(path: Path) -> list[object]:
+    facts = path.stat()
+    return [facts.st_size, facts.st_mtime_ns, facts.st_ino]

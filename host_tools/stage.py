@@ -1,0 +1,128 @@
+"""Records of finished stages: work whose inputs and settings are unchanged is not done again."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from device_runtime.errors import UsageError
+from host_tools.content_hash import ContentHasher, content_files, write_text_atomically
+
+RECORD_DIR = ".turbojet"
+"""Folder inside a stage's own folder that holds its record; no part of any result."""
+
+Setting = str | int | float | bool | None | tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One run of one stage, known by what it reads and by what shapes its result.
+
+    Attributes:
+        name: the verb ("quantize").
+        folder: the stage's own folder, where the record is kept (its output or the work folder).
+        inputs: files and folders it reads, in a fixed order; their paths do not matter, their
+            contents do.
+        settings: every setting that changes the result, and nothing else (not the device).
+        version: counted up when the stage's code starts to give another result.
+    """
+
+    name: str
+    folder: Path
+    inputs: tuple[Path, ...]
+    settings: Mapping[str, Setting]
+    version: int = 1
+
+    @property
+    def record_path(self) -> Path:
+        """The record of this stage."""
+        return self.folder / RECORD_DIR / f"{self.name}.json"
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Sha256 of name, version, settings and contents of the inputs, in hex.
+
+        Raises:
+            PackageError: an input is not there.
+        """
+        hasher = self._hasher()
+        facts = {
+            "stage": self.name,
+            "version": self.version,
+            "settings": dict(self.settings),
+            "inputs": [hasher.hash_tree(path) for path in self.inputs],
+        }
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def is_finished(self) -> bool:
+        """Tell whether the record names this fingerprint and every output is as it was left."""
+        try:
+            record = json.loads(self.record_path.read_text(encoding="utf-8"))
+            fingerprint, outputs = record["fingerprint"], dict(record["outputs"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+        if fingerprint != self.fingerprint:
+            return False
+        paths = [self._output_path(name) for name in outputs]
+        if not all(path.is_file() for path in paths):
+            return False
+        return self._hasher().hash_files(paths) == list(outputs.values())
+
+    def record(self, outputs: Sequence[Path]) -> None:
+        """Write down that the stage is finished; call it when every output is in its place.
+
+        Args:
+            outputs: files and folders the stage wrote. A file that a later stage may change is
+                left out.
+        """
+        paths = [path for output in outputs for _, path in content_files(output)]
+        hashes = self._hasher().hash_files(paths)
+        facts = {
+            "stage": self.name,
+            "fingerprint": self.fingerprint,
+            "settings": dict(self.settings),
+            "outputs": {
+                self._output_name(path): content
+                for path, content in zip(paths, hashes, strict=True)
+            },
+        }
+        write_text_atomically(self.record_path, json.dumps(facts, indent=2, sort_keys=True))
+
+    def forget(self) -> None:
+        """Drop the record before outputs are replaced, so that a kill leaves no false claim."""
+        self.record_path.unlink(missing_ok=True)
+
+    def _hasher(self) -> ContentHasher:
+        return ContentHasher(self.folder / RECORD_DIR / "hashes.json")
+
+    def _output_name(self, path: Path) -> str:
+        if path.is_relative_to(self.folder):
+            return path.relative_to(self.folder).as_posix()
+        return path.absolute().as_posix()
+
+    def _output_path(self, name: str) -> Path:
+        return self.folder / name
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Hold a folder for this process alone; the kernel lets go of it when the process dies.
+
+    Raises:
+        UsageError: another process holds it.
+    """
+    (folder / RECORD_DIR).mkdir(parents=True, exist_ok=True)
+    with (folder / RECORD_DIR / "lock").open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(
+                f"another turbojet-host is at work in {folder}, wait for it or name another folder"
+            ) from error
+        yield
