@@ -1,0 +1,119 @@
+"""What stages that compute with torch can be told; apart, so the command line needs no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from device_runtime.errors import UsageError
+
+DEVICES = ("auto", "cpu", "cuda")
+METHODS = ("awq", "rtn")
+GROUP_SIZES = (128, 64, 32)
+"""Group sizes that the kernels know, best compression first."""
+
+
+@dataclass(frozen=True)
+class CalibrateOptions:
+    """How statistics are gathered; the defaults are those of ``lite calibrate`` (spec section 5.6).
+
+    Attributes:
+        dataset: ptb, wikitext2, c4, pileval or the path of a text, jsonl or parquet file.
+        num_samples: windows drawn from the calibration set.
+        seqlen: tokens of one window.
+        device: auto takes a GPU where there is one.
+        seed: of Python's ``random`` (spec section 4.1 uses 0).
+    """
+
+    dataset: str = "ptb"
+    num_samples: int = 128
+    seqlen: int = 2048
+    device: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be.
+
+        Raises:
+            UsageError: a count below 1, or an unknown device.
+        """
+        check_at_least_one("calib-samples", self.num_samples)
+        check_at_least_one("calib-seqlen", self.seqlen)
+        check_choice("device", self.device, DEVICES)
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """How weights become 4-bit codes; the defaults are those of ``lite auto_awq``.
+
+    Attributes:
+        w_bits: bits of a weight; 4 is what the kernels know.
+        group_size: inputs that share a scale and a zero.
+        method: awq, or rtn (round to nearest: no calibration, the baseline to beat).
+        device: auto takes a GPU where there is one.
+    """
+
+    w_bits: int = 4
+    group_size: int = 128
+    method: str = "awq"
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be.
+
+        Raises:
+            UsageError: another number of bits, or an unknown method, group size or device.
+        """
+        if self.w_bits != 4:
+            raise UsageError(f"w-bits is {self.w_bits}, only 4 can be quantized and run")
+        if self.group_size not in GROUP_SIZES:
+            raise UsageError(f"w-group-size is {self.group_size}, choose 128, 64 or 32")
+        check_choice("method", self.method, METHODS)
+        check_choice("device", self.device, DEVICES)
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """What perplexity is measured on.
+
+    Attributes:
+        dataset: wikitext2, ptb or the path of a text file.
+        num_samples: windows from the start of the text, one after another.
+        seqlen: tokens of one window.
+        device: where a checkpoint runs; a package runs through the device engine.
+    """
+
+    dataset: str = "wikitext2"
+    num_samples: int = 16
+    seqlen: int = 1024
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be.
+
+        Raises:
+            UsageError: a count below 1, a window of one token, or an unknown device.
+        """
+        check_at_least_one("samples", self.num_samples)
+        if self.seqlen < 2:
+            raise UsageError(f"seqlen is {self.seqlen}, a prediction needs at least 2 tokens")
+        check_choice("device", self.device, DEVICES)
+
+
+def check_at_least_one(name: str, value: int) -> None:
+    """Refuse a count below 1.
+
+    Raises:
+        UsageError: the count is below 1.
+    """
+    if value < 1:
+        raise UsageError(f"{name} is {value}, expected at least 1")
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Refuse a word that is not among the choices.
+
+    Raises:
+        UsageError: the word is not among the choices.
+    """
+    if value not in choices:
+        raise UsageError(f"{name} is {value!r}, choose one of {', '.join(choices)}")

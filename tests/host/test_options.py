@@ -1,0 +1,30 @@
+import pytest
+
+from device_runtime.errors import UsageError
+from host_tools.options import CalibrateOptions, EvaluateOptions, QuantizeOptions
+
+
+def test_defaults_are_those_of_lmdeploy_lite():
+    assert CalibrateOptions() == CalibrateOptions("ptb", 128, 2048, "auto", 0)
+    assert QuantizeOptions() == QuantizeOptions(4, 128, "awq", "auto")
+    assert EvaluateOptions() == EvaluateOptions("wikitext2", 16, 1024, "auto")
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: CalibrateOptions(num_samples=0), "calib-samples is 0, expected at least 1"),
+        (lambda: CalibrateOptions(seqlen=0), "calib-seqlen is 0, expected at least 1"),
+        (lambda: CalibrateOptions(device="tpu"), "device is 'tpu', choose one of auto, cpu, cuda"),
+        (lambda: QuantizeOptions(w_bits=3), "w-bits is 3, only 4 can be quantized and run"),
+        (lambda: QuantizeOptions(group_size=48), "w-group-size is 48, choose 128, 64 or 32"),
+        (lambda: QuantizeOptions(method="gptq"), "method is 'gptq', choose one of awq, rtn"),
+        (lambda: QuantizeOptions(device="tpu"), "device is 'tpu'"),
+        (lambda: EvaluateOptions(num_samples=0), "samples is 0, expected at least 1"),
+        (lambda: EvaluateOptions(seqlen=1), "seqlen is 1, a prediction needs at least 2 tokens"),
+        (lambda: EvaluateOptions(device="tpu"), "device is 'tpu'"),
+    ],
+)
+def test_values_that_cannot_be_are_refused(make, sentence):
+    with pytest.raises(UsageError, match=sentence):
+        make()
