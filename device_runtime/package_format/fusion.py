@@ -63,7 +63,7 @@ def fuse_qkv(
     Raises:
         ValueError: a number of columns is not a multiple of ``ranks``.
     """
-    shares = zip(split_columns(q, ranks), split_columns(k, ranks), split_columns(v, ranks))
+    shares = zip(*(split_columns(part, ranks) for part in (q, k, v)), strict=True)
     return [np.concatenate(share, axis=-1) for share in shares]
 
 

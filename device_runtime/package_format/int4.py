@@ -52,9 +52,7 @@ def pack_words(codes: NDArray[np.uint8]) -> NDArray[np.uint32]:
     return packed.reshape(-1).view("<u4")
 
 
-def unpack_words(
-    words: NDArray[np.uint32], num_inputs: int, num_outputs: int
-) -> NDArray[np.uint8]:
+def unpack_words(words: NDArray[np.uint32], num_inputs: int, num_outputs: int) -> NDArray[np.uint8]:
     """Return the codes ``[num_inputs, num_outputs]`` uint8 of `pack_words`.
 
     Raises:
@@ -82,9 +80,7 @@ def unpack_words(
     return codes
 
 
-def pack_scales_zeros(
-    scales: NDArray[np.float16], zeros: NDArray[np.uint8]
-) -> NDArray[np.uint32]:
+def pack_scales_zeros(scales: NDArray[np.float16], zeros: NDArray[np.uint8]) -> NDArray[np.uint32]:
     """Join each scale with 64 + zero in one word (spec section 2.5).
 
     Args:
@@ -102,9 +98,10 @@ def pack_scales_zeros(
     if scales.dtype != np.float16:
         raise ValueError(f"scales are {scales.dtype}, expected float16")
     _check_codes(zeros)
-    high = np.ascontiguousarray(scales, "<f2").view("<u2").astype("<u4") << 16
-    high |= zeros.astype("<u4") * 16 + ZERO_BIAS
-    return high
+    halves = np.empty((*scales.shape, 2), "<u2")
+    halves[..., 0] = zeros.astype(np.uint16) * 16 + ZERO_BIAS
+    halves[..., 1] = np.ascontiguousarray(scales, "<f2").view("<u2")
+    return halves.view("<u4")[..., 0]
 
 
 def unpack_scales_zeros(

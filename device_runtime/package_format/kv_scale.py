@@ -47,9 +47,7 @@ class KvScale:
 
     def to_bytes(self) -> bytes:
         """Return the 16 bytes of ``layers.L.past_kv_scale.R.weight``."""
-        return struct.pack(
-            "<4f", self.k_scale, self.k_zero_point, self.v_scale, self.v_zero_point
-        )
+        return struct.pack("<4f", self.k_scale, self.k_zero_point, self.v_scale, self.v_zero_point)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> KvScale:

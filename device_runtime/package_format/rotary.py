@@ -37,9 +37,7 @@ def to_halves(columns: NDArray[Scalar], head_dim: int) -> NDArray[Scalar]:
     return _swap(columns, head_dim, (head_dim // 2, 2))
 
 
-def _swap(
-    columns: NDArray[Scalar], head_dim: int, old_shape: tuple[int, int]
-) -> NDArray[Scalar]:
+def _swap(columns: NDArray[Scalar], head_dim: int, old_shape: tuple[int, int]) -> NDArray[Scalar]:
     num_columns = columns.shape[-1] if columns.ndim else 0
     if head_dim < 2 or head_dim % 2 or num_columns % head_dim:
         raise ValueError(f"{num_columns} columns are not whole heads of even head_dim {head_dim}")
