@@ -1,0 +1,229 @@
+"""Opens a Hugging Face folder and hands out its weights, layer by layer, in one logical scheme."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from device_runtime.errors import PackageError
+from device_runtime.package_format.model_config import ModelConfig
+from device_runtime.package_format.names import BIAS, QWEIGHT, WEIGHT
+from host_tools.checkpoint import awq_tensors
+from host_tools.checkpoint.config_reader import read_family, read_json, read_model
+from host_tools.checkpoint.families import Family, LogicalLinear, SourceLinear
+from host_tools.checkpoint.linear_weights import (
+    DenseLinear,
+    LayerWeights,
+    Linear,
+    QuantizedLinear,
+    linear_shape,
+    split_qkv_rows,
+)
+from host_tools.checkpoint.tensor_files import TensorFiles
+
+CONFIG_JSON = "config.json"
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+class Checkpoint:
+    """An open checkpoint: every tensor is there, of the shape that config.json means.
+
+    Attributes:
+        path: the folder.
+        config: config.json as parsed.
+        family: its naming table.
+        model: the architecture; ``weight_type`` is int4 for AWQ codes, else fp16.
+        dtype: of the embedding in the files.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        config: Mapping[str, object],
+        family: Family,
+        model: ModelConfig,
+        files: TensorFiles,
+    ) -> None:
+        """Check every tensor against the config.
+
+        Raises:
+            PackageError: a tensor is missing, unexpected or of another dtype or shape.
+        """
+        self.path = path
+        self.config = config
+        self.family = family
+        self.model = model
+        self._files = files
+        self._check_names(self._check_tensors())
+        self.dtype = files.facts(f"{family.embedding}.{WEIGHT}")[0]
+
+    @classmethod
+    def open(cls, path: Path) -> Checkpoint:
+        """Open a folder; headers alone are read.
+
+        Raises:
+            PackageError: the folder is no whole checkpoint of a family that we run.
+        """
+        if not path.is_dir():
+            raise PackageError(f"{path} is no folder, name the folder of a checkpoint")
+        config = read_json(path / CONFIG_JSON)
+        family = read_family(config)
+        files = TensorFiles.open(path)
+        model = read_model(config, family, awq_tensors.find_group_size(config, files))
+        return cls(path, config, family, model, files)
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the linears are AWQ codes."""
+        return self.model.group_size > 0
+
+    def names(self) -> list[str]:
+        """Return the names of all tensors, sorted."""
+        return sorted(self._files)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Return a tensor as stored, its memory the mapped file; it must not be written to.
+
+        Raises:
+            PackageError: it holds NaN or infinity.
+        """
+        return self._files.tensor(name)
+
+    def embedding(self) -> torch.Tensor:
+        """Return the token embedding ``[vocab_size, hidden_size]``."""
+        return self.tensor(f"{self.family.embedding}.{WEIGHT}")
+
+    def final_norm(self) -> torch.Tensor:
+        """Return the weight of the last norm ``[hidden_size]``."""
+        return self.tensor(f"{self.family.final_norm}.{WEIGHT}")
+
+    def head(self) -> torch.Tensor:
+        """Return the output projection ``[vocab_size, hidden_size]``; the embedding when tied."""
+        if self.model.tie_word_embeddings:
+            return self.embedding()
+        return self.tensor(f"{self.family.head}.{WEIGHT}")
+
+    def layer(self, layer: int) -> LayerWeights:
+        """Return the weights of a decoder layer; dense ones stay in the mapped file.
+
+        Raises:
+            PackageError: a tensor holds NaN or infinity.
+        """
+        linears: dict[LogicalLinear, Linear] = {}
+        for source in self.family.linears:
+            linears.update(self._read_linear(layer, source))
+        family = self.family
+        return LayerWeights(
+            attention_norm=self._norm(layer, family.attention_norm),
+            ffn_norm=self._norm(layer, family.ffn_norm),
+            q_norm=self._norm(layer, family.q_norm) if family.q_norm else None,
+            k_norm=self._norm(layer, family.k_norm) if family.k_norm else None,
+            q=linears["q"],
+            k=linears["k"],
+            v=linears["v"],
+            o=linears["o"],
+            gate=linears["gate"],
+            up=linears["up"],
+            down=linears["down"],
+        )
+
+    def _norm(self, layer: int, module: str) -> torch.Tensor:
+        return self.tensor(f"{self.family.module(layer, module)}.{WEIGHT}")
+
+    def _read_linear(self, layer: int, source: SourceLinear) -> dict[LogicalLinear, Linear]:
+        module = self.family.module(layer, source.module)
+        has_bias = self.family.has_bias(source.parts[0], self.config)
+        bias = self.tensor(f"{module}.{BIAS}") if has_bias else None
+        linear: Linear
+        if f"{module}.{QWEIGHT}" in self._files:
+            linear = awq_tensors.read_quantized(self._files, module, self.model.group_size, bias)
+        else:
+            linear = DenseLinear(self.tensor(f"{module}.{WEIGHT}"), bias)
+        if len(source.parts) == 1:
+            return {source.parts[0]: linear}
+        return dict(zip(source.parts, self._split(linear), strict=True))
+
+    def _split(self, linear: Linear) -> list[Linear]:
+        """Take a fused qkv apart; q, k and v of a dense one are copies."""
+
+        def rows(fused: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return split_qkv_rows(self.family.qkv_layout, fused, self.model)
+
+        biases = (None,) * 3 if linear.bias is None else rows(linear.bias)
+        if isinstance(linear, DenseLinear):
+            return [DenseLinear(*pair) for pair in zip(rows(linear.weight), biases, strict=True)]
+        columns = (linear.codes, linear.zeros, linear.scales)
+        parts = zip(*(rows(part.T) for part in columns), strict=True)
+        return [
+            QuantizedLinear(
+                codes=codes.T.contiguous(),
+                zeros=zeros.T.contiguous(),
+                scales=scales.T.contiguous(),
+                group_size=linear.group_size,
+                bias=bias,
+            )
+            for (codes, zeros, scales), bias in zip(parts, biases, strict=True)
+        ]
+
+    def _check_tensors(self) -> set[str]:
+        """Check every tensor that the config calls for and return their names."""
+        model, family = self.model, self.family
+        table = (model.vocab_size, model.hidden_size)
+        names = {
+            self._check(f"{family.embedding}.{WEIGHT}", table),
+            self._check(f"{family.final_norm}.{WEIGHT}", (model.hidden_size,)),
+        }
+        head = f"{family.head}.{WEIGHT}"
+        if not model.tie_word_embeddings or head in self._files:
+            names.add(self._check(head, table))
+        for layer in range(model.num_hidden_layers):
+            for module, size in (
+                (family.attention_norm, model.hidden_size),
+                (family.ffn_norm, model.hidden_size),
+                (family.q_norm, model.head_dim),
+                (family.k_norm, model.head_dim),
+            ):
+                if module:
+                    name = f"{family.module(layer, module)}.{WEIGHT}"
+                    names.add(self._check(name, (size,)))
+            for source in family.linears:
+                names.update(self._check_linear(layer, source))
+        return names
+
+    def _check_linear(self, layer: int, source: SourceLinear) -> list[str]:
+        module = self.family.module(layer, source.module)
+        shapes = [linear_shape(self.model, part) for part in source.parts]
+        outputs, inputs = sum(shape[0] for shape in shapes), shapes[0][1]
+        names = []
+        if self.family.has_bias(source.parts[0], self.config):
+            names.append(self._check(f"{module}.{BIAS}", (outputs,)))
+        if self.is_quantized and f"{module}.{WEIGHT}" not in self._files:
+            group_size = self.model.group_size
+            return names + awq_tensors.check_quantized(
+                self._files, module, outputs, inputs, group_size
+            )
+        return [*names, self._check(f"{module}.{WEIGHT}", (outputs, inputs))]
+
+    def _check(self, name: str, shape: tuple[int, ...]) -> str:
+        if name not in self._files:
+            raise PackageError(
+                f"tensor {name} is missing in {self.path}, fetch the checkpoint again"
+            )
+        dtype, found = self._files.facts(name)
+        if dtype not in FLOAT_DTYPES or found != shape:
+            raise PackageError(
+                f"tensor {name} is {dtype} {list(found)}, config.json means {list(shape)} of "
+                f"fp16, bf16 or fp32"
+            )
+        return name
+
+    def _check_names(self, expected: set[str]) -> None:
+        """Refuse tensors that the family does not have: the model would not be what it says."""
+        for name in self._files:
+            if name not in expected and name.rsplit(".", 1)[-1] not in self.family.ignored:
+                raise PackageError(
+                    f"tensor {name[:120]} has no place in a {self.family.name} model with "
+                    f"{self.model.num_hidden_layers} layers, config.json and weights disagree"
+                )

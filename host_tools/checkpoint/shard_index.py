@@ -1,0 +1,68 @@
+"""Which files make up a checkpoint: the index of shards and the numbers in their names."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from device_runtime.errors import PackageError
+
+MAX_INDEX_BYTES = 32 << 20
+"""The index of the largest public checkpoints is below 10 MB; more is an attack or a mistake."""
+
+_NUMBERED = re.compile(r"^(?P<stem>.+)-(?P<part>\d{5})-of-(?P<total>\d{5})\.(safetensors|bin)$")
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """Return the shard of each tensor as an index file states it.
+
+    Raises:
+        PackageError: the file is too large, unreadable, empty, or points outside of its folder.
+    """
+    size = path.stat().st_size
+    if size > MAX_INDEX_BYTES:
+        raise PackageError(
+            f"{path.name} has {size} bytes, expected at most {MAX_INDEX_BYTES}; "
+            f"it is not the index of a checkpoint"
+        )
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        entries = {str(name): str(file) for name, file in dict(weight_map).items()}
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise PackageError(f"{path.name} has no readable weight_map, fetch it again") from error
+    for file in set(entries.values()):
+        if file in ("", ".", "..") or "/" in file or "\\" in file or "\0" in file:
+            raise PackageError(
+                f"{path.name} points to {file[:80]!r}, outside of the checkpoint's folder"
+            )
+    if not entries:
+        raise PackageError(f"{path.name} lists no tensors, fetch it again")
+    return entries
+
+
+def check_shards(folder: Path, shards: list[str]) -> None:
+    """Check that numbered shards are all there and that no shard of another count is about.
+
+    Raises:
+        PackageError: a shard is missing, or one lies there that does not belong.
+    """
+    for name in shards:
+        if not (folder / name).is_file():
+            raise PackageError(f"{name} is missing in {folder}, fetch the checkpoint again")
+    numbered = [match for name in shards if (match := _NUMBERED.match(name))]
+    for match in numbered:
+        total = int(match["total"])
+        if total != len(numbered) or not 1 <= int(match["part"]) <= total:
+            raise PackageError(
+                f"{match[0]} is one of {total} shards, {len(numbered)} belong to the checkpoint; "
+                f"fetch it again"
+            )
+    for stem in {(match["stem"], match[4]) for match in numbered}:
+        for path in sorted(folder.glob("*-of-*")):
+            other = _NUMBERED.match(path.name)
+            if other and (other["stem"], other[4]) == stem and path.name not in shards:
+                raise PackageError(
+                    f"{path.name} lies beside the {len(numbered)} shards of the checkpoint and "
+                    f"is none of them, remove it"
+                )

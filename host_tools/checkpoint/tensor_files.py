@@ -1,0 +1,222 @@
+"""Named tensors over the weight files of one folder; a file is mapped, never executed or copied."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from device_runtime.errors import PackageError
+from host_tools.checkpoint.shard_index import check_shards, read_index
+
+_SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_UNPICKLING_ERRORS = (
+    pickle.UnpicklingError,
+    RuntimeError,
+    ValueError,
+    TypeError,
+    KeyError,
+    IndexError,
+    AttributeError,
+    EOFError,
+    OSError,
+    MemoryError,
+    AssertionError,
+)
+"""What torch.load was seen to raise on damaged or hostile files."""
+
+
+class TensorFile(Protocol):
+    """One open weight file."""
+
+    def names(self) -> list[str]:
+        """Return the names of its tensors."""
+
+    def facts(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
+        """Return dtype and shape of a tensor without reading it."""
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Return a tensor whose memory is the mapped file."""
+
+
+class SafetensorsFile:
+    """A safetensors file: the library checks header, offsets and length when it opens."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            self._file: Any = safe_open(path, framework="pt", device="cpu")
+        except (SafetensorError, OSError) as error:
+            raise PackageError(
+                f"{path.name} is no whole safetensors file ({_first_line(error)}), fetch it again"
+            ) from error
+
+    def names(self) -> list[str]:
+        """Return the names of its tensors."""
+        return list(self._file.keys())
+
+    def facts(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
+        """Return dtype and shape of a tensor from the header.
+
+        Raises:
+            PackageError: the dtype is one that no supported checkpoint uses.
+        """
+        view = self._file.get_slice(name)
+        dtype = _SAFETENSORS_DTYPES.get(view.get_dtype())
+        if dtype is None:
+            raise PackageError(
+                f"tensor {name} of {self._path.name} has dtype {view.get_dtype()}, "
+                f"expected one of {', '.join(_SAFETENSORS_DTYPES)}"
+            )
+        return dtype, tuple(view.get_shape())
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Return a tensor whose memory is the mapped file."""
+        return cast(torch.Tensor, self._file.get_tensor(name))
+
+
+class PickledFile:
+    """A ``pytorch_model*.bin`` file, read with torch's unpickler that knows tensors alone."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except _UNPICKLING_ERRORS as error:
+            raise PackageError(
+                f"{path.name} is no plain torch file of tensors ({_first_line(error)}); "
+                f"nothing in it was executed, get the safetensors version of the checkpoint"
+            ) from error
+        if not isinstance(loaded, dict):
+            raise PackageError(f"{path.name} holds a {type(loaded).__name__}, expected tensors")
+        for name, value in loaded.items():
+            if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+                raise PackageError(f"{path.name} holds {str(name)[:80]!r}, which is no tensor")
+            # A stride of 0 would let a small file claim any size.
+            if value.is_sparse or value.numel() > value.untyped_storage().nbytes():
+                raise PackageError(
+                    f"tensor {name[:80]} of {path.name} claims {value.numel()} elements, "
+                    f"more than the file holds"
+                )
+        self._tensors: dict[str, torch.Tensor] = loaded
+
+    def names(self) -> list[str]:
+        """Return the names of its tensors."""
+        return list(self._tensors)
+
+    def facts(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
+        """Return dtype and shape of a tensor."""
+        value = self._tensors[name]
+        return value.dtype, tuple(value.shape)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Return a tensor whose memory is the mapped file."""
+        return self._tensors[name]
+
+
+class TensorFiles:
+    """All tensors of a checkpoint folder by name."""
+
+    def __init__(self, files: dict[str, TensorFile]) -> None:
+        """Index the tensors of open files.
+
+        Args:
+            files: open weight files by file name.
+
+        Raises:
+            PackageError: two files hold a tensor of the same name.
+        """
+        self._files = files
+        self._file_of: dict[str, str] = {}
+        for file_name, file in files.items():
+            for name in file.names():
+                if name in self._file_of:
+                    raise PackageError(
+                        f"tensor {name[:80]} is in {self._file_of[name]} and in {file_name}, "
+                        f"remove the weight files that do not belong to the checkpoint"
+                    )
+                self._file_of[name] = file_name
+
+    @classmethod
+    def open(cls, folder: Path) -> TensorFiles:
+        """Open every weight file of a checkpoint: safetensors where there are any, else ``.bin``.
+
+        Raises:
+            PackageError: no weight file, a missing, extra, damaged or hostile one, or an index
+                that disagrees with the files.
+        """
+        for suffix, index_name, opener in (
+            ("safetensors", "model.safetensors.index.json", SafetensorsFile),
+            ("bin", "pytorch_model.bin.index.json", PickledFile),
+        ):
+            index = folder / index_name
+            if index.is_file():
+                weight_map = read_index(index)
+                shards = sorted(set(weight_map.values()))
+                check_shards(folder, shards)
+                files = cls({name: opener(folder / name) for name in shards})
+                files._check_index(index_name, weight_map)
+                return files
+            pattern = "*.safetensors" if suffix == "safetensors" else "pytorch_model*.bin"
+            shards = sorted(path.name for path in folder.glob(pattern) if path.is_file())
+            if shards:
+                check_shards(folder, shards)
+                return cls({name: opener(folder / name) for name in shards})
+        raise PackageError(
+            f"{folder} has no model.safetensors, pytorch_model.bin or shards of them, "
+            f"name a folder with a whole checkpoint"
+        )
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file_of)
+
+    def facts(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
+        """Return dtype and shape of a tensor without reading it."""
+        return self._files[self._file_of[name]].facts(name)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Return a tensor whose memory is the mapped file; it must not be written to.
+
+        Raises:
+            PackageError: a floating-point tensor holds NaN or infinity.
+        """
+        file_name = self._file_of[name]
+        value = self._files[file_name].tensor(name)
+        if value.is_floating_point() and value.numel():
+            # aminmax hands NaN on and is an order of magnitude faster than isfinite.
+            low, high = torch.aminmax(value)
+            if not (torch.isfinite(low) and torch.isfinite(high)):
+                raise PackageError(
+                    f"tensor {name} of {file_name} holds NaN or infinity, fetch the file again"
+                )
+        return value
+
+    def _check_index(self, index_name: str, weight_map: dict[str, str]) -> None:
+        for name, file_name in weight_map.items():
+            if self._file_of.get(name) != file_name:
+                raise PackageError(
+                    f"{index_name} says that tensor {name[:80]} is in {file_name}, "
+                    f"which does not hold it; fetch the checkpoint again"
+                )
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:160]
