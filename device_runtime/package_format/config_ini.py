@@ -14,6 +14,7 @@ from device_runtime.package_format.names import CONFIG_INI
 
 SECTION = "llama"
 MAX_CONFIG_BYTES = 64 * 1024
+MAX_NAME_CHARACTERS = 256
 QUANT_POLICY_STATIC_INT8 = 4
 QUANT_POLICY_ONLINE_INT8 = 8
 
@@ -34,6 +35,7 @@ _WEIGHT_TYPES: dict[str, WeightType] = {
     "int4": "int4",
 }
 _INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
+_NUMBER = re.compile(r"[+-]?([0-9]{1,30}\.?[0-9]{0,30}|\.[0-9]{1,30})([eE][+-]?[0-9]{1,3})?")
 _BOOLEANS = {"true": 1, "false": 0}
 
 
@@ -83,11 +85,14 @@ class TurboMindConfig:
         Raises:
             PackageError: a value is outside its range.
         """
-        if not self.model_name or not self.model_name.isprintable():
-            raise PackageError(f"{CONFIG_INI} has model_name {self.model_name!r}, expected a name")
+        if not (0 < len(self.model_name) <= MAX_NAME_CHARACTERS and self.model_name.isprintable()):
+            raise PackageError(
+                f"{CONFIG_INI} has model_name {self.model_name[:60]!a}, expected 1 to "
+                f"{MAX_NAME_CHARACTERS} printable characters"
+            )
         if self.weight_type not in _WEIGHT_TYPES:
             raise PackageError(
-                f"{CONFIG_INI} has weight_type {self.weight_type!r}, "
+                f"{CONFIG_INI} has weight_type {self.weight_type[:60]!a}, "
                 f"expected one of {', '.join(_WEIGHT_TYPES)}"
             )
         for name in _number_keys():
@@ -114,7 +119,7 @@ class TurboMindConfig:
         for key in values:
             if key not in known:
                 raise PackageError(
-                    f"{CONFIG_INI} has the key {key[:60]!r}, which LMDeploy 0.1 to 0.2.5 "
+                    f"{CONFIG_INI} has the key {key[:60]!a}, which LMDeploy 0.1 to 0.2.5 "
                     "does not know; remove it"
                 )
         arguments = {key: _convert(key, value) for key, value in values.items()}
@@ -261,12 +266,11 @@ def _parse(text: str) -> dict[str, str]:
     try:
         parser.read_file(io.StringIO(text))
     except configparser.Error as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = ascii(" ".join(str(error).split())[:200])
         raise PackageError(f"{CONFIG_INI} is not an INI file: {reason}") from error
     if parser.sections() != [SECTION]:
-        raise PackageError(
-            f"{CONFIG_INI} has the sections {parser.sections()[:4]}, expected [{SECTION!r}]"
-        )
+        found = ", ".join(parser.sections())[:60]
+        raise PackageError(f"{CONFIG_INI} has the sections {found!a}, expected {SECTION!r} alone")
     return dict(parser.items(SECTION))
 
 
@@ -278,9 +282,8 @@ def _convert(key: str, text: str) -> str | int | float:
         if text.lower() in _BOOLEANS:
             return _BOOLEANS[text.lower()]
         if not _INTEGER.fullmatch(text):
-            raise PackageError(f"{CONFIG_INI} has {key} {text[:60]!r}, expected an integer")
+            raise PackageError(f"{CONFIG_INI} has {key} {text[:60]!a}, expected an integer")
         return int(text)
-    try:
-        return float(text)
-    except ValueError as error:
-        raise PackageError(f"{CONFIG_INI} has {key} {text[:60]!r}, expected a number") from error
+    if not _NUMBER.fullmatch(text):
+        raise PackageError(f"{CONFIG_INI} has {key} {text[:60]!a}, expected a number")
+    return float(text)

@@ -15,8 +15,8 @@ from device_runtime.package_format.durable import write_atomically
 from device_runtime.package_format.model_config import ModelConfig
 
 FORMAT_VERSION = 1
-MAX_MANIFEST_BYTES = 16 << 20
-MAX_FILES = 50_000
+MAX_MANIFEST_BYTES = 4 << 20
+MAX_FILES = 16_384
 MAX_FILE_BYTES = 1 << 42
 MAX_TEMPLATE_CHARACTERS = 256 * 1024
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,6 +11,19 @@ from device_runtime.errors import PackageError
 WeightType = Literal["int4", "fp16", "bf16"]
 HeadType = Literal["fp16", "int8"]
 RopeKind = Literal["none", "linear", "dynamic", "llama3"]
+
+# Beyond any model there is; they keep a hostile config from making us count for hours.
+_MOST = {
+    "hidden_size": 1 << 20,
+    "intermediate_size": 1 << 20,
+    "num_hidden_layers": 1024,
+    "num_attention_heads": 1 << 14,
+    "num_kv_heads": 1 << 14,
+    "head_dim": 1 << 14,
+    "vocab_size": 1 << 24,
+    "max_position_embeddings": 1 << 31,
+    "tensor_para_size": 64,
+}
 
 
 @dataclass(frozen=True)
@@ -61,19 +75,15 @@ class ModelConfig:
         Raises:
             PackageError: a size is not positive, or two sizes do not divide as they must.
         """
-        for name in (
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_kv_heads",
-            "head_dim",
-            "vocab_size",
-            "max_position_embeddings",
-            "tensor_para_size",
-        ):
-            if getattr(self, name) < 1:
-                raise PackageError(f"{name} is {getattr(self, name)}, expected at least 1")
+        for name, most in _MOST.items():
+            if not 1 <= getattr(self, name) <= most:
+                raise PackageError(f"{name} is {getattr(self, name)}, expected 1 to {most}")
+        for name in ("rms_norm_eps", "rope_theta"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0.0):
+                raise PackageError(f"{name} is {value}, expected a finite number above 0")
+        if self.group_size < 0:
+            raise PackageError(f"group_size is {self.group_size}, expected 0 or more")
         if self.head_dim % 2:
             raise PackageError(f"head_dim {self.head_dim} is odd, rotary pairs need an even one")
         if self.num_attention_heads % self.num_kv_heads:

@@ -12,6 +12,7 @@ WEIGHTS_DIR = f"{TRITON_MODELS}/weights"
 TOKENIZER_DIR = f"{TRITON_MODELS}/tokenizer"
 KERNELS_DIR = "kernels"
 CONFIG_INI = "config.ini"
+CONFIG_PATH = f"{WEIGHTS_DIR}/{CONFIG_INI}"
 
 TOKENIZER_JSON = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -82,7 +83,7 @@ def check_package_name(name: str) -> str:
     """
     if not _PACKAGE_NAME.fullmatch(name):
         raise PackageError(
-            f"package name {name[:120]!r} is not 1 to 96 letters, digits, '.', '_' or '-' "
+            f"package name {name[:120]!a} is not 1 to 96 letters, digits, '.', '_' or '-' "
             "that start with a letter or digit"
         )
     return name

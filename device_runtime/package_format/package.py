@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,17 +13,14 @@ from numpy.typing import NDArray
 
 from device_runtime.errors import PackageError
 from device_runtime.package_format import names
+from device_runtime.package_format.checksums import BytesProgress, hash_files
 from device_runtime.package_format.config_ini import MAX_CONFIG_BYTES, TurboMindConfig
+from device_runtime.package_format.files import check_file, list_files
 from device_runtime.package_format.kv_scale import KvScale
-from device_runtime.package_format.manifest import FileEntry, Manifest, read_manifest
+from device_runtime.package_format.manifest import Manifest, read_manifest
 from device_runtime.package_format.model_config import ModelConfig
 from device_runtime.package_format.tensors import TensorSpec
-from device_runtime.package_format.workspace import check_file, check_tensor_files
-
-BytesProgress = Callable[[int, int], None]
-"""Called with (bytes done, bytes in all)."""
-
-_HASH_CHUNK_BYTES = 4 << 20
+from device_runtime.package_format.workspace import check_tensor_files
 
 
 @dataclass(frozen=True)
@@ -126,7 +121,10 @@ def open_package(path: Path | str) -> Package:
     if not root.is_dir():
         raise PackageError(f"{root} is not a folder, expected a package or a workspace")
     root = root.resolve()
-    manifest = read_manifest(root) if os.path.lexists(root / names.MANIFEST) else None
+    manifest = None
+    if os.path.lexists(root / names.MANIFEST):
+        check_file(root, names.MANIFEST)
+        manifest = read_manifest(root)
     if manifest is None and not (root / names.TRITON_MODELS).is_dir():
         raise PackageError(
             f"{root} has neither {names.MANIFEST} nor {names.TRITON_MODELS}, "
@@ -166,65 +164,19 @@ def verify_package(path: Path | str, progress: BytesProgress | None = None) -> P
     for found in list_files(package.root):
         if found not in listed:
             raise PackageError(f"{found} in {package.root} is not listed in {names.MANIFEST}")
-    done_bytes = 0
+    paths = [entry.path for entry in manifest.files]
+    actual = {entry.path: entry for entry in hash_files(package.root, paths, progress)}
     for entry in manifest.files:
-        digest = hashlib.sha256()
-        for chunk in _chunks(package.root / entry.path):
-            digest.update(chunk)
-            done_bytes += len(chunk)
-            if progress:
-                progress(done_bytes, manifest.size_bytes)
-        if digest.hexdigest() != entry.sha256:
+        if actual[entry.path] != entry:
             raise PackageError(
-                f"{entry.path} has sha256 {digest.hexdigest()[:16]}..., the manifest says "
+                f"{entry.path} has sha256 {actual[entry.path].sha256[:16]}..., the manifest says "
                 f"{entry.sha256[:16]}...; install or pack again"
             )
     return package
 
 
-def list_files(root: Path) -> tuple[str, ...]:
-    """Return the relative paths of all files below ``root``, sorted; links count as files."""
-    found = []
-    for folder, folders, files in os.walk(root):
-        linked = [name for name in folders if os.path.islink(os.path.join(folder, name))]
-        found += [os.path.relpath(os.path.join(folder, name), root) for name in files + linked]
-    return tuple(sorted(found))
-
-
-def hash_files(
-    root: Path, paths: tuple[str, ...], progress: BytesProgress | None = None
-) -> tuple[FileEntry, ...]:
-    """Return the manifest's entries for ``paths``, sorted by path.
-
-    Raises:
-        PackageError: a file is missing, not regular or outside ``root``.
-    """
-    total_bytes = sum(check_file(root, path) for path in paths)
-    done_bytes = 0
-    entries = []
-    for path in sorted(paths):
-        digest = hashlib.sha256()
-        size_bytes = 0
-        for chunk in _chunks(root / path):
-            digest.update(chunk)
-            size_bytes += len(chunk)
-            done_bytes += len(chunk)
-            if progress:
-                progress(done_bytes, total_bytes)
-        entries.append(FileEntry(path, size_bytes, digest.hexdigest()))
-    return tuple(entries)
-
-
-def _chunks(path: Path) -> Iterator[memoryview]:
-    buffer = bytearray(_HASH_CHUNK_BYTES)
-    view = memoryview(buffer)
-    with open(path, "rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            yield view[:count]
-
-
 def _read_config(root: Path) -> TurboMindConfig:
-    path = f"{names.WEIGHTS_DIR}/{names.CONFIG_INI}"
+    path = names.CONFIG_PATH
     size_bytes = check_file(root, path)
     if size_bytes > MAX_CONFIG_BYTES:
         raise PackageError(f"{path} has {size_bytes} bytes, expected at most {MAX_CONFIG_BYTES}")
@@ -237,7 +189,7 @@ def _read_config(root: Path) -> TurboMindConfig:
 
 def _check_listed(manifest: Manifest, specs: tuple[TensorSpec, ...]) -> None:
     listed = {entry.path for entry in manifest.files}
-    needed = [f"{names.WEIGHTS_DIR}/{names.CONFIG_INI}"]
+    needed = [names.CONFIG_PATH]
     needed.append(names.tokenizer_path(names.TOKENIZER_JSON))
     needed += [spec.path for spec in specs]
     for path in needed:

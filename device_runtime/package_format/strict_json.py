@@ -108,9 +108,8 @@ def _decode(hint: Any, value: object, what: str) -> Any:
     if origin is Literal:
         choices = get_args(hint)
         if not isinstance(value, str) or value not in choices:
-            raise PackageError(
-                f"{what} is {ascii(value)[:60]}, expected one of {', '.join(choices)}"
-            )
+            shown = ascii(value[:60]) if isinstance(value, str) else f"a {_kind(value)}"
+            raise PackageError(f"{what} is {shown}, expected one of {', '.join(choices)}")
         return value
     if origin is tuple:
         if not isinstance(value, list):

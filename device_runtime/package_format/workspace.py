@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from device_runtime.errors import PackageError
 from device_runtime.package_format import durable, names
 from device_runtime.package_format.config_ini import TurboMindConfig
+from device_runtime.package_format.files import check_file
 from device_runtime.package_format.kv_scale import KvScale
 from device_runtime.package_format.model_config import ModelConfig
 from device_runtime.package_format.tensors import FP32, TensorSpec, tensor_specs
@@ -59,15 +60,12 @@ class WorkspaceWriter:
                 f"{name} is {array.dtype} {list(array.shape)}, "
                 f"expected {spec.dtype} {list(spec.shape)}"
             )
-        path = self._weights / name
-        part = path.with_name(name + durable.PART_SUFFIX)
         row_bytes = max(1, spec.size_bytes // spec.shape[0])
         rows = max(1, _CHUNK_BYTES // row_bytes)
-        with open(part, "wb") as file:
+        with durable.replacing(self._weights / name) as file:
             for start in range(0, spec.shape[0], rows):
                 chunk = np.ascontiguousarray(array[start : start + rows], spec.dtype)
                 file.write(chunk.reshape(-1).view(np.uint8).data)
-        os.replace(part, path)
 
     def write_kv_scale(self, layer: int, rank: int, scale: KvScale) -> None:
         """Write the static int8 KV parameters of one layer and rank."""
@@ -122,32 +120,3 @@ def check_tensor_files(root: Path, model: ModelConfig) -> tuple[TensorSpec, ...]
         # The 8-byte form is LMDeploy's --kv-sym (section 4.3).
         check_file(root, spec.path, spec.size_bytes, spec.size_bytes // 2)
     return required + tuple(there)
-
-
-def check_file(root: Path, path: str, *sizes_bytes: int) -> int:
-    """Return the size of a file of a package when it is one of ``sizes_bytes``.
-
-    Args:
-        root: folder of the package, resolved.
-        path: relative path.
-        sizes_bytes: sizes allowed; none allows any.
-
-    Raises:
-        PackageError: the file is missing, not regular, outside the package or of another size.
-    """
-    full = root / path
-    try:
-        real = full.resolve(strict=True)
-        size_bytes = real.stat().st_size
-    except OSError as error:
-        expected = f", expected {sizes_bytes[0]} bytes" if sizes_bytes else ""
-        raise PackageError(f"{path} is missing from {root}{expected}") from error
-    if not real.is_relative_to(root.resolve()):
-        raise PackageError(f"{path} leads out of {root} through a link")
-    if not real.is_file():
-        raise PackageError(f"{path} in {root} is not a regular file")
-    if sizes_bytes and size_bytes not in sizes_bytes:
-        raise PackageError(
-            f"{path} has {size_bytes} bytes, expected {sizes_bytes[0]}; fetch or convert again"
-        )
-    return size_bytes
