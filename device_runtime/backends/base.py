@@ -1,4 +1,12 @@
-"""The interface between the engine, which plans steps, and a backend, which runs them."""
+"""The interface between the engine, which plans steps, and a backend, which runs them.
+
+Steps run in the order in which they are submitted. So a page may go to another sequence while a
+step that writes to it is still outstanding: what the later step writes there comes later.
+
+Attention reads every key and value back from the cache, those of the same step included, as
+TurboMind's prefill does (spec section 4.4). So neither chunking, nor a cached prefix, nor
+preemption changes a result by more than rounding.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +16,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from device_runtime.backends.memory_plan import MemoryPlan
+from device_runtime.backends.memory_plan import CacheRequest, MemoryPlan, MemorySurvey
 from device_runtime.backends.sampling_params import SamplingParams
 from device_runtime.package_format.package import Package
 
@@ -28,11 +36,15 @@ class Batch:
         query_start: ``[num_sequences + 1]`` int32, first 0, last num_tokens.
         num_cached: ``[num_sequences]`` int32, tokens of the sequence already in its pages.
         page_table: ``[num_sequences, max_pages]`` int32; unused entries are 0.
-        sampling: how to draw the next token of each sequence.
+        rope_theta: ``[num_sequences]`` fp64, the rotary base of each sequence; they differ only
+            under dynamic NTK scaling (spec section 3).
+        sampling: how to draw the next token of each sequence. Its noise is that of the absolute
+            position which the drawn token will have, one more than the last of the row.
         is_sampled: ``[num_sequences]`` bool; false for a prompt chunk that is not the last.
         is_chained: ``[num_sequences]`` bool.
         history: for a sequence that is new to the backend all of its token ids up to the end of
-            this step's chunk (the repetition penalty counts them), else empty; each int32.
+            this step's chunk (the repetition penalty counts them), else empty; each int32. A
+            backend adds the rows' tokens of the sequences it knows, and what it draws, itself.
     """
 
     sequence_ids: tuple[int, ...]
@@ -41,6 +53,7 @@ class Batch:
     query_start: NDArray[np.int32]
     num_cached: NDArray[np.int32]
     page_table: NDArray[np.int32]
+    rope_theta: NDArray[np.float64]
     sampling: tuple[SamplingParams, ...]
     is_sampled: NDArray[np.bool_]
     is_chained: NDArray[np.bool_]
@@ -61,8 +74,24 @@ class Backend(Protocol):
     """Runs planned steps. Not thread-safe: one engine drives it."""
 
     @property
+    def name(self) -> str:
+        """What the user calls it."""
+
+    @property
     def max_steps_ahead(self) -> int:
         """Steps that may be outstanding between submit and collect (reference: 0)."""
+
+    def survey(
+        self, package: Package, request: CacheRequest, memory_limit_bytes: int | None
+    ) -> MemorySurvey:
+        """Look at the device and say what it has and what the package takes there.
+
+        Allocates nothing of size. ``memory_limit_bytes`` stands for a smaller device.
+
+        Raises:
+            DeviceError: there is no such device, or it cannot run the package.
+            PackageError: the package lacks what the request needs.
+        """
 
     def load(self, package: Package, plan: MemoryPlan) -> None:
         """Put weights in place and allocate the KV pages of the plan."""
@@ -71,13 +100,19 @@ class Backend(Protocol):
         """Enqueue one step and return at once."""
 
     def collect(self) -> list[tuple[int, int]]:
-        """Return (sequence_id, token_id) of the oldest finished step, in the batch's order."""
+        """Return (sequence_id, token_id) of the oldest outstanding step, once it is finished.
+
+        One pair for every row with ``is_sampled``, in the batch's order.
+        """
 
     def logits(self, batch: Batch) -> NDArray[np.float32]:
-        """Run one step and return ``[num_tokens, vocab_size]``; samples nothing."""
+        """Run one step and return ``[num_tokens, vocab_size]``; samples nothing.
+
+        Called with no step outstanding.
+        """
 
     def forget(self, sequence_id: int) -> None:
-        """Drop the sampling state of a finished sequence."""
+        """Drop the sampling state of a sequence none of whose steps is outstanding."""
 
     def release(self, pages: list[int]) -> None:
         """Hear that pages went back to the pool; their content may be overwritten."""

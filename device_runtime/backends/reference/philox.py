@@ -72,7 +72,9 @@ def uniform(seed: int, position: int, indices: NDArray[np.int64]) -> NDArray[np.
     chosen = words[indices % WORDS_PER_COUNTER, np.cumsum(is_first) - 1]
     half = np.float32(0.5)
     scale = np.float32(2.0**-UNIFORM_BITS)
-    return ((chosen >> (32 - UNIFORM_BITS)).astype(np.float32) + half) * scale
+    bits = (chosen >> (32 - UNIFORM_BITS)).astype(np.float32)
+    drawn: NDArray[np.float32] = (bits + half) * scale
+    return drawn
 
 
 def gumbel(seed: int, position: int, indices: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -80,4 +82,5 @@ def gumbel(seed: int, position: int, indices: NDArray[np.int64]) -> NDArray[np.f
 
     Args and shapes as `uniform`. Values lie between -2.82 and 16.64.
     """
-    return -np.log(-np.log(uniform(seed, position, indices)))
+    noise: NDArray[np.float32] = -np.log(-np.log(uniform(seed, position, indices)))
+    return noise

@@ -60,7 +60,7 @@ def penalize(
 
     The rule is CTRL's (Keskar et al. 2019, section 4.1) as transformers and TurboMind apply it.
     """
-    penalized = logits.copy()
+    penalized: NDArray[np.float32] = logits.copy()
     indices = np.flatnonzero(seen)
     values = logits[indices]
     factor = np.float32(penalty)
