@@ -1,0 +1,1 @@
+"""The decoder in torch that every family shares, streamed layer by layer."""

@@ -1,0 +1,133 @@
+"""Runs a checkpoint layer by layer over many windows: one layer's weights in memory at a time."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from device_runtime.errors import DeviceError
+from host_tools.checkpoint import Checkpoint
+from host_tools.decoder.layer import SILENT, DecoderLayer, Observer, rms_norm
+from host_tools.decoder.rotary import Rotary
+
+BATCH_TOKENS = 4096
+"""Tokens that go through a layer at once: enough for full speed, small beside the weights."""
+
+SPILL_BYTES = 256 << 20
+"""Activations above this live in a file, where the kernel can take their memory back."""
+
+HEAD_ROWS = 8192
+"""Rows of the output projection that are widened to fp32 at once."""
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device that ``auto``, ``cpu`` or ``cuda`` means here.
+
+    Raises:
+        DeviceError: cuda was asked for and torch sees no GPU.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise DeviceError("torch sees no GPU here, use --device cpu or auto")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+class Activations:
+    """The residual stream of all windows between two layers.
+
+    Attributes:
+        states: ``[num_samples, seqlen, hidden_size]`` fp32, in memory or mapped from a file that
+            has no name any more and so vanishes with the process.
+    """
+
+    def __init__(self, states: torch.Tensor) -> None:
+        self.states = states
+
+    @classmethod
+    def allocate(cls, shape: tuple[int, int, int], folder: Path | None = None) -> Activations:
+        """Make room for ``[num_samples, seqlen, hidden_size]``.
+
+        Args:
+            shape: of the states.
+            folder: where a large one is spilled; the system's folder for temporary files if None.
+        """
+        if 4 * int(np.prod(shape)) <= SPILL_BYTES:
+            return cls(torch.empty(shape, dtype=torch.float32))
+        with tempfile.TemporaryFile(dir=folder) as stream:
+            spilled = np.memmap(stream, dtype=np.float32, mode="w+", shape=shape)
+        return cls(torch.from_numpy(spilled))
+
+    @classmethod
+    def embed(
+        cls, checkpoint: Checkpoint, token_ids: torch.Tensor, folder: Path | None = None
+    ) -> Activations:
+        """Return the embeddings of ``token_ids`` ``[num_samples, seqlen]``; rows alone are read."""
+        num_samples, seqlen = token_ids.shape
+        shape = (num_samples, seqlen, checkpoint.model.hidden_size)
+        activations = cls.allocate(shape, folder)
+        table = checkpoint.embedding()
+        for sample in range(num_samples):
+            activations.states[sample] = functional.embedding(token_ids[sample].long(), table)
+        return activations
+
+    def batches(self) -> Iterator[slice]:
+        """Return runs of samples of at most :data:`BATCH_TOKENS` tokens, or single samples."""
+        num_samples, seqlen = self.states.shape[:2]
+        step = max(1, BATCH_TOKENS // seqlen)
+        return (slice(start, start + step) for start in range(0, num_samples, step))
+
+
+class LayerRunner:
+    """Moves activations through layers on one device.
+
+    Attributes:
+        checkpoint: where the weights come from.
+        device: where they are computed with.
+        rotary: angles of the windows' positions.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, seqlen: int, device: torch.device) -> None:
+        self.checkpoint = checkpoint
+        self.device = device
+        self.rotary = Rotary.of(checkpoint.model, seqlen, device)
+
+    def layer(self, index: int) -> DecoderLayer:
+        """Return one layer of the checkpoint, ready to run."""
+        return DecoderLayer.ready(self.checkpoint.layer(index), self.checkpoint.model, self.device)
+
+    @torch.inference_mode()
+    def advance(
+        self, layer: DecoderLayer, activations: Activations, observer: Observer = SILENT
+    ) -> None:
+        """Replace the activations by what the layer makes of them."""
+        for batch in activations.batches():
+            hidden = activations.states[batch].to(self.device)
+            activations.states[batch] = layer.forward(hidden, self.rotary, observer).to("cpu")
+
+
+@torch.inference_mode()
+def head_logits(checkpoint: Checkpoint, hidden: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return the logits of last-layer states.
+
+    Args:
+        checkpoint: gives final norm and head; the head is widened to fp32 piece by piece.
+        hidden: ``[tokens, hidden_size]`` fp32.
+        device: where to compute; the result stays there.
+
+    Returns:
+        ``[tokens, vocab_size]`` fp32.
+    """
+    weight = checkpoint.final_norm().to(device=device, dtype=torch.float32)
+    normed = rms_norm(hidden.to(device), weight, checkpoint.model.rms_norm_eps)
+    head = checkpoint.head()
+    logits = torch.empty(len(normed), len(head), dtype=torch.float32, device=device)
+    for start in range(0, len(head), HEAD_ROWS):
+        rows = head[start : start + HEAD_ROWS].to(device=device, dtype=torch.float32)
+        torch.mm(normed, rows.T, out=logits[:, start : start + len(rows)])
+    return logits
