@@ -16,23 +16,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from device_runtime.errors import PackageError
+from device_runtime.package_format.durable import write_atomically
 
 SETTLE_S = 2.0
 """A file changed less than this before it was hashed is hashed again next time (FAT counts 2 s)."""
 
 CHUNK_BYTES = 1 << 22
 MAX_THREADS = 4
-
-
-def write_text_atomically(path: Path, text: str) -> None:
-    """Put ``text`` at ``path`` whole or not at all, through a sibling and a rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sibling = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with sibling.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    sibling.replace(path)
 
 
 def file_sha256(path: Path) -> str:
@@ -101,7 +91,9 @@ class ContentHasher:
             for index, digest in zip(missing, fresh, strict=True):
                 digests[index] = digest
                 self._remember(targets[index], stamps[index], digest, started_ns)
-            write_text_atomically(self._memory, json.dumps(self._known, indent=0, sort_keys=True))
+            text = json.dumps(self._known, indent=0, sort_keys=True)
+            self._memory.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(self._memory, text.encode())
         return [str(digest) for digest in digests]
 
     def hash_tree(self, root: Path) -> str:

@@ -12,7 +12,8 @@ from functools import cached_property
 from pathlib import Path
 
 from device_runtime.errors import UsageError
-from host_tools.content_hash import ContentHasher, content_files, write_text_atomically
+from device_runtime.package_format.durable import write_atomically
+from host_tools.content_hash import ContentHasher, content_files
 
 RECORD_DIR = ".turbojet"
 """Folder inside a stage's own folder that holds its record; no part of any result."""
@@ -92,7 +93,8 @@ class Stage:
                 for path, content in zip(paths, hashes, strict=True)
             },
         }
-        write_text_atomically(self.record_path, json.dumps(facts, indent=2, sort_keys=True))
+        self.record_path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.record_path, json.dumps(facts, indent=2, sort_keys=True).encode())
 
     def forget(self) -> None:
         """Drop the record before outputs are replaced, so that a kill leaves no false claim."""

@@ -1,0 +1,229 @@
+"""Converts a checkpoint, float or AWQ, into a TurboMind workspace that opens as a package."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from device_runtime.errors import PackageError, UsageError
+from device_runtime.package_format import durable, names
+from device_runtime.package_format.config_ini import TurboMindConfig
+from device_runtime.package_format.manifest import (
+    Manifest,
+    Quantization,
+    SamplingDefaults,
+    TemplateChoice,
+    TokenizerFacts,
+    write_manifest,
+)
+from device_runtime.package_format.model_config import ModelConfig
+from device_runtime.package_format.package import open_package
+from device_runtime.package_format.workspace import WorkspaceWriter
+from host_tools.checkpoint import Checkpoint
+from host_tools.origin import read_origin, tool_versions
+from host_tools.package_options import ConfigValues, ConvertOptions
+from host_tools.progress import Progress
+from host_tools.stage import RECORD_DIR, Stage
+from host_tools.tokenizer_folder import SourceTokenizer
+from host_tools.turbomind_tensors import global_tensors, layer_tensors
+
+STAGE_VERSION = 1
+BITS_OF_WEIGHT_TYPE = {"int4": 4, "fp16": 16, "bf16": 16}
+
+
+def convert(
+    checkpoint_dir: Path, output: Path, options: ConvertOptions, progress: Progress
+) -> Path:
+    """Write the workspace of a checkpoint; finished work is recognised and kept.
+
+    Args:
+        checkpoint_dir: a Hugging Face folder, float or AWQ.
+        output: the workspace; one that is there is replaced whole when the new one is complete.
+        options: name, ranks and values of config.ini.
+        progress: hears of every layer.
+
+    Returns:
+        ``output``.
+
+    Raises:
+        UsageError: ``output`` holds something else, or the group size is not the checkpoint's.
+        PackageError: the checkpoint is damaged or cannot be laid out so.
+    """
+    stage = convert_stage(checkpoint_dir, output, options)
+    if is_converted(stage):
+        progress.note(f"convert: {output} is up to date")
+        return output
+    _check_replaceable(output)
+    checkpoint = Checkpoint.open(checkpoint_dir)
+    model = target_model(checkpoint, options)
+    part = output.with_name(f".{output.name}{durable.PART_SUFFIX}")
+    shutil.rmtree(part, ignore_errors=True)
+    _write_workspace(checkpoint, model, part, options, progress)
+    _replace_folder(part, output)
+    weights = output / names.WEIGHTS_DIR
+    # config.ini may be edited by hand and kv-qparams changes the manifest: neither is watched.
+    tensors = [path for path in weights.iterdir() if path.name != names.CONFIG_INI]
+    stage.record([*tensors, output / names.TOKENIZER_DIR])
+    return output
+
+
+def convert_stage(checkpoint_dir: Path, output: Path, options: ConvertOptions) -> Stage:
+    """Return the record of converting this checkpoint so."""
+    origin = read_origin(checkpoint_dir, is_quantized=False)
+    return Stage(
+        "convert",
+        output,
+        (checkpoint_dir,),
+        {
+            "model_name": options.model_name,
+            "tp": options.tp,
+            "group_size": options.group_size,
+            "origin": repr(origin),
+            **asdict(options.config),
+        },
+        STAGE_VERSION,
+    )
+
+
+def is_converted(stage: Stage) -> bool:
+    """Tell whether the workspace is finished and opens."""
+    if not stage.is_finished():
+        return False
+    try:
+        open_package(stage.folder)
+    except PackageError:
+        return False
+    return True
+
+
+def target_model(checkpoint: Checkpoint, options: ConvertOptions) -> ModelConfig:
+    """Return the model as the workspace will hold it.
+
+    bf16 checkpoints stay bf16, everything else becomes fp16 or stays int4 (spec section 1.2).
+
+    Raises:
+        UsageError: the group size asked for is not the checkpoint's.
+        PackageError: the sizes do not split over the ranks.
+    """
+    model = checkpoint.model
+    if options.group_size not in (0, model.group_size):
+        found = f"group size {model.group_size}" if model.group_size else "float weights"
+        raise UsageError(
+            f"group-size is {options.group_size}, {checkpoint.path} has {found}; "
+            "leave the option out or quantize again"
+        )
+    stated = checkpoint.config.get("torch_dtype", checkpoint.config.get("dtype"))
+    if model.weight_type == "fp16" and stated == "bfloat16":
+        model = replace(model, weight_type="bf16")
+    return replace(model, tensor_para_size=options.tp)
+
+
+def _write_workspace(
+    checkpoint: Checkpoint,
+    model: ModelConfig,
+    root: Path,
+    options: ConvertOptions,
+    progress: Progress,
+) -> None:
+    source = SourceTokenizer.open(checkpoint.path, model.vocab_size)
+    manifest, config = describe(checkpoint, model, source, options)
+    writer = WorkspaceWriter(root, model)
+    with progress.task("convert", total=model.num_hidden_layers + 1, unit="layers") as task:
+        for name, array in global_tensors(checkpoint, model):
+            writer.write(name, array)
+        task.advance()
+        for layer in range(model.num_hidden_layers):
+            for name, array in layer_tensors(checkpoint.layer(layer), model, layer):
+                writer.write(name, array)
+            task.advance()
+    for path in source.copy_to(root / names.TOKENIZER_DIR):
+        durable.sync_file(path)
+    writer.write_config(config)
+    writer.finish()
+    write_manifest(root, manifest)
+    open_package(root)
+
+
+def describe(
+    checkpoint: Checkpoint, model: ModelConfig, source: SourceTokenizer, options: ConvertOptions
+) -> tuple[Manifest, TurboMindConfig]:
+    """Return manifest and config.ini of a workspace.
+
+    Raises:
+        PackageError: the checkpoint names no token that ends an answer.
+    """
+    eos_ids = source.eos_ids
+    if not eos_ids:
+        raise PackageError(
+            f"{checkpoint.path} names no eos token in {names.TOKENIZER_CONFIG}, "
+            f"{names.GENERATION_CONFIG} or config.json, add eos_token_id to config.json"
+        )
+    template = choose_template(options.model_name, source)
+    origin = read_origin(checkpoint.path, is_quantized=checkpoint.is_quantized)
+    manifest = Manifest(
+        name=options.model_name,
+        model=model,
+        quantization=Quantization(
+            method=origin.method,
+            w_bits=BITS_OF_WEIGHT_TYPE[model.weight_type],
+            group_size=model.group_size,
+        ),
+        template=template,
+        tokenizer=TokenizerFacts(
+            bos_id=source.bos_id,
+            add_bos=source.adds_bos,
+            eos_ids=eos_ids,
+        ),
+        provenance=replace(origin.provenance, tools=tool_versions()),
+        sampling=source.sampling_defaults(SamplingDefaults()),
+    )
+    config = TurboMindConfig.from_model(
+        model,
+        model_name=options.model_name,
+        start_id=source.bos_id or 0,
+        end_id=eos_ids[0],
+        session_len=model.max_position_embeddings + 8,
+    )
+    return manifest, apply_values(config, options.config)
+
+
+def choose_template(model_name: str, source: SourceTokenizer) -> TemplateChoice:
+    """Return the model's own chat template, else the built-in one."""
+    text = source.config.get("chat_template")
+    if isinstance(text, str):
+        return TemplateChoice("jinja", names.TOKENIZER_CONFIG, text)
+    return TemplateChoice("builtin", "base")
+
+
+def apply_values(config: TurboMindConfig, values: ConfigValues) -> TurboMindConfig:
+    """Return the config with every value that was given."""
+    given = {key: value for key, value in asdict(values).items() if value is not None}
+    return replace(config, **given)
+
+
+def _check_replaceable(output: Path) -> None:
+    """Refuse to replace a folder that no ``convert`` wrote.
+
+    Raises:
+        UsageError: there is a file, or a folder with something else in it.
+    """
+    if not os.path.lexists(output):
+        return
+    known = {names.MANIFEST, names.TRITON_MODELS, names.KERNELS_DIR, RECORD_DIR}
+    if not output.is_dir() or {path.name for path in output.iterdir()} - known:
+        raise UsageError(
+            f"{output} exists and is not a workspace of ours, name another output or remove it"
+        )
+
+
+def _replace_folder(part: Path, output: Path) -> None:
+    """Put the finished folder in place of the old one; a kill leaves one of them whole."""
+    old = output.with_name(f".{output.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if output.is_dir():
+        output.rename(old)
+    part.rename(output)
+    durable.sync_folder(output.parent)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,126 @@
+"""What the stages that make a package can be told: convert, kv-qparams, pack and build."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from device_runtime.errors import PackageError, UsageError
+from device_runtime.package_format.names import check_package_name
+from host_tools.options import GROUP_SIZES, check_at_least_one
+
+ALL_TARGETS = "all"
+
+
+@dataclass(frozen=True)
+class ConfigValues:
+    """What LMDeploy's tutorials edit by hand in config.ini (spec section 3).
+
+    None leaves the choice: ``convert`` then writes v0.2.3's value, ``build`` plans one for the
+    target boards.
+
+    Attributes:
+        quant_policy: KV cache format: 0 fp16, 4 int8 with the package's scales, 8 int8 online.
+        cache_max_entry_count: share of the memory that is free after loading, or a number of pages
+            when 1 or more.
+        cache_block_seq_len: tokens of one KV page.
+        cache_chunk_size: pages per allocation; -1 all at once.
+        session_len: most tokens of one conversation.
+        max_batch_size: sequences decoded together.
+    """
+
+    quant_policy: int | None = None
+    cache_max_entry_count: float | None = None
+    cache_block_seq_len: int | None = None
+    cache_chunk_size: int | None = None
+    session_len: int | None = None
+    max_batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be.
+
+        Raises:
+            UsageError: a value is outside its range.
+        """
+        if self.quant_policy not in (None, 0, 4, 8):
+            raise UsageError(
+                f"quant-policy is {self.quant_policy}, choose 0 (fp16), 4 (static int8) or "
+                "8 (online int8)"
+            )
+        if self.cache_max_entry_count is not None and not self.cache_max_entry_count > 0:
+            raise UsageError(
+                f"cache-max-entry-count is {self.cache_max_entry_count:g}, expected a share of the "
+                "free memory below 1 or a number of pages"
+            )
+        if self.cache_block_seq_len is not None and (
+            self.cache_block_seq_len < 64 or self.cache_block_seq_len % 64
+        ):
+            raise UsageError(
+                f"cache-block-seq-len is {self.cache_block_seq_len}, expected a multiple of 64"
+            )
+        if self.cache_chunk_size is not None and self.cache_chunk_size < -1:
+            raise UsageError(
+                f"cache-chunk-size is {self.cache_chunk_size}, expected -1 (all at once), 0 or more"
+            )
+        if self.session_len is not None:
+            check_at_least_one("session-len", self.session_len)
+        if self.max_batch_size is not None:
+            check_at_least_one("max-batch-size", self.max_batch_size)
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """How a checkpoint becomes a workspace.
+
+    Attributes:
+        model_name: the package's name; where it is a name of LMDeploy's templates, also that.
+        tp: ranks the files are split for, a power of two.
+        group_size: what a 4-bit checkpoint must have; 0 takes what it says.
+        config: values of config.ini.
+    """
+
+    model_name: str
+    tp: int = 1
+    group_size: int = 0
+    config: ConfigValues = ConfigValues()
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be.
+
+        Raises:
+            UsageError: no name for a folder, tp no power of two, or an unknown group size.
+        """
+        try:
+            check_package_name(self.model_name)
+        except PackageError as error:
+            raise UsageError(f"model-name: {error}") from error
+        check_at_least_one("tp", self.tp)
+        if self.tp & (self.tp - 1):
+            raise UsageError(f"tp is {self.tp}, expected a power of two")
+        if self.group_size not in (0, *GROUP_SIZES):
+            raise UsageError(f"group-size is {self.group_size}, choose 128, 64 or 32")
+
+
+@dataclass(frozen=True)
+class KvQparamsOptions:
+    """How KV statistics become the parameters of the static int8 cache (spec section 4.2).
+
+    Attributes:
+        kv_bits: bits of a stored code.
+        is_symmetric: zero points 0.
+        tp: ranks of the workspace; 0 takes what its config.ini says.
+    """
+
+    kv_bits: int = 8
+    is_symmetric: bool = False
+    tp: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be.
+
+        Raises:
+            UsageError: another number of bits, or a negative tp.
+        """
+        if self.kv_bits != 8:
+            raise UsageError(f"kv-bits is {self.kv_bits}, the static KV cache stores 8 only")
+        if self.tp < 0:
+            raise UsageError(f"tp is {self.tp}, expected at least 1")

@@ -1,0 +1,160 @@
+"""What a package says about its tokenizer: files, special ids, and how answers are drawn."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from device_runtime.errors import PackageError
+from device_runtime.package_format import names
+from device_runtime.package_format.manifest import SamplingDefaults
+from host_tools.checkpoint.config_reader import read_json
+from host_tools.checkpoint.reader import CONFIG_JSON
+
+TOKENIZER_FILES = (
+    names.TOKENIZER_JSON,
+    names.TOKENIZER_CONFIG,
+    names.GENERATION_CONFIG,
+    names.TOKENIZER_MODEL,
+    names.TOKENIZER_TIKTOKEN,
+)
+"""What is copied where it exists; the first must."""
+
+_SAMPLING_RANGES = {
+    "temperature": (0.0, 100.0),
+    "top_p": (0.0, 1.0),
+    "min_p": (0.0, 1.0),
+    "repetition_penalty": (0.0, 100.0),
+    "top_k": (0, 2**31 - 1),
+}
+
+
+@dataclass(frozen=True)
+class SourceTokenizer:
+    """The tokenizer of a checkpoint and the settings that lie beside it.
+
+    Attributes:
+        folder: the checkpoint.
+        tokenizer: its tokenizer.json.
+        config: tokenizer_config.json, empty when there is none.
+        generation: generation_config.json, empty when there is none.
+        model_config: config.json.
+    """
+
+    folder: Path
+    tokenizer: Tokenizer
+    config: Mapping[str, object]
+    generation: Mapping[str, object]
+    model_config: Mapping[str, object]
+
+    @classmethod
+    def open(cls, folder: Path, vocab_size: int) -> SourceTokenizer:
+        """Read tokenizer and settings.
+
+        Args:
+            folder: the checkpoint.
+            vocab_size: rows of its embedding, above every token id.
+
+        Raises:
+            PackageError: tokenizer.json is missing or damaged, or has an id without embedding.
+        """
+        path = folder / names.TOKENIZER_JSON
+        if not path.is_file():
+            raise PackageError(
+                f"{folder} has no {names.TOKENIZER_JSON}, save the checkpoint with a fast "
+                "tokenizer (AutoTokenizer.save_pretrained) and convert again"
+            )
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises nothing narrower
+            raise PackageError(f"{path} is no tokenizer ({_first_line(error)})") from error
+        largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+        if not 0 <= largest < vocab_size:
+            raise PackageError(
+                f"{path} has the token id {largest}, the embedding has {vocab_size} rows; "
+                "tokenizer and checkpoint do not belong together"
+            )
+
+        def settings(name: str) -> Mapping[str, object]:
+            return read_json(folder / name) if (folder / name).is_file() else {}
+
+        return cls(
+            folder=folder,
+            tokenizer=tokenizer,
+            config=settings(names.TOKENIZER_CONFIG),
+            generation=settings(names.GENERATION_CONFIG),
+            model_config=settings(CONFIG_JSON),
+        )
+
+    @property
+    def bos_id(self) -> int | None:
+        """The id that starts a text, None when the model has none."""
+        found = self._ids("bos")
+        return found[0] if found else None
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Ids that end an answer; the tokenizer's own comes first."""
+        return self._ids("eos")
+
+    @property
+    def adds_bos(self) -> bool:
+        """Whether the tokenizer itself starts every text with bos."""
+        ids = self.tokenizer.encode("a", add_special_tokens=True).ids
+        if bool(ids) and ids[0] == self.bos_id:
+            return True
+        return self.bos_id is not None and self.config.get("add_bos_token") is True
+
+    def copy_to(self, folder: Path) -> list[Path]:
+        """Copy the tokenizer's files and return their new paths."""
+        folder.mkdir(parents=True, exist_ok=True)
+        found = [name for name in TOKENIZER_FILES if (self.folder / name).is_file()]
+        return [Path(shutil.copyfile(self.folder / name, folder / name)) for name in found]
+
+    def sampling_defaults(self, base: SamplingDefaults) -> SamplingDefaults:
+        """Return ``base`` with what generation_config.json asks for.
+
+        Raises:
+            PackageError: a value there is outside its range.
+        """
+        given: dict[str, float] = {}
+        for name, (least, most) in _SAMPLING_RANGES.items():
+            value = self.generation.get(name)
+            if value is None:
+                continue
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not is_number or not least <= float(str(value)) <= most:
+                raise PackageError(
+                    f"{names.GENERATION_CONFIG} in {self.folder} says {name} {str(value)[:40]}, "
+                    f"expected {least} to {most}"
+                )
+            given[name] = int(float(str(value))) if name == "top_k" else float(str(value))
+        return replace(base, **given)  # type: ignore[arg-type]
+
+    def _ids(self, kind: str) -> tuple[int, ...]:
+        """Return the ids of bos or eos from all places that name one, each once."""
+        found: list[int] = []
+        token = self.config.get(f"{kind}_token")
+        text = token.get("content") if isinstance(token, dict) else token
+        if isinstance(text, str):
+            token_id = self.tokenizer.token_to_id(text)
+            if token_id is not None:
+                found.append(token_id)
+        for source in (self.generation, self.model_config):
+            found.extend(_integers(source.get(f"{kind}_token_id")))
+        known = self.tokenizer.get_vocab_size(with_added_tokens=True)
+        largest = max(self.tokenizer.get_vocab(with_added_tokens=True).values(), default=known)
+        return tuple(dict.fromkeys(token_id for token_id in found if 0 <= token_id <= largest))
+
+
+def _integers(value: object) -> Iterable[int]:
+    values = value if isinstance(value, list) else [value]
+    return [item for item in values if isinstance(item, int) and not isinstance(item, bool)]
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
