@@ -1,0 +1,1 @@
+"""What a user does with an installed model: install, look, chat."""
