@@ -42,4 +42,5 @@ def _swap(columns: NDArray[Scalar], head_dim: int, old_shape: tuple[int, int]) -
     if head_dim < 2 or head_dim % 2 or num_columns % head_dim:
         raise ValueError(f"{num_columns} columns are not whole heads of even head_dim {head_dim}")
     heads: NDArray[Any] = columns.reshape(*columns.shape[:-1], num_columns // head_dim, *old_shape)
-    return np.ascontiguousarray(heads.swapaxes(-1, -2)).reshape(columns.shape)
+    swapped: NDArray[Scalar] = heads.swapaxes(-1, -2).copy().reshape(columns.shape)
+    return swapped

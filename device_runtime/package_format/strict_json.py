@@ -66,7 +66,7 @@ def parse_object(text: bytes, what: str, max_bytes: int) -> dict[str, object]:
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
         raise PackageError(f"{what} is not JSON: {str(error)[:120]}") from error
     if not isinstance(value, dict):
-        raise PackageError(f"{what} is a {_kind(value)}, expected an object")
+        raise PackageError(f"{what} is {_kind(value)}, expected an object")
     return value
 
 
@@ -84,7 +84,7 @@ def decode(record: type[Record], value: object, what: str) -> Record:
             itself refuses it.
     """
     if not isinstance(value, Mapping):
-        raise PackageError(f"{what} is a {_kind(value)}, expected an object")
+        raise PackageError(f"{what} is {_kind(value)}, expected an object")
     hints = get_type_hints(record)
     for key in value:
         if key not in hints:
@@ -108,12 +108,12 @@ def _decode(hint: Any, value: object, what: str) -> Any:
     if origin is Literal:
         choices = get_args(hint)
         if not isinstance(value, str) or value not in choices:
-            shown = ascii(value[:60]) if isinstance(value, str) else f"a {_kind(value)}"
+            shown = ascii(value[:60]) if isinstance(value, str) else _kind(value)
             raise PackageError(f"{what} is {shown}, expected one of {', '.join(choices)}")
         return value
     if origin is tuple:
         if not isinstance(value, list):
-            raise PackageError(f"{what} is a {_kind(value)}, expected an array")
+            raise PackageError(f"{what} is {_kind(value)}, expected a list")
         item = get_args(hint)[0]
         return tuple(_decode(item, entry, f"{what}[{i}]") for i, entry in enumerate(value))
     if origin in (types.UnionType, Union):
@@ -127,7 +127,7 @@ def _scalar(hint: type, value: object, what: str) -> object:
     if hint is float and type(value) is int:
         return float(value)
     if type(value) is not hint:
-        raise PackageError(f"{what} is a {_kind(value)}, expected a {_NAMES[hint]}")
+        raise PackageError(f"{what} is {_kind(value)}, expected {_NAMES[hint]}")
     if isinstance(value, str):
         try:
             value.encode("utf-8")
@@ -137,12 +137,12 @@ def _scalar(hint: type, value: object, what: str) -> object:
 
 
 _NAMES: dict[type, str] = {
-    bool: "boolean",
-    int: "whole number",
-    float: "number",
-    str: "string",
-    list: "list",
-    dict: "object",
+    bool: "a boolean",
+    int: "a whole number",
+    float: "a number",
+    str: "a string",
+    list: "a list",
+    dict: "an object",
     type(None): "null",
 }
 
