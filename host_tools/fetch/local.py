@@ -1,0 +1,90 @@
+"""A quick look at a folder: is it a checkpoint at all? The reader checks every tensor later."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from device_runtime.errors import PackageError
+from device_runtime.package_format import names
+from host_tools.checkpoint_names import (
+    CONFIG_JSON,
+    GGUF,
+    INDEX_SUFFIX,
+    PICKLED,
+    SAFETENSORS,
+)
+
+MAX_CONFIG_BYTES = 4 << 20
+MAX_INDEX_BYTES = 32 << 20
+
+TOKENIZER_FILES = (
+    names.TOKENIZER_JSON,
+    names.TOKENIZER_MODEL,
+    names.TOKENIZER_TIKTOKEN,
+    "vocab.json",
+)
+
+
+def check_checkpoint(folder: Path) -> None:
+    """Check that a folder has a config, weights, every shard of its index, and a tokenizer.
+
+    Raises:
+        PackageError: one of them is missing or unreadable.
+    """
+    config = _read_object(folder / CONFIG_JSON, MAX_CONFIG_BYTES)
+    if "architectures" not in config and "model_type" not in config:
+        raise PackageError(
+            f"{CONFIG_JSON} in {folder} names no architecture, expected a language model"
+        )
+    weights = [path for path in sorted(folder.iterdir()) if path.suffix in (SAFETENSORS, PICKLED)]
+    if not weights:
+        gguf = sorted(path.name for path in folder.glob(f"*{GGUF}"))
+        hint = f", pass the file {gguf[0]} instead" if gguf else ""
+        raise PackageError(f"{folder} has no {SAFETENSORS} or {PICKLED} weights{hint}")
+    missing = sorted({name for name in _indexed_files(folder) if not (folder / name).is_file()})
+    if missing:
+        raise PackageError(
+            f"{folder} lacks {len(missing)} weight files that its index names, such as "
+            f"{missing[0]!r}, fetch it again"
+        )
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise PackageError(
+            f"{folder} has no tokenizer, expected one of {', '.join(TOKENIZER_FILES)}"
+        )
+
+
+def _indexed_files(folder: Path) -> Iterator[str]:
+    """Yield the file of every tensor in every index whose kind of weights is there."""
+    for index in sorted(folder.glob(f"*{INDEX_SUFFIX}")):
+        suffix = Path(index.name.removesuffix(INDEX_SUFFIX)).suffix
+        if suffix == PICKLED and any(folder.glob(f"*{SAFETENSORS}")):
+            continue
+        weight_map = _read_object(index, MAX_INDEX_BYTES).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise PackageError(f"{index.name} in {folder} has no weight_map, fetch it again")
+        for name in weight_map.values():
+            if not isinstance(name, str) or Path(name).name != name:
+                raise PackageError(
+                    f"{index.name} in {folder} names the file {str(name)[:80]!r}, expected one "
+                    "beside it"
+                )
+            yield name
+
+
+def _read_object(path: Path, max_bytes: int) -> dict[str, object]:
+    try:
+        size = path.stat().st_size
+        if size > max_bytes:
+            raise PackageError(f"{path} has {size} bytes, expected at most {max_bytes}")
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise PackageError(
+            f"{path.parent} has no readable {path.name}, expected the folder of a checkpoint"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise PackageError(f"{path} is no JSON, fetch it again") from error
+    if not isinstance(loaded, dict):
+        raise PackageError(f"{path} holds no JSON object, fetch it again")
+    return loaded
