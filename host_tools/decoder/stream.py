@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from device_runtime.errors import DeviceError
 from host_tools.checkpoint import Checkpoint
+from host_tools.decoder.free_memory import return_free_memory
 from host_tools.decoder.layer import SILENT, DecoderLayer, Observer, rms_norm
 from host_tools.decoder.rotary import Rotary
 
@@ -109,6 +110,7 @@ class LayerRunner:
         for batch in activations.batches():
             hidden = activations.states[batch].to(self.device)
             activations.states[batch] = layer.forward(hidden, self.rotary, observer).to("cpu")
+        return_free_memory()
 
 
 @torch.inference_mode()

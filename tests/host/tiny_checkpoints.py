@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from device_runtime.package_format import int4
 
@@ -119,6 +120,21 @@ def quantize_tensors(tensors: dict, group_size: int, *, scales_dtype=torch.float
 
 def awq_words(codes: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(int4.pack_awq(codes.astype(np.uint8)))
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Write a tokenizer whose words w0 to w127 are the ids 0 to 127."""
+    vocab = {f"w{token_id}": token_id for token_id in range(128)}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def write_text(path: Path, num_words: int = 400, seed: int = 5) -> Path:
+    """Write random words of that tokenizer."""
+    words = np.random.default_rng(seed).integers(0, 128, num_words)
+    path.write_text(" ".join(f"w{word}" for word in words))
+    return path
 
 
 def read_tensors(folder: Path) -> dict:

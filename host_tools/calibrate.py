@@ -1,0 +1,212 @@
+"""Runs a checkpoint over a calibration set and writes down what its activations look like."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from device_runtime.errors import PackageError, UsageError
+from device_runtime.package_format.durable import write_atomically
+from host_tools.checkpoint import Checkpoint
+from host_tools.decoder.layer import rms_norm
+from host_tools.decoder.snapshots import Snapshots
+from host_tools.decoder.stream import Activations, LayerRunner, choose_device
+from host_tools.options import CalibrateOptions
+from host_tools.progress import Progress
+from host_tools.stage import RECORD_DIR, Stage, exclusive
+from host_tools.statistics import (
+    ChannelStatistics,
+    LayerStatistics,
+    Statistics,
+    final_norm_statistics,
+    merge,
+    save_whole,
+    write_statistics,
+)
+from host_tools.tokenizer_folder import SourceTokenizer
+
+CALIBRATION_TOKENS = "calibration_tokens.safetensors"
+TOKEN_IDS = "token_ids"
+_FACTS = "calibration"
+VERSION = 1
+"""Counted up when the same inputs start to give other statistics."""
+
+SNAPSHOT_INTERVAL_S = 60.0
+"""Work that a kill may cost."""
+
+_PARTS_FILE = "statistics.pt"
+
+
+def calibrate(
+    checkpoint_dir: Path, work_dir: Path, options: CalibrateOptions, progress: Progress
+) -> Path:
+    """Write the statistics of spec section 4.1 and the calibration's token ids.
+
+    One decoder layer, the embedding's rows in use and the activations are in memory; large
+    activations are spilled into ``work_dir``. A killed run goes on where its last snapshot was.
+
+    Args:
+        checkpoint_dir: a checkpoint in floating point.
+        work_dir: is made; gets the four statistics files and ``calibration_tokens.safetensors``.
+        options: calibration set, its size and the device.
+        progress: hears of every layer.
+
+    Returns:
+        ``work_dir``.
+
+    Raises:
+        PackageError: the checkpoint is damaged or already quantized.
+        UsageError: the calibration set is too short, or the windows exceed the model's context.
+        DeviceError: the device is not there.
+    """
+    stage = calibrate_stage(checkpoint_dir, work_dir, options)
+    with exclusive(work_dir):
+        if stage.is_finished():
+            progress.note(f"calibrate: {work_dir} is up to date")
+            return work_dir
+        stage.forget()
+        checkpoint = Checkpoint.open(checkpoint_dir)
+        if checkpoint.is_quantized:
+            raise PackageError(
+                f"{checkpoint_dir} is quantized already, calibrate its floating-point original"
+            )
+        token_ids = _draw_windows(checkpoint, options)
+        with _scratch(work_dir, stage) as scratch:
+            snapshots = Snapshots(scratch, SNAPSHOT_INTERVAL_S)
+            statistics = _run(checkpoint, token_ids, options, snapshots, progress)
+        outputs = write_statistics(statistics, work_dir)
+        outputs.append(_write_tokens(token_ids, options, work_dir))
+        stage.record(outputs)
+    return work_dir
+
+
+def calibrate_stage(checkpoint_dir: Path, work_dir: Path, options: CalibrateOptions) -> Stage:
+    """Return the record of a calibration: its inputs and what shapes its result."""
+    file = Path(options.dataset)
+    return Stage(
+        name="calibrate",
+        folder=work_dir,
+        inputs=(checkpoint_dir, file) if file.is_file() else (checkpoint_dir,),
+        settings={
+            "dataset": "" if file.is_file() else options.dataset,
+            "num_samples": options.num_samples,
+            "seqlen": options.seqlen,
+            "seed": options.seed,
+        },
+        version=VERSION,
+    )
+
+
+@dataclass(frozen=True)
+class CalibrationTokens:
+    """The windows that a model was calibrated on.
+
+    Attributes:
+        token_ids: ``[num_samples, seqlen]`` int32.
+        dataset: name of the calibration set, or of the file.
+        seed: with which the windows were drawn.
+    """
+
+    token_ids: torch.Tensor
+    dataset: str
+    seed: int
+
+
+def read_calibration_tokens(work_dir: Path) -> CalibrationTokens:
+    """Return the windows that ``calibrate`` left in ``work_dir``.
+
+    Raises:
+        PackageError: there are none, or they are damaged.
+    """
+    path = work_dir / CALIBRATION_TOKENS
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts = json.loads((file.metadata() or {})[_FACTS])
+            token_ids = file.get_tensor(TOKEN_IDS)
+        found = CalibrationTokens(token_ids, str(facts["dataset"]), int(facts["seed"]))
+    except (OSError, KeyError, ValueError, TypeError, SafetensorError) as error:
+        raise PackageError(f"{path} cannot be read, run calibrate first") from error
+    if token_ids.dtype != torch.int32 or token_ids.ndim != 2 or not token_ids.numel():
+        raise PackageError(f"{path} holds no [num_samples, seqlen] int32, run calibrate again")
+    return found
+
+
+def _run(
+    checkpoint: Checkpoint,
+    token_ids: torch.Tensor,
+    options: CalibrateOptions,
+    snapshots: Snapshots,
+    progress: Progress,
+) -> Statistics:
+    device = choose_device(options.device)
+    num_layers = checkpoint.model.num_hidden_layers
+    activations = Activations.embed(checkpoint, token_ids, snapshots.folder)
+    parts_path = snapshots.folder / _PARTS_FILE
+    start = snapshots.load([activations])
+    parts: list[Statistics] = torch.load(parts_path, weights_only=True)[:start] if start else []
+    runner = LayerRunner(checkpoint, token_ids.shape[1], device)
+    with progress.task(f"calibrate on {device.type}", num_layers, "layers") as task:
+        task.move_to(start)
+        for index in range(start, num_layers):
+            seen = LayerStatistics(checkpoint, index)
+            runner.advance(runner.layer(index), activations, seen)
+            parts.append(seen.statistics())
+            if snapshots.is_due():
+                # The parts first: a snapshot without them would be of no use.
+                save_whole(parts, parts_path)
+                snapshots.save(index + 1, [activations])
+            task.advance()
+    last = ChannelStatistics()
+    weight = checkpoint.final_norm().float()
+    for batch in activations.batches():
+        last.update(rms_norm(activations.states[batch], weight, checkpoint.model.rms_norm_eps))
+    return merge([*parts, final_norm_statistics(checkpoint, last)])
+
+
+def _draw_windows(checkpoint: Checkpoint, options: CalibrateOptions) -> torch.Tensor:
+    if options.seqlen > checkpoint.model.max_position_embeddings:
+        raise UsageError(
+            f"calib-seqlen is {options.seqlen}, the model's context has "
+            f"{checkpoint.model.max_position_embeddings} tokens"
+        )
+    tokenizer = SourceTokenizer.open(checkpoint.path, checkpoint.model.vocab_size).tokenizer
+    text = Path(options.dataset).read_text(encoding="utf-8")
+    ids = torch.tensor(tokenizer.encode(text, add_special_tokens=False).ids, dtype=torch.int32)
+    last = len(ids) - options.seqlen
+    if last < 0:
+        raise UsageError(
+            f"{options.dataset} has {len(ids)} tokens, a window needs {options.seqlen}"
+        )
+    draw = random.Random(options.seed)
+    starts = [draw.randint(0, last) for _ in range(options.num_samples)]
+    return torch.stack([ids[start : start + options.seqlen] for start in starts])
+
+
+@contextmanager
+def _scratch(work_dir: Path, stage: Stage) -> Iterator[Path]:
+    """Give a folder for snapshots of this very stage; it is removed when the stage is done."""
+    folder = work_dir / RECORD_DIR / f"{stage.name}-{stage.fingerprint[:16]}"
+    for other in folder.parent.glob(f"{stage.name}-*"):
+        if other != folder:
+            shutil.rmtree(other)
+    folder.mkdir(parents=True, exist_ok=True)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def _write_tokens(token_ids: torch.Tensor, options: CalibrateOptions, work_dir: Path) -> Path:
+    path = work_dir / CALIBRATION_TOKENS
+    facts = json.dumps({"dataset": Path(options.dataset).name, "seed": options.seed})
+    # The library writes several metadata keys in random order; one key keeps the bytes the same.
+    metadata = {_FACTS: facts}
+    write_atomically(path, save({TOKEN_IDS: token_ids.contiguous()}, metadata=metadata))
+    return path
