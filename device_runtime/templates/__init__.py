@@ -1,0 +1,1 @@
+"""Chat templates: messages in, text with marked markup out."""
