@@ -1,0 +1,112 @@
+// Every instruction that CUDA C++ has no name for, one function each; included by common.cuh only.
+#ifndef TURBOJET_PTX_CUH
+#define TURBOJET_PTX_CUH
+
+namespace {
+
+// cvt: PTX ISA "Data Movement and Conversion Instructions: cvt".
+__device__ __forceinline__ float to_float(fp16 value) {
+  float result;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(value.bits));
+  return result;
+}
+
+__device__ __forceinline__ fp16 to_fp16(float value) {
+  fp16 result;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result.bits) : "f"(value));
+  return result;
+}
+
+// The block's dynamic shared memory, 16-byte aligned.
+__device__ __forceinline__ char* dynamic_shared_bytes() {
+  extern __shared__ uint4 dynamic_shared_words[];
+  return reinterpret_cast<char*>(dynamic_shared_words);
+}
+
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// 16 bytes from global to shared memory, past L1: cp.async, PTX ISA "Data Movement: cp.async".
+__device__ __forceinline__ void copy16_async(void* shared, const void* global) {
+#if TURBOJET_PLAIN
+  *static_cast<uint4*>(shared) = *static_cast<const uint4*>(global);
+#else
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)),
+               "l"(global)
+               : "memory");
+#endif
+}
+
+__device__ __forceinline__ void commit_copies() {
+#if !TURBOJET_PLAIN
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Returns when at most kPending of this thread's newest copy groups are still in flight.
+template <int kPending>
+__device__ __forceinline__ void wait_copies() {
+#if !TURBOJET_PLAIN
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+#endif
+}
+
+// Programmatic dependent launch: PTX ISA "griddepcontrol". No-ops when not launched so.
+
+__device__ __forceinline__ void let_dependents_launch() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Before it a kernel may touch only what no kernel of the step writes: weights and tables.
+__device__ __forceinline__ void wait_for_inputs() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+#if !TURBOJET_PLAIN
+// d += a * b for u8 [16, 32] and s8 [32, 8]: PTX ISA "Matrix Fragments for mma.m16n8k32".
+__device__ __forceinline__ void mma_u8_s8(int (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2,
+                                          uint32_t a3, uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+#else
+// d + sum of four u8 * s8 products: PTX ISA "dp4a".
+__device__ __forceinline__ int dot4_u8_s8(uint32_t a, uint32_t b, int d) {
+  int result;
+  asm("dp4a.u32.s32 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(d));
+  return result;
+}
+#endif
+
+// A 16-byte load of data that is read once: past L1.
+__device__ __forceinline__ uint4 load_streaming(const uint4* pointer) {
+  uint4 value;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(pointer));
+  return value;
+}
+
+__device__ __forceinline__ uint64_t nanoseconds() {
+  uint64_t value;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(value));
+  return value;
+}
+
+__device__ __forceinline__ uint32_t multiprocessor_id() {
+  uint32_t value;
+  asm volatile("mov.u32 %0, %smid;" : "=r"(value));
+  return value;
+}
+
+}  // namespace
+
+#endif
