@@ -1,0 +1,398 @@
+"""The CUDA driver through ctypes: graphs and launch attributes, which pycuda lacks, and the rest.
+
+Every failing call becomes a DeviceError that names the call and CUDA's own word for the failure.
+Nothing here touches the default stream.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import POINTER, byref, c_char_p, c_float, c_int, c_size_t, c_uint, c_ulonglong, c_void_p
+from dataclasses import dataclass
+from types import TracebackType
+
+from device_runtime.errors import DeviceError, OutOfMemoryError
+
+_ERROR_OUT_OF_MEMORY = 2
+_STREAM_NON_BLOCKING = 1
+_CAPTURE_MODE_THREAD_LOCAL = 1
+_ATTRIBUTE_MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_LAUNCH_PROGRAMMATIC_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+
+DEVICE_ATTRIBUTES = {
+    "multiprocessor_count": 16,
+    "integrated": 18,
+    "clock_rate_khz": 13,
+    "l2_cache_bytes": 38,
+    "compute_capability_major": 75,
+    "compute_capability_minor": 76,
+    "max_shared_memory_per_multiprocessor": 81,
+    "max_shared_memory_per_block": 97,  # CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+}
+"""Names of the CUdevice_attribute values in use (cuda.h)."""
+
+
+class _LaunchAttribute(ctypes.Structure):
+    """CUlaunchAttribute: an id, padding to 8 bytes, a 64-byte value (cuda.h)."""
+
+    _fields_ = (("id", c_int), ("pad", c_int), ("value", c_int * 16))
+
+
+class _LaunchConfig(ctypes.Structure):
+    """CUlaunchConfig (cuda.h)."""
+
+    _fields_ = (
+        ("grid", c_uint * 3),
+        ("block", c_uint * 3),
+        ("shared_bytes", c_uint),
+        ("stream", c_void_p),
+        ("attributes", POINTER(_LaunchAttribute)),
+        ("num_attributes", c_uint),
+    )
+
+
+def _load() -> ctypes.CDLL:
+    for name in ("libcuda.so.1", "libcuda.so"):
+        try:
+            return ctypes.CDLL(name)
+        except OSError:
+            continue
+    raise DeviceError("no CUDA driver was found (libcuda.so.1); use the reference backend")
+
+
+class Driver:
+    """libcuda with its primary context of one device made current; close it, or use `with`.
+
+    Attributes:
+        device_name: as the driver spells it.
+    """
+
+    def __init__(self, device: int = 0) -> None:
+        """Open the library and the device's primary context.
+
+        Raises:
+            DeviceError: there is no driver or no such device.
+        """
+        self._lib = _load()
+        self._context: c_void_p | None = None
+        self.call("cuInit", c_uint(0))
+        self._device = c_int()
+        self.call("cuDeviceGet", byref(self._device), c_int(device))
+        name = ctypes.create_string_buffer(128)
+        self.call("cuDeviceGetName", name, c_int(128), self._device)
+        self.device_name = name.value.decode()
+        context = c_void_p()
+        self.call("cuDevicePrimaryCtxRetain", byref(context), self._device)
+        self._context = context
+        self.call("cuCtxPushCurrent_v2", context)
+
+    def __enter__(self) -> Driver:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release the context; a second call does nothing."""
+        if self._context is None:
+            return
+        self._context = None
+        popped = c_void_p()
+        self._lib.cuCtxPopCurrent_v2(byref(popped))
+        self._lib.cuDevicePrimaryCtxRelease_v2(self._device)
+
+    def has(self, function: str) -> bool:
+        """Whether this driver exports a function; old JetPacks lack some."""
+        return hasattr(self._lib, function)
+
+    def call(self, function: str, *arguments: object) -> None:
+        """Call a driver function.
+
+        Raises:
+            OutOfMemoryError: the driver reports that memory ran out.
+            DeviceError: any other failure, or the driver has no such function.
+        """
+        if not self.has(function):
+            raise DeviceError(f"the CUDA driver has no {function}; update JetPack or the driver")
+        code = int(getattr(self._lib, function)(*arguments))
+        if code:
+            text = c_char_p()
+            self._lib.cuGetErrorString(c_int(code), byref(text))
+            reason = text.value.decode() if text.value else "unknown error"
+            kind = OutOfMemoryError if code == _ERROR_OUT_OF_MEMORY else DeviceError
+            raise kind(f"{function} failed: {reason} (CUDA error {code})")
+
+    def attribute(self, name: str) -> int:
+        """Return one of `DEVICE_ATTRIBUTES` of the device."""
+        value = c_int()
+        attribute = c_int(DEVICE_ATTRIBUTES[name])
+        self.call("cuDeviceGetAttribute", byref(value), attribute, self._device)
+        return value.value
+
+    @property
+    def sm(self) -> int:
+        """Compute capability as one number, 87 for 8.7."""
+        major = self.attribute("compute_capability_major")
+        return 10 * major + self.attribute("compute_capability_minor")
+
+    def memory_info(self) -> tuple[int, int]:
+        """Return (free, total) bytes as the driver counts them."""
+        free, total = c_size_t(), c_size_t()
+        self.call("cuMemGetInfo_v2", byref(free), byref(total))
+        return free.value, total.value
+
+    def allocate(self, num_bytes: int) -> int:
+        """Return the address of new device memory, aligned to 256 bytes."""
+        address = c_ulonglong()
+        self.call("cuMemAlloc_v2", byref(address), c_size_t(num_bytes))
+        return address.value
+
+    def free(self, address: int) -> None:
+        """Free what `allocate` returned."""
+        self.call("cuMemFree_v2", c_ulonglong(address))
+
+    def copy_to_device(
+        self, address: int, host: int, num_bytes: int, stream: Stream | None = None
+    ) -> None:
+        """Copy from a host address; on a stream the host memory must be pinned until it is done."""
+        target, source, size = c_ulonglong(address), c_void_p(host), c_size_t(num_bytes)
+        if stream is None:
+            self.call("cuMemcpyHtoD_v2", target, source, size)
+        else:
+            self.call("cuMemcpyHtoDAsync_v2", target, source, size, stream.pointer)
+
+    def copy_to_host(
+        self, host: int, address: int, num_bytes: int, stream: Stream | None = None
+    ) -> None:
+        """Copy to a host address; on a stream the host memory must be pinned."""
+        target, source, size = c_void_p(host), c_ulonglong(address), c_size_t(num_bytes)
+        if stream is None:
+            self.call("cuMemcpyDtoH_v2", target, source, size)
+        else:
+            self.call("cuMemcpyDtoHAsync_v2", target, source, size, stream.pointer)
+
+    def fill(self, address: int, word: int, num_words: int, stream: Stream) -> None:
+        """Set 32-bit words of device memory."""
+        self.call(
+            "cuMemsetD32Async",
+            c_ulonglong(address),
+            c_uint(word),
+            c_size_t(num_words),
+            stream.pointer,
+        )
+
+    def synchronize(self) -> None:
+        """Wait for everything in the context."""
+        self.call("cuCtxSynchronize")
+
+
+class Stream:
+    """A non-blocking stream; `handle` wraps an existing one (pycuda's) instead of making one."""
+
+    def __init__(self, driver: Driver, handle: int | None = None) -> None:
+        self._driver = driver
+        self._is_owner = handle is None
+        self.pointer = c_void_p(handle)
+        if handle is None:
+            driver.call("cuStreamCreate", byref(self.pointer), c_uint(_STREAM_NON_BLOCKING))
+
+    def synchronize(self) -> None:
+        """Wait for everything enqueued so far."""
+        self._driver.call("cuStreamSynchronize", self.pointer)
+
+    def close(self) -> None:
+        """Destroy the stream if it was made here; a second call does nothing."""
+        if self._is_owner:
+            self._is_owner = False
+            self._driver.call("cuStreamDestroy_v2", self.pointer)
+
+
+class Event:
+    """A point in a stream whose time is taken."""
+
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
+        self.pointer = c_void_p()
+        driver.call("cuEventCreate", byref(self.pointer), c_uint(0))
+
+    def record(self, stream: Stream) -> None:
+        """Take the time when the stream gets here."""
+        self._driver.call("cuEventRecord", self.pointer, stream.pointer)
+
+    def synchronize(self) -> None:
+        """Wait until the event has happened."""
+        self._driver.call("cuEventSynchronize", self.pointer)
+
+    def seconds_since(self, earlier: Event) -> float:
+        """Return the time between two events that have happened."""
+        milliseconds = c_float()
+        self._driver.call("cuEventElapsedTime", byref(milliseconds), earlier.pointer, self.pointer)
+        return milliseconds.value / 1e3
+
+    def close(self) -> None:
+        """Destroy the event."""
+        self._driver.call("cuEventDestroy_v2", self.pointer)
+
+
+class Module:
+    """A loaded cubin."""
+
+    def __init__(self, driver: Driver, cubin: bytes) -> None:
+        self._driver = driver
+        self._pointer: c_void_p | None = c_void_p()
+        driver.call("cuModuleLoadData", byref(self._pointer), c_char_p(cubin))
+
+    def function(self, name: str, max_shared_bytes: int = 0) -> c_void_p:
+        """Return a kernel's handle, allowed to use that much dynamic shared memory."""
+        handle = c_void_p()
+        self._driver.call(
+            "cuModuleGetFunction", byref(handle), self._pointer, c_char_p(name.encode())
+        )
+        if max_shared_bytes > 48 * 1024:
+            self._driver.call(
+                "cuFuncSetAttribute",
+                handle,
+                c_int(_ATTRIBUTE_MAX_DYNAMIC_SHARED),
+                c_int(max_shared_bytes),
+            )
+        return handle
+
+    def close(self) -> None:
+        """Unload the module; a second call does nothing."""
+        if self._pointer is not None:
+            pointer, self._pointer = self._pointer, None
+            self._driver.call("cuModuleUnload", pointer)
+
+
+@dataclass(frozen=True)
+class LaunchShape:
+    """Grid and block of a launch, its dynamic shared memory, and whether it may start early.
+
+    ``is_programmatic``: the kernel may begin while its predecessor in the stream drains; it waits
+    by itself (griddepcontrol.wait) before it touches what that one writes.
+    """
+
+    grid: tuple[int, int, int]
+    block: int
+    shared_bytes: int = 0
+    is_programmatic: bool = False
+
+
+def launch(
+    driver: Driver,
+    function: c_void_p,
+    shape: LaunchShape,
+    stream: Stream,
+    arguments: Sequence[ctypes._SimpleCData[int] | ctypes._SimpleCData[float]],
+) -> None:
+    """Enqueue a kernel; the arguments are ctypes values in the order of its parameters."""
+    pointers = (c_void_p * len(arguments))(
+        *(ctypes.cast(ctypes.pointer(value), c_void_p) for value in arguments)
+    )
+    if not shape.is_programmatic:
+        driver.call(
+            "cuLaunchKernel",
+            function,
+            *(c_uint(size) for size in shape.grid),
+            c_uint(shape.block),
+            c_uint(1),
+            c_uint(1),
+            c_uint(shape.shared_bytes),
+            stream.pointer,
+            pointers,
+            None,
+        )
+        return
+    attribute = _LaunchAttribute(id=_LAUNCH_PROGRAMMATIC_SERIALIZATION)
+    attribute.value[0] = 1
+    config = _LaunchConfig(
+        (c_uint * 3)(*shape.grid),
+        (c_uint * 3)(shape.block, 1, 1),
+        shape.shared_bytes,
+        stream.pointer,
+        ctypes.pointer(attribute),
+        1,
+    )
+    driver.call("cuLaunchKernelEx", byref(config), function, pointers, None)
+
+
+class Graph:
+    """Launches captured from a stream, replayed as one."""
+
+    def __init__(self, driver: Driver, executable: c_void_p) -> None:
+        self._driver = driver
+        self._executable: c_void_p | None = executable
+
+    def launch(self, stream: Stream) -> None:
+        """Enqueue the whole graph."""
+        self._driver.call("cuGraphLaunch", self._executable, stream.pointer)
+
+    def upload(self, stream: Stream) -> None:
+        """Place the graph on the device before its first launch."""
+        self._driver.call("cuGraphUpload", self._executable, stream.pointer)
+
+    def close(self) -> None:
+        """Destroy the graph; a second call does nothing."""
+        if self._executable is not None:
+            executable, self._executable = self._executable, None
+            self._driver.call("cuGraphExecDestroy", executable)
+
+
+class Capture:
+    """Records launches on a stream: `with Capture(driver, stream) as capture`, then `graph`.
+
+    An exception inside ends the capture and leaves the stream usable.
+    """
+
+    def __init__(self, driver: Driver, stream: Stream) -> None:
+        self._driver = driver
+        self._stream = stream
+        self._graph: Graph | None = None
+
+    def __enter__(self) -> Capture:
+        self._driver.call(
+            "cuStreamBeginCapture_v2", self._stream.pointer, c_int(_CAPTURE_MODE_THREAD_LOCAL)
+        )
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        graph = c_void_p()
+        try:
+            self._driver.call("cuStreamEndCapture", self._stream.pointer, byref(graph))
+        except DeviceError:
+            if kind is None:
+                raise
+            return
+        if kind is None:
+            executable = c_void_p()
+            try:
+                self._driver.call(
+                    "cuGraphInstantiateWithFlags", byref(executable), graph, c_ulonglong(0)
+                )
+                self._graph = Graph(self._driver, executable)
+            finally:
+                self._driver.call("cuGraphDestroy", graph)
+        elif graph:
+            self._driver.call("cuGraphDestroy", graph)
+
+    @property
+    def graph(self) -> Graph:
+        """The captured graph.
+
+        Raises:
+            DeviceError: the capture did not end well.
+        """
+        if self._graph is None:
+            raise DeviceError("no graph was captured")
+        return self._graph
