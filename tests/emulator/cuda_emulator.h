@@ -1,0 +1,390 @@
+// Runs the CUDA kernels of this project on a CPU, so that their indexing, barriers and arithmetic
+// are tested where there is no GPU. One block at a time, every thread a fiber; warp and block
+// operations are rendezvous of fibers. Asynchronous copies are done as late as the kernel allows
+// (or as early, TURBOJET_EMULATE_EARLY), so that a missing wait shows. Shared memory starts as NaN.
+// A deadlock, lanes at different warp operations or an out-of-range lane stop the launch with a
+// message. It says nothing about speed, memory ordering between blocks, or races within a barrier.
+//
+// Included before the kernel source (g++ -include); takes the place of ptx.cuh.
+#pragma once
+
+#include <math.h>
+#include <setjmp.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <ucontext.h>
+
+#include <functional>
+#include <vector>
+
+#define __device__
+#define __global__
+#define __host__
+#define __shared__ static
+#define __constant__ static
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __restrict__
+#define TURBOJET_PTX_CUH
+#define TURBOJET_EMULATED 1
+
+struct alignas(16) uint4 { uint32_t x, y, z, w; };
+struct alignas(16) int4 { int32_t x, y, z, w; };
+struct alignas(16) float4 { float x, y, z, w; };
+struct alignas(8) uint2 { uint32_t x, y; };
+struct alignas(8) int2 { int32_t x, y; };
+struct alignas(8) float2 { float x, y; };
+struct dim3 { unsigned x, y, z; };
+
+namespace emulator {
+
+constexpr int kLanes = 32;
+constexpr int kMaxThreads = 1024;
+constexpr size_t kStackBytes = 128 * 1024;
+
+struct Copy { void* to; const void* from; int bytes; };
+
+struct Thread {
+  jmp_buf where;
+  ucontext_t start;
+  dim3 index;
+  int number;
+  bool is_done;
+  unsigned collectives;
+  std::vector<std::vector<Copy>> groups;  // committed copies, oldest first
+  std::vector<Copy> open_group;
+};
+
+struct Rendezvous {
+  int arrived;
+  unsigned generation;
+  int operation;
+};
+
+struct Slot { uint64_t words[8]; };
+
+struct Warp {
+  Rendezvous meeting;
+  Slot slots[2][kLanes];
+};
+
+struct State {
+  Thread threads[kMaxThreads];
+  Warp warps[kMaxThreads / kLanes];
+  Rendezvous block_meeting;
+  int num_threads, num_live, current, idle_yields;
+  dim3 block_index, grid_size, block_size;
+  char* shared;
+  std::function<void()> body;
+  jmp_buf scheduler;
+  char message[256];
+};
+
+inline State state;
+inline char* stacks = nullptr;
+
+inline Thread& me() { return state.threads[state.current]; }
+inline Warp& my_warp() { return state.warps[state.current / kLanes]; }
+inline int my_lane() { return state.current % kLanes; }
+
+[[noreturn]] inline void fail(const char* text) {
+  snprintf(state.message, sizeof state.message, "%s (block %u,%u,%u thread %d)", text,
+           state.block_index.x, state.block_index.y, state.block_index.z, state.current);
+  _longjmp(state.scheduler, 2);
+}
+
+inline void resume_next() {
+  int next = state.current;
+  do next = next + 1 == state.num_threads ? 0 : next + 1;
+  while (state.threads[next].is_done);
+  state.current = next;
+  _longjmp(state.threads[next].where, 1);
+}
+
+inline void yield() {
+  if (++state.idle_yields > 8 * state.num_threads) fail("deadlock: no thread can go on");
+  if (_setjmp(me().where) == 0) resume_next();
+}
+
+inline void meet(Rendezvous& meeting, int expected, int operation) {
+  if (meeting.arrived == 0) meeting.operation = operation;
+  if (meeting.operation != operation) fail("lanes of a warp are at different operations");
+  const unsigned generation = meeting.generation;
+  if (++meeting.arrived == expected) {
+    meeting.arrived = 0;
+    ++meeting.generation;
+    state.idle_yields = 0;
+    return;
+  }
+  while (meeting.generation == generation) yield();
+}
+
+// Every lane puts words in and then sees what all lanes put in.
+inline const Slot* exchange(const void* data, int bytes, int operation) {
+  Warp& warp = my_warp();
+  Slot* slots = warp.slots[me().collectives++ % 2];
+  memcpy(slots[my_lane()].words, data, bytes);
+  meet(warp.meeting, kLanes, operation);
+  return slots;
+}
+
+inline void enter() {
+  state.body();
+  me().is_done = true;
+  state.idle_yields = 0;
+  if (--state.num_live == 0) _longjmp(state.scheduler, 1);
+  resume_next();
+}
+
+inline void run_block() {
+  state.num_live = state.num_threads;
+  state.idle_yields = 0;
+  state.block_meeting = {};
+  for (Warp& warp : state.warps) warp.meeting = {};
+  for (int i = 0; i < state.num_threads; ++i) {
+    Thread& thread = state.threads[i];
+    thread.index = {static_cast<unsigned>(i), 0, 0};
+    thread.number = i;
+    thread.is_done = false;
+    thread.collectives = 0;
+    thread.groups.clear();
+    thread.open_group.clear();
+  }
+  // A fiber is born by swapcontext into its own stack, parks at once, and is resumed by longjmp.
+  static ucontext_t home;
+  for (int i = 0; i < state.num_threads; ++i) {
+    Thread& thread = state.threads[i];
+    getcontext(&thread.start);
+    thread.start.uc_stack.ss_sp = stacks + i * kStackBytes;
+    thread.start.uc_stack.ss_size = kStackBytes;
+    thread.start.uc_link = nullptr;
+    makecontext(&thread.start, reinterpret_cast<void (*)()>(+[] {
+                  if (_setjmp(me().where) == 0) setcontext(&home);
+                  enter();
+                }), 0);
+    state.current = i;
+    swapcontext(&home, &thread.start);
+  }
+  state.current = 0;
+  const int reason = _setjmp(state.scheduler);
+  if (reason == 0) _longjmp(state.threads[0].where, 1);
+}
+
+inline const char* run(dim3 grid, int block, size_t shared_bytes, std::function<void()> body) {
+  if (stacks == nullptr) stacks = static_cast<char*>(malloc(kStackBytes * kMaxThreads));
+  state.message[0] = 0;
+  state.num_threads = block;
+  state.grid_size = grid;
+  state.block_size = {static_cast<unsigned>(block), 1, 1};
+  state.body = std::move(body);
+  // Exactly as large as asked for, with a guard behind it.
+  const size_t padded = (shared_bytes + 15) / 16 * 16;
+  state.shared = static_cast<char*>(aligned_alloc(16, padded + 64));
+  for (unsigned z = 0; z < grid.z && !state.message[0]; ++z)
+    for (unsigned y = 0; y < grid.y && !state.message[0]; ++y)
+      for (unsigned x = 0; x < grid.x && !state.message[0]; ++x) {
+        memset(state.shared, 0xff, shared_bytes);
+        memset(state.shared + shared_bytes, 0xa5, padded + 64 - shared_bytes);
+        state.block_index = {x, y, z};
+        run_block();
+        for (size_t i = shared_bytes; i < padded + 64; ++i)
+          if (!state.message[0] && static_cast<unsigned char>(state.shared[i]) != 0xa5)
+            snprintf(state.message, sizeof state.message,
+                     "wrote past %zu bytes of shared memory, at %zu", shared_bytes, i);
+      }
+  free(state.shared);
+  return state.message[0] ? state.message : nullptr;
+}
+
+inline void perform(const Copy& copy) { memcpy(copy.to, copy.from, copy.bytes); }
+
+}  // namespace emulator
+
+#define threadIdx (emulator::me().index)
+#define blockIdx (emulator::state.block_index)
+#define blockDim (emulator::state.block_size)
+#define gridDim (emulator::state.grid_size)
+
+enum { kOpShuffle = 1, kOpSync, kOpReduce, kOpVote, kOpMmaInt, kOpMmaHalf, kOpLoadMatrix, kOpBlock };
+
+template <typename T>
+T emulated_lane(T value, int lane, int operation = kOpShuffle) {
+  static_assert(sizeof(T) <= 8);
+  const emulator::Slot* slots = emulator::exchange(&value, sizeof(T), operation);
+  if (lane < 0 || lane >= emulator::kLanes) emulator::fail("shuffle from a lane that is not there");
+  T result;
+  memcpy(&result, slots[lane].words, sizeof(T));
+  return result;
+}
+template <typename T>
+T __shfl_sync(unsigned, T value, int lane) { return emulated_lane(value, lane & 31); }
+template <typename T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+  return emulated_lane(value, emulator::my_lane() ^ mask);
+}
+template <typename T>
+T __shfl_down_sync(unsigned, T value, int delta) {
+  const int lane = emulator::my_lane() + delta;
+  return emulated_lane(value, lane < 32 ? lane : emulator::my_lane());
+}
+template <typename T>
+T __shfl_up_sync(unsigned, T value, int delta) {
+  const int lane = emulator::my_lane() - delta;
+  return emulated_lane(value, lane >= 0 ? lane : emulator::my_lane());
+}
+inline unsigned __reduce_max_sync(unsigned, unsigned value) {
+  const emulator::Slot* slots = emulator::exchange(&value, 4, kOpReduce);
+  unsigned result = 0;
+  for (int i = 0; i < 32; ++i) {
+    unsigned other;
+    memcpy(&other, slots[i].words, 4);
+    result = other > result ? other : result;
+  }
+  return result;
+}
+inline unsigned __ballot_sync(unsigned, bool value) {
+  const uint64_t word = value;
+  const emulator::Slot* slots = emulator::exchange(&word, 8, kOpVote);
+  unsigned result = 0;
+  for (int i = 0; i < 32; ++i) result |= static_cast<unsigned>(slots[i].words[0] & 1) << i;
+  return result;
+}
+inline bool __any_sync(unsigned mask, bool value) { return __ballot_sync(mask, value) != 0; }
+inline bool __all_sync(unsigned mask, bool value) { return __ballot_sync(mask, value) == ~0u; }
+inline void __syncwarp(unsigned = ~0u) {
+  const int zero = 0;
+  emulator::exchange(&zero, 4, kOpSync);
+}
+inline void __syncthreads() {
+  // Threads that returned no longer count, as on sm_70 and newer.
+  emulator::meet(emulator::state.block_meeting, emulator::state.num_live, kOpBlock);
+}
+inline int __syncthreads_or(int value) {
+  static int any[2];
+  static unsigned turn;
+  __syncthreads();
+  if (emulator::state.current == 0) any[++turn % 2] = 0;
+  __syncthreads();
+  any[turn % 2] |= value != 0;
+  __syncthreads();
+  return any[turn % 2];
+}
+inline void __threadfence() {}
+inline void __threadfence_block() {}
+inline void __threadfence_system() {}
+
+inline uint32_t __float_as_uint(float value) { uint32_t bits; memcpy(&bits, &value, 4); return bits; }
+inline float __uint_as_float(uint32_t bits) { float value; memcpy(&value, &bits, 4); return value; }
+inline int __float_as_int(float value) { return static_cast<int>(__float_as_uint(value)); }
+inline float __int_as_float(int bits) { return __uint_as_float(static_cast<uint32_t>(bits)); }
+inline int __float2int_rn(float value) { return isnan(value) ? 0 : static_cast<int>(lrintf(value)); }
+inline float __fdividef(float a, float b) { return a / b; }
+inline float __expf(float value) { return expf(value); }
+inline float __logf(float value) { return logf(value); }
+inline float rsqrtf(float value) { return 1.0f / sqrtf(value); }
+inline float __fsqrt_rn(float value) { return sqrtf(value); }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __saturatef(float value) { return value < 0 ? 0 : value > 1 ? 1 : value; }
+inline int __popc(unsigned value) { return __builtin_popcount(value); }
+inline int __ffs(int value) { return __builtin_ffs(value); }
+inline int __clz(int value) { return value ? __builtin_clz(value) : 32; }
+inline uint32_t __umulhi(uint32_t a, uint32_t b) { return static_cast<uint64_t>(a) * b >> 32; }
+inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
+  const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; ++i)
+    result |= static_cast<uint32_t>(bytes >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
+  return result;
+}
+inline int64_t clock64() { static int64_t ticks; return ticks += 1000; }
+template <typename T>
+T atomicAdd(T* address, T value) { const T old = *address; *address = old + value; return old; }
+template <typename T>
+T atomicMax(T* address, T value) { const T old = *address; if (value > old) *address = value; return old; }
+template <typename T>
+T atomicOr(T* address, T value) { const T old = *address; *address = old | value; return old; }
+template <typename T>
+T atomicExch(T* address, T value) { const T old = *address; *address = value; return old; }
+template <typename T>
+T __ldg(const T* address) { return *address; }
+
+// --- the functions of ptx.cuh ---------------------------------------------------------------------
+
+struct fp16;
+
+namespace {
+
+float emulated_to_float(uint16_t bits) { _Float16 value; memcpy(&value, &bits, 2); return value; }
+uint16_t emulated_to_bits(float value) {
+  const _Float16 half = static_cast<_Float16>(value);
+  uint16_t bits;
+  memcpy(&bits, &half, 2);
+  return bits;
+}
+template <typename T>
+float to_float(T value) { return emulated_to_float(value.bits); }
+struct EmulatedHalf {
+  uint16_t bits;
+  template <typename T>
+  operator T() const { return T{bits}; }
+};
+EmulatedHalf to_fp16(float value) { return {emulated_to_bits(value)}; }
+
+char* dynamic_shared_bytes() { return emulator::state.shared; }
+
+void copy16_async(void* shared, const void* global) {
+  if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16)
+    emulator::fail("a 16-byte copy is not aligned");
+#if TURBOJET_PLAIN || defined(TURBOJET_EMULATE_EARLY)
+  memcpy(shared, global, 16);
+#else
+  emulator::me().open_group.push_back({shared, global, 16});
+#endif
+}
+void commit_copies() {
+  emulator::me().groups.push_back(std::move(emulator::me().open_group));
+  emulator::me().open_group.clear();
+}
+template <int kPending>
+void wait_copies() {
+  auto& groups = emulator::me().groups;
+  while (groups.size() > kPending) {
+    for (const emulator::Copy& copy : groups.front()) emulator::perform(copy);
+    groups.erase(groups.begin());
+  }
+}
+void let_dependents_launch() {}
+void wait_for_inputs() {}
+
+int byte_of(uint64_t word, int index) { return static_cast<int>(word >> 8 * index & 0xff); }
+
+// PTX ISA "Matrix Fragments for mma.m16n8k32", u8 and s8.
+void mma_u8_s8(int (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+               uint32_t b1) {
+  const uint64_t mine[6] = {a0, a1, a2, a3, b0, b1};
+  const emulator::Slot* slots = emulator::exchange(mine, sizeof mine, kOpMmaInt);
+  const int lane = emulator::my_lane();
+  for (int i = 0; i < 4; ++i) {
+    const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+    int sum = 0;
+    for (int k = 0; k < 32; ++k) {
+      const int a = byte_of(slots[row % 8 * 4 + k % 16 / 4].words[row / 8 + k / 16 * 2], k % 4);
+      const int b = byte_of(slots[column * 4 + k % 16 / 4].words[4 + k / 16], k % 4);
+      sum += a * static_cast<int8_t>(b);
+    }
+    d[i] += sum;
+  }
+}
+int dot4_u8_s8(uint32_t a, uint32_t b, int d) {
+  for (int i = 0; i < 4; ++i) d += byte_of(a, i) * static_cast<int8_t>(byte_of(b, i));
+  return d;
+}
+uint4 load_streaming(const uint4* pointer) { return *pointer; }
+uint64_t nanoseconds() { return clock64(); }
+uint32_t multiprocessor_id() { return emulator::state.block_index.x; }
+
+}  // namespace
