@@ -9,28 +9,20 @@ from pathlib import Path
 
 from device_runtime.errors import PackageError, UsageError
 from device_runtime.package_format import durable, names
-from device_runtime.package_format.config_ini import TurboMindConfig
-from device_runtime.package_format.manifest import (
-    Manifest,
-    Quantization,
-    SamplingDefaults,
-    TemplateChoice,
-    TokenizerFacts,
-    write_manifest,
-)
+from device_runtime.package_format.manifest import write_manifest
 from device_runtime.package_format.model_config import ModelConfig
 from device_runtime.package_format.package import open_package
 from device_runtime.package_format.workspace import WorkspaceWriter
 from host_tools.checkpoint import Checkpoint
-from host_tools.origin import read_origin, tool_versions
-from host_tools.package_options import ConfigValues, ConvertOptions
+from host_tools.origin import read_origin
+from host_tools.package_facts import describe
+from host_tools.package_options import ConvertOptions
 from host_tools.progress import Progress
 from host_tools.stage import RECORD_DIR, Stage
 from host_tools.tokenizer_folder import SourceTokenizer
 from host_tools.turbomind_tensors import global_tensors, layer_tensors
 
 STAGE_VERSION = 1
-BITS_OF_WEIGHT_TYPE = {"int4": 4, "fp16": 16, "bf16": 16}
 
 
 def convert(
@@ -80,6 +72,7 @@ def convert_stage(checkpoint_dir: Path, output: Path, options: ConvertOptions) -
             "model_name": options.model_name,
             "tp": options.tp,
             "group_size": options.group_size,
+            "template": options.template,
             "origin": repr(origin),
             **asdict(options.config),
         },
@@ -130,7 +123,7 @@ def _write_workspace(
     source = SourceTokenizer.open(checkpoint.path, model.vocab_size)
     manifest, config = describe(checkpoint, model, source, options)
     writer = WorkspaceWriter(root, model)
-    with progress.task("convert", total=model.num_hidden_layers + 1, unit="layers") as task:
+    with progress.task("convert", total=model.num_hidden_layers + 1, unit="parts") as task:
         for name, array in global_tensors(checkpoint, model):
             writer.write(name, array)
         task.advance()
@@ -144,63 +137,6 @@ def _write_workspace(
     writer.finish()
     write_manifest(root, manifest)
     open_package(root)
-
-
-def describe(
-    checkpoint: Checkpoint, model: ModelConfig, source: SourceTokenizer, options: ConvertOptions
-) -> tuple[Manifest, TurboMindConfig]:
-    """Return manifest and config.ini of a workspace.
-
-    Raises:
-        PackageError: the checkpoint names no token that ends an answer.
-    """
-    eos_ids = source.eos_ids
-    if not eos_ids:
-        raise PackageError(
-            f"{checkpoint.path} names no eos token in {names.TOKENIZER_CONFIG}, "
-            f"{names.GENERATION_CONFIG} or config.json, add eos_token_id to config.json"
-        )
-    template = choose_template(options.model_name, source)
-    origin = read_origin(checkpoint.path, is_quantized=checkpoint.is_quantized)
-    manifest = Manifest(
-        name=options.model_name,
-        model=model,
-        quantization=Quantization(
-            method=origin.method,
-            w_bits=BITS_OF_WEIGHT_TYPE[model.weight_type],
-            group_size=model.group_size,
-        ),
-        template=template,
-        tokenizer=TokenizerFacts(
-            bos_id=source.bos_id,
-            add_bos=source.adds_bos,
-            eos_ids=eos_ids,
-        ),
-        provenance=replace(origin.provenance, tools=tool_versions()),
-        sampling=source.sampling_defaults(SamplingDefaults()),
-    )
-    config = TurboMindConfig.from_model(
-        model,
-        model_name=options.model_name,
-        start_id=source.bos_id or 0,
-        end_id=eos_ids[0],
-        session_len=model.max_position_embeddings + 8,
-    )
-    return manifest, apply_values(config, options.config)
-
-
-def choose_template(model_name: str, source: SourceTokenizer) -> TemplateChoice:
-    """Return the model's own chat template, else the built-in one."""
-    text = source.config.get("chat_template")
-    if isinstance(text, str):
-        return TemplateChoice("jinja", names.TOKENIZER_CONFIG, text)
-    return TemplateChoice("builtin", "base")
-
-
-def apply_values(config: TurboMindConfig, values: ConfigValues) -> TurboMindConfig:
-    """Return the config with every value that was given."""
-    given = {key: value for key, value in asdict(values).items() if value is not None}
-    return replace(config, **given)
 
 
 def _check_replaceable(output: Path) -> None:

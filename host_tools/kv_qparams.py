@@ -19,9 +19,8 @@ from device_runtime.package_format.model_config import ModelConfig
 from device_runtime.package_format.workspace import WorkspaceWriter
 from host_tools.package_options import KvQparamsOptions
 from host_tools.progress import Progress
-
-KEY_STATS = "key_stats.pth"
-VALUE_STATS = "value_stats.pth"
+from host_tools.stage import Stage
+from host_tools.statistics import KEY_STATS, VALUE_STATS
 
 KvScales = Literal["none", "asymmetric", "symmetric"]
 
@@ -58,11 +57,16 @@ def kv_qparams(
     ranks = model.tensor_para_size
     if options.tp not in (0, ranks):
         raise UsageError(f"tp is {options.tp}, {root} is split for {ranks}; use --tp {ranks}")
+    stage = _stage(work_dir, root, model, options)
+    if stage.is_finished():
+        progress.note(f"kv-qparams: {root} is up to date")
+        return root
     scales = _scales(work_dir, model, options)
+    stage.forget()
     # Half of the files would make the workspace unreadable, so none are there meanwhile.
     if manifest is not None:
         write_manifest(root, _with_kv_scales(manifest, "none"))
-    for old in (root / names.WEIGHTS_DIR).glob(f"*.{names.PAST_KV_SCALE}.*"):
+    for old in _scale_files(root):
         old.unlink()
     writer = WorkspaceWriter(root, model)
     with progress.task("kv-qparams", total=len(scales), unit="layers") as task:
@@ -74,7 +78,36 @@ def kv_qparams(
     if manifest is not None:
         kind: KvScales = "symmetric" if options.is_symmetric else "asymmetric"
         write_manifest(root, _with_kv_scales(manifest, kind))
+    stage.record(_scale_files(root))
     return root
+
+
+def _stage(work_dir: Path, root: Path, model: ModelConfig, options: KvQparamsOptions) -> Stage:
+    return Stage(
+        "kv-qparams",
+        root,
+        (_there(work_dir / KEY_STATS), _there(work_dir / VALUE_STATS)),
+        {
+            "kv_bits": options.kv_bits,
+            "is_symmetric": options.is_symmetric,
+            "tp": model.tensor_para_size,
+        },
+    )
+
+
+def _scale_files(root: Path) -> list[Path]:
+    return sorted((root / names.WEIGHTS_DIR).glob(f"*.{names.PAST_KV_SCALE}.*"))
+
+
+def _there(path: Path) -> Path:
+    """Return a file of statistics.
+
+    Raises:
+        PackageError: it is not there.
+    """
+    if not path.is_file():
+        raise PackageError(f"{path} is not there, run calibrate with this work folder first")
+    return path
 
 
 def _with_kv_scales(manifest: Manifest, kind: KvScales) -> Manifest:
@@ -144,8 +177,6 @@ def _extrema(path: Path, model: ModelConfig) -> list[tuple[torch.Tensor, torch.T
 
 
 def _load(path: Path) -> dict[str, dict[str, torch.Tensor]]:
-    if not path.is_file():
-        raise PackageError(f"{path} is not there, run calibrate with this work folder first")
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from device_runtime.errors import PackageError, UsageError
 from device_runtime.package_format.names import check_package_name
-from host_tools.options import GROUP_SIZES, check_at_least_one
+from host_tools.fetch.options import FetchOptions
+from host_tools.options import (
+    GROUP_SIZES,
+    METHODS,
+    CalibrateOptions,
+    check_at_least_one,
+    check_choice,
+)
 
 ALL_TARGETS = "all"
+
+BUILD_METHODS = (*METHODS, "none")
+"""How ``build`` treats the weights; none leaves them in fp16."""
 
 
 @dataclass(frozen=True)
@@ -75,12 +85,14 @@ class ConvertOptions:
         model_name: the package's name; where it is a name of LMDeploy's templates, also that.
         tp: ranks the files are split for, a power of two.
         group_size: what a 4-bit checkpoint must have; 0 takes what it says.
+        template: name of a built-in chat template; empty takes the model's own, else its family's.
         config: values of config.ini.
     """
 
     model_name: str
     tp: int = 1
     group_size: int = 0
+    template: str = ""
     config: ConfigValues = ConfigValues()
 
     def __post_init__(self) -> None:
@@ -124,3 +136,55 @@ class KvQparamsOptions:
             raise UsageError(f"kv-bits is {self.kv_bits}, the static KV cache stores 8 only")
         if self.tp < 0:
             raise UsageError(f"tp is {self.tp}, expected at least 1")
+
+
+@dataclass(frozen=True)
+class PackOptions:
+    """For which boards a package is made.
+
+    Attributes:
+        target: board names with commas between them, or ``all``: every board that can hold it.
+    """
+
+    target: str = ALL_TARGETS
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """All of the pipeline.
+
+    Attributes:
+        model_name: of the package; empty takes it from the source.
+        fetch: how a model is downloaded.
+        calibrate: the calibration set and its size.
+        method: awq, rtn or none.
+        w_bits: bits of a weight, where the method is not none.
+        group_size: 0 takes the largest that fits the model.
+        kv: static int8 KV parameters.
+        tp: ranks the files are split for.
+        template: name of a built-in chat template; empty takes the model's own.
+        config: values of config.ini; None is planned for the target boards.
+        target: board names, or ``all``.
+    """
+
+    model_name: str = ""
+    fetch: FetchOptions = field(default_factory=FetchOptions)
+    calibrate: CalibrateOptions = field(default_factory=CalibrateOptions)
+    method: str = "awq"
+    w_bits: int = 4
+    group_size: int = 0
+    kv: KvQparamsOptions = field(default_factory=KvQparamsOptions)
+    tp: int = 1
+    template: str = ""
+    config: ConfigValues = field(default_factory=ConfigValues)
+    target: str = ALL_TARGETS
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be; the stages' own options check the rest.
+
+        Raises:
+            UsageError: an unknown method or group size.
+        """
+        check_choice("method", self.method, BUILD_METHODS)
+        if self.group_size not in (0, *GROUP_SIZES):
+            raise UsageError(f"w-group-size is {self.group_size}, choose 128, 64 or 32")

@@ -112,15 +112,44 @@ class Stage:
         return self.folder / name
 
 
+@dataclass(frozen=True)
+class StageRecord:
+    """What a record says, for reports.
+
+    Attributes:
+        changed_ns: when it was written.
+        size_bytes: of all outputs that are there.
+    """
+
+    changed_ns: int
+    size_bytes: int
+
+
+def read_record(folder: Path, name: str) -> StageRecord | None:
+    """Return what the record of a stage says, None when there is none."""
+    path = folder / RECORD_DIR / f"{name}.json"
+    try:
+        outputs = json.loads(path.read_text(encoding="utf-8"))["outputs"]
+        changed_ns = path.stat().st_mtime_ns
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    found = [folder / output for output in outputs]
+    return StageRecord(changed_ns, sum(path.stat().st_size for path in found if path.is_file()))
+
+
 @contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
+def exclusive(folder: Path, name: str = "lock") -> Iterator[None]:
     """Hold a folder for this process alone; the kernel lets go of it when the process dies.
+
+    Args:
+        folder: made when it is not there.
+        name: of the lock; ``build`` holds another one than the stages that it runs.
 
     Raises:
         UsageError: another process holds it.
     """
     (folder / RECORD_DIR).mkdir(parents=True, exist_ok=True)
-    with (folder / RECORD_DIR / "lock").open("w") as stream:
+    with (folder / RECORD_DIR / name).open("w") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

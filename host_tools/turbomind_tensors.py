@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -72,9 +72,8 @@ def float_array(tensor: torch.Tensor, model: ModelConfig, name: str) -> NDArray[
         PackageError: a value does not fit in fp16.
     """
     if model.weight_type == "bf16":
-        bits: NDArray[Any] = tensor.to(torch.bfloat16).contiguous().view(torch.int16).numpy()
-        array: NDArray[Any] = bits.view(BF16_BITS)
-        return array
+        bits = tensor.to(torch.bfloat16).contiguous().view(torch.int16)
+        return cast(NDArray[Any], bits.numpy().view(BF16_BITS))
     converted = tensor.to(torch.float16)
     if tensor.dtype != torch.float16 and tensor.numel():
         low, high = torch.aminmax(converted)
@@ -83,8 +82,7 @@ def float_array(tensor: torch.Tensor, model: ModelConfig, name: str) -> NDArray[
                 f"{name} holds {float(tensor.abs().max()):g}, fp16 ends at 65504; "
                 f"such a checkpoint cannot be converted"
             )
-    array = converted.contiguous().numpy()
-    return array
+    return converted.contiguous().numpy()
 
 
 def _norms(weights: LayerWeights, model: ModelConfig, layer: int) -> Iterator[NamedTensor]:

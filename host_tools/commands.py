@@ -1,0 +1,163 @@
+"""What each verb of `turbojet-host` does with its arguments; libraries are loaded when needed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from host_tools.fetch.options import FetchOptions
+from host_tools.options import CalibrateOptions, EvaluateOptions, QuantizeOptions
+from host_tools.package_options import (
+    BuildOptions,
+    ConfigValues,
+    ConvertOptions,
+    KvQparamsOptions,
+    PackOptions,
+)
+from host_tools.progress import format_bytes, make_progress
+
+if TYPE_CHECKING:
+    from host_tools.build import BuildReport
+
+
+def run_fetch(args: argparse.Namespace) -> int:
+    """Get a checkpoint; the last line on stdout is its folder."""
+    from host_tools.fetch.fetch import fetch
+
+    print(fetch(args.source, args.output, _fetch_options(args), make_progress()))
+    return 0
+
+
+def run_calibrate(args: argparse.Namespace) -> int:
+    """Write statistics into the work folder and print it."""
+    from host_tools.calibrate import calibrate
+
+    print(calibrate(args.checkpoint, args.work_dir, _calibrate_options(args), make_progress()))
+    return 0
+
+
+def run_quantize(args: argparse.Namespace) -> int:
+    """Write an AWQ checkpoint and print its folder."""
+    from host_tools.quantize import quantize
+
+    options = QuantizeOptions(args.w_bits, args.w_group_size, args.method, args.device)
+    print(quantize(args.checkpoint, args.work_dir, args.output, options, make_progress()))
+    return 0
+
+
+def run_convert(args: argparse.Namespace) -> int:
+    """Write a workspace and print its folder."""
+    options = ConvertOptions(
+        args.model_name, args.tp, args.group_size, args.template, _config_values(args)
+    )
+    from host_tools.convert import convert
+
+    print(convert(args.checkpoint, args.output, options, make_progress()))
+    return 0
+
+
+def run_kv_qparams(args: argparse.Namespace) -> int:
+    """Write static KV parameters into a workspace and print its folder."""
+    options = KvQparamsOptions(args.kv_bits, args.kv_sym, args.tp)
+    from host_tools.kv_qparams import kv_qparams
+
+    print(kv_qparams(args.work_dir, args.workspace, options, make_progress()))
+    return 0
+
+
+def run_pack(args: argparse.Namespace) -> int:
+    """Write an archive and print it."""
+    from host_tools.pack import pack
+
+    summary = pack(args.workspace, args.output, PackOptions(args.target), make_progress())
+    print(f"{summary.num_files} files, {format_bytes(summary.archive_bytes)}", file=sys.stderr)
+    print(summary.path)
+    return 0
+
+
+def run_build(args: argparse.Namespace) -> int:
+    """Run the whole pipeline; print the summary, and the archive last."""
+    from host_tools.build_choices import default_work_dir
+
+    options = BuildOptions(
+        model_name=args.model_name,
+        fetch=_fetch_options(args),
+        calibrate=_calibrate_options(args),
+        method=args.method,
+        w_bits=args.w_bits,
+        group_size=args.w_group_size,
+        kv=KvQparamsOptions(args.kv_bits, args.kv_sym),
+        tp=args.tp,
+        template=args.template,
+        config=_config_values(args),
+        target=args.target,
+    )
+    work_dir = args.work_dir or default_work_dir(args.output)
+    from host_tools.build import build
+
+    report = build(args.source, args.output, work_dir, options, make_progress())
+    if args.json:
+        print(json.dumps(_plain(report), indent=1))
+    else:
+        _print_summary(report)
+        print(report.archive)
+    return 0
+
+
+def run_evaluate(args: argparse.Namespace) -> int:
+    """Measure perplexity of each target and print them side by side."""
+    options = EvaluateOptions(args.dataset, args.samples, args.seqlen, args.device)
+    raise NotImplementedError(options)
+
+
+def _fetch_options(args: argparse.Namespace) -> FetchOptions:
+    return FetchOptions(args.revision, tuple(args.include), tuple(args.exclude), args.max_workers)
+
+
+def _calibrate_options(args: argparse.Namespace) -> CalibrateOptions:
+    return CalibrateOptions(
+        args.calib_dataset, args.calib_samples, args.calib_seqlen, args.device, args.seed
+    )
+
+
+def _config_values(args: argparse.Namespace) -> ConfigValues:
+    return ConfigValues(
+        quant_policy=args.quant_policy,
+        cache_max_entry_count=args.cache_max_entry_count,
+        cache_block_seq_len=args.cache_block_seq_len,
+        cache_chunk_size=args.cache_chunk_size,
+        session_len=args.session_len,
+        max_batch_size=args.max_batch_size,
+    )
+
+
+def _plain(report: BuildReport) -> dict[str, object]:
+    """Return the report with paths as text, for JSON."""
+    facts = asdict(report)
+    facts["archive"] = str(report.archive)
+    for stage in facts["stages"]:
+        stage["result"] = str(stage["result"])
+    return facts
+
+
+def _print_summary(report: BuildReport) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"build of {report.name}", title_justify="left")
+    table.add_column("stage")
+    for title in ("seconds", "peak memory", "size"):
+        table.add_column(title, justify="right")
+    table.add_column("")
+    for stage in report.stages:
+        table.add_row(
+            stage.name,
+            f"{stage.seconds_s:.1f}",
+            format_bytes(stage.peak_anon_bytes),
+            format_bytes(stage.size_bytes),
+            "kept" if stage.is_kept else "",
+        )
+    Console(file=sys.stdout, highlight=False).print(table)

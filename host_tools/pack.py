@@ -1,0 +1,157 @@
+"""Packs a workspace into one archive for its target boards."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from device_runtime.errors import PackageError, UsageError
+from device_runtime.package_format import durable, names
+from device_runtime.package_format.archive_writer import ArchiveSummary, write_archive
+from device_runtime.package_format.boards import parse_targets
+from device_runtime.package_format.checksums import hash_files
+from device_runtime.package_format.files import list_files
+from device_runtime.package_format.manifest import Manifest, write_manifest
+from device_runtime.package_format.package import Package, open_package
+from host_tools.package_options import ALL_TARGETS, PackOptions
+from host_tools.plan import MemoryNeeds, choose_boards, describe_plan, plan_boards
+from host_tools.progress import BYTES, Progress
+from host_tools.stage import RECORD_DIR, Stage
+
+STAGE_VERSION = 1
+
+
+def pack(workspace: Path, output: Path, options: PackOptions, progress: Progress) -> ArchiveSummary:
+    """Seal a workspace for its target boards and write the archive; the workspace stays as it is.
+
+    Args:
+        workspace: what ``convert`` wrote, with or without static KV parameters.
+        output: the archive; replaced when the new one is complete.
+        options: target boards.
+        progress: hears of every few MB.
+
+    Returns:
+        What was written.
+
+    Raises:
+        UsageError: a target is unknown or too small for the model, or ``output`` is a folder.
+        PackageError: the workspace is damaged, or LMDeploy's own.
+    """
+    if output.is_dir():
+        raise UsageError(f"{output} is a folder, name the archive to write in it")
+    package = open_package(workspace)
+    manifest = planned_manifest(package, options, progress)
+    paths = content_paths(package)
+    with progress.task("hash", total=0, unit=BYTES) as task:
+        entries = hash_files(package.root, paths, task.move_to)
+    sealed = replace(manifest, files=entries)
+    with _staged(package.root, sealed) as folder, progress.task("pack", unit=BYTES) as task:
+        return write_archive(folder, output, task.move_to)
+
+
+def pack_once(
+    workspace: Path, output: Path, work_dir: Path, options: PackOptions, progress: Progress
+) -> Path:
+    """Pack unless the archive is there already, made from the same files; return the archive.
+
+    Args:
+        workspace: as for :func:`pack`.
+        output: as for :func:`pack`.
+        work_dir: keeps the record of the archive.
+        options: as for :func:`pack`.
+        progress: as for :func:`pack`.
+
+    Raises:
+        UsageError: as :func:`pack`.
+        PackageError: as :func:`pack`.
+    """
+    stage = Stage(
+        "pack",
+        work_dir,
+        (workspace,),
+        {"target": options.target, "output": str(output.resolve())},
+        STAGE_VERSION,
+    )
+    if stage.is_finished():
+        progress.note(f"pack: {output} is up to date")
+        return output
+    stage.forget()
+    pack(workspace, output, options, progress)
+    stage.record([output])
+    return output
+
+
+def planned_manifest(package: Package, options: PackOptions, progress: Progress) -> Manifest:
+    """Return the manifest with target boards and the memory arithmetic of each.
+
+    Raises:
+        UsageError: a target is unknown or too small for the model.
+        PackageError: the workspace has no manifest, or one that is sealed.
+    """
+    manifest = package.manifest
+    if manifest is None:
+        raise PackageError(
+            f"{package.root} has no {names.MANIFEST}; LMDeploy's own workspaces are packed with "
+            "tar, or convert the checkpoint with turbojet-host"
+        )
+    boards = parse_targets(options.target)
+    config = package.config.resolved()
+    needs = MemoryNeeds.of(package.model, config.cache_block_seq_len, config.quant_policy)
+    boards, left_out = choose_boards(needs, boards, is_all=options.target == ALL_TARGETS)
+    for sentence in left_out:
+        progress.note(sentence)
+    memory = plan_boards(package.model, package.config, boards)
+    for plan in memory:
+        progress.note(describe_plan(plan, config.cache_block_seq_len))
+        if plan.session_len < config.session_len:
+            progress.note(
+                f"warning: {plan.board} holds sessions of {plan.session_len} tokens, config.ini "
+                f"says {config.session_len}; the device will use the smaller number"
+            )
+    return replace(
+        manifest, target_boards=tuple(board.name for board in boards), memory=memory, files=()
+    )
+
+
+def content_paths(package: Package) -> tuple[str, ...]:
+    """Return the files of a workspace that belong into its package.
+
+    LMDeploy's Triton folders and our records stay behind.
+    """
+    weights = {spec.path for spec in package.specs}
+    weights.add(f"{names.WEIGHTS_DIR}/{names.CONFIG_INI}")
+    others = (
+        path
+        for path in list_files(package.root)
+        if path.startswith((f"{names.TOKENIZER_DIR}/", f"{names.KERNELS_DIR}/"))
+    )
+    return tuple(sorted(weights.union(others)))
+
+
+@contextmanager
+def _staged(root: Path, manifest: Manifest) -> Iterator[Path]:
+    """Give a folder that holds the sealed package: links to the workspace's files, no copies."""
+    folder = root / RECORD_DIR / "package"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        for entry in manifest.files:
+            target = folder / entry.path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _link((root / entry.path).resolve(), target)
+        write_manifest(folder, manifest)
+        durable.sync_folder(folder)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links, or somebody else's file
+        shutil.copyfile(source, target)
