@@ -1,0 +1,120 @@
+#!/bin/sh
+# Install or update `turbojet` on a Jetson from a folder of wheels, without network and without root.
+# Usage: sh install.sh [--wheelhouse DIR] [--prefix DIR] [--python PYTHON]
+#   --wheelhouse DIR  what build-wheelhouse made (default: the folder of this script)
+#   --prefix DIR      where it goes (default $XDG_DATA_HOME/turbojet or ~/.local/share/turbojet)
+#   --python PYTHON   interpreter, 3.10 or newer (default: the first that fits of python3, python3.12, ...)
+# Every release gets a folder of its own under PREFIX/runtime; `current` is switched at the end by one
+# rename, so a broken or interrupted run leaves the old release working. Running it again is harmless.
+set -eu
+
+say() { echo "install.sh: $1" >&2; }
+fail() {
+    say "$1"
+    exit "${2:-2}"
+}
+
+here=$(cd "$(dirname "$0")" && pwd)
+wheelhouse=$here
+prefix=${XDG_DATA_HOME:-${HOME:?}/.local/share}/turbojet
+bin=${HOME:?}/.local/bin
+python=
+tegra_release=${TURBOJET_TEGRA_RELEASE:-/etc/nv_tegra_release}
+while [ $# -gt 0 ]; do
+    case $1 in
+    --wheelhouse) wheelhouse=${2:?} && shift 2 ;;
+    --prefix) prefix=${2:?} && shift 2 ;;
+    --python) python=${2:?} && shift 2 ;;
+    -h | --help) sed -n '2,8s/^# \{0,1\}//p' "$0" && exit 0 ;;
+    *) fail "unknown argument $1, see --help" ;;
+    esac
+done
+
+# --- the board, in words -------------------------------------------------------------------------
+l4t=$(sed -n 's/^# R\([0-9]*\) .*REVISION: *\([0-9.]*\).*/\1.\2/p' "$tegra_release" 2>/dev/null || true)
+case $l4t in
+"") board="this is no Jetson ($tegra_release is not there)" ;;
+3[45].*) board="JetPack 5 (L4T $l4t), whose own Python 3.8 is too old: install a Python 3.10 beside it" ;;
+36.*) board="JetPack 6 (L4T $l4t), which brings Python 3.10" ;;
+3[89].*) board="JetPack 7 (L4T $l4t), which brings Python 3.12" ;;
+*) board="L4T $l4t" ;;
+esac
+
+# --- a wheelhouse that is whole ------------------------------------------------------------------
+[ -f "$wheelhouse/SHA256SUMS" ] || fail "$wheelhouse is no wheelhouse, it has no SHA256SUMS" 3
+(cd "$wheelhouse" && sha256sum --check --quiet SHA256SUMS) >&2 ||
+    fail "$wheelhouse is damaged, copy it again" 3
+
+# --- a Python that fits --------------------------------------------------------------------------
+is_new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; }
+tag_of() { "$1" -c 'import sys; print("cp%d%d" % sys.version_info[:2])'; }
+if [ -n "$python" ]; then
+    command -v "$python" >/dev/null || fail "there is no $python"
+    is_new_enough "$python" || fail "$("$python" --version 2>&1) is too old, 3.10 or newer is needed; $board"
+else
+    for candidate in python3 python3.13 python3.12 python3.11 python3.10; do
+        command -v "$candidate" >/dev/null || continue
+        is_new_enough "$candidate" || continue
+        [ -n "$python" ] || python=$candidate
+        [ -f "$wheelhouse/$(tag_of "$candidate").txt" ] || continue
+        python=$candidate
+        break
+    done
+    [ -n "$python" ] || fail "found no Python 3.10 or newer, name one with --python; $board"
+fi
+tag=$(tag_of "$python")
+pins=$wheelhouse/$tag.txt
+if [ ! -f "$pins" ]; then
+    tags=$(cd "$wheelhouse" && echo cp*.txt | sed 's/\.txt//g')
+    fail "$wheelhouse has wheels for $tags, none for the $tag of $python; name another with --python" 3
+fi
+pip=$(echo "$wheelhouse"/pip-*.whl)
+[ -f "$pip" ] || fail "$wheelhouse has no wheel of pip, or more than one" 3
+
+[ ! -e "$bin/turbojet" ] || [ -L "$bin/turbojet" ] || fail "$bin/turbojet is in the way and no link of ours" 1
+
+# --- a release of its own, then one rename -------------------------------------------------------
+sum=$(sha256sum "$pins" "$wheelhouse/SHA256SUMS" | sha256sum | cut -c1-12)
+runtime=$prefix/runtime
+release=$runtime/$tag-$sum
+mkdir -p "$runtime"
+if [ ! -f "$release/complete" ]; then
+    say "installing into $release"
+    rm -rf "$release"
+    # The wheel of pip runs as it is, so no ensurepip (Debian's python3-venv) is needed.
+    "$python" -m venv --without-pip "$release"
+    "$release/bin/python" "$pip/pip" install --quiet --disable-pip-version-check --no-index \
+        --no-cache-dir --no-deps --find-links "$wheelhouse" --requirement "$pins" >&2
+    "$release/bin/turbojet" --help >/dev/null || fail "turbojet does not start from $release" 1
+    : >"$release/complete"
+fi
+before=$(readlink "$runtime/current" || true)
+switch() { # switch LINK TARGET: never a moment without a working link
+    ln -s "$2" "$1.$$"
+    mv -T "$1.$$" "$1"
+}
+switch "$runtime/current" "$(basename "$release")"
+mkdir -p "$bin"
+switch "$bin/turbojet" "$runtime/current/bin/turbojet"
+
+# The release before stays: a chat that still runs from it goes on, and it is the way back.
+if [ "$before" != "$(basename "$release")" ]; then
+    for old in "$runtime"/cp*; do
+        case $(basename "$old") in
+        "$(basename "$release")" | "$before") ;;
+        *) rm -rf "$old" ;;
+        esac
+    done
+fi
+
+# --- what next -----------------------------------------------------------------------------------
+echo "turbojet is installed for $("$python" --version 2>&1): $bin/turbojet"
+echo "Board: $board"
+if [ -n "$l4t" ] && ! id -nG | grep -qw video; then
+    echo "Your user is not in the group video, which the GPU needs: sudo usermod -aG video $(id -un)"
+fi
+case :$PATH: in
+*":$bin:"*) ;;
+*) echo "Add it to your PATH: export PATH=\"$bin:\$PATH\"" ;;
+esac
+echo "Next: turbojet install MODEL.tgz, then turbojet chat"
