@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
+
+from device_runtime.errors import DeviceError
 
 PART_SUFFIX = ".part"
 """Ends the name of a file that is still being written."""
@@ -17,19 +19,29 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """Open a sibling for writing that takes the name ``path`` when the block ends well.
 
     The content is not synced; call `sync_file` before anything relies on it after a power cut.
+
+    Raises:
+        DeviceError: the disk is full or fails; the old file is still there.
     """
     part = path.with_name(path.name + PART_SUFFIX)
     try:
         with open(part, "wb") as file:
             yield file
         os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
+    except BaseException as error:
+        with suppress(OSError):
+            part.unlink()
+        if isinstance(error, OSError):
+            raise DeviceError(f"cannot write {path}: {error.strerror or error}") from error
         raise
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Replace ``path`` by ``data``; a kill at any moment leaves the old or the new content."""
+    """Replace ``path`` by ``data``; a kill at any moment leaves the old or the new content.
+
+    Raises:
+        DeviceError: the disk is full or fails.
+    """
     with replacing(path) as file:
         file.write(data)
         file.flush()

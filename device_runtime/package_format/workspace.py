@@ -53,6 +53,7 @@ class WorkspaceWriter:
 
         Raises:
             PackageError: the model has no such tensor, or shape or element type differ.
+            DeviceError: the disk is full or fails.
         """
         spec = self.spec(name)
         if array.shape != spec.shape or array.dtype != spec.dtype:

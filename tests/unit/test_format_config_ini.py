@@ -149,6 +149,10 @@ def test_zeros_resolve_as_in_the_engine():
     assert config.num_tokens_per_iter == 2048
     assert config.max_batch_size == 64
     assert config.resolved() == config
+    # A count of tokens above max_batch_size is taken as it is, up to it times session_len.
+    for tokens, resolved in ((64, 64 * 2048), (65, 65)):
+        config = dataclasses.replace(TurboMindConfig.from_text(LEAST), max_context_token_num=tokens)
+        assert config.resolved().max_context_token_num == resolved
     zeros = dataclasses.replace(
         config_of(INT4),
         kv_head_num=0,

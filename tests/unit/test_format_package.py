@@ -1,6 +1,9 @@
 import dataclasses
 import os
+import resource
+import signal
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -13,7 +16,7 @@ from format_samples import (
     write_workspace,
 )
 
-from device_runtime.errors import PackageError
+from device_runtime.errors import DeviceError, PackageError
 from device_runtime.package_format import durable, names
 from device_runtime.package_format.checksums import hash_files
 from device_runtime.package_format.files import check_file, list_files
@@ -388,6 +391,23 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     assert path.read_bytes() == b"new"
 
 
+def test_a_full_disk_is_one_sentence(tmp_path):
+    (tmp_path / "no-folder").write_bytes(b"")
+    with pytest.raises(DeviceError, match=r"cannot write .*no-folder/file: Not a directory"):
+        durable.write_atomically(tmp_path / "no-folder" / "file", b"new")
+    writer = WorkspaceWriter(tmp_path, INT4)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        with pytest.raises(DeviceError, match=rf"cannot write .*{QWEIGHT}: File too large"):
+            writer.write(QWEIGHT, np.zeros(1024, "<u4"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert list_files(tmp_path) == ("no-folder",)
+
+
 def test_hashes_are_those_of_sha256(tmp_path):
     (tmp_path / "b").write_bytes(b"abc")
     (tmp_path / "a").write_bytes(b"")
@@ -410,6 +430,7 @@ def test_progress_of_hashing_comes_one_call_at_a_time(tmp_path, monkeypatch):
         assert busy.acquire(blocking=False)
         seen.append(done)
         assert total == 600
+        time.sleep(0.0005)
         busy.release()
 
     hash_files(tmp_path, tuple("abcdef"), progress)
