@@ -1,18 +1,26 @@
 """SPEC.md states the format in tables; each is compared with the code here."""
 
 import dataclasses
+import gzip
+import io
 import itertools
 import re
+import struct
+import tarfile
+import time
 import types
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import pytest
-from format_samples import FP16, INT4
+from format_samples import FP16, INT4, write_workspace
 
 from device_runtime import package_format
 from device_runtime.package_format import fusion, int4, names, rotary
+from device_runtime.package_format.archive_gzip import MEMBER_DATA_BYTES
+from device_runtime.package_format.archive_reader import ArchiveLimits
+from device_runtime.package_format.archive_writer import write_archive
 from device_runtime.package_format.config_ini import TurboMindConfig
 from device_runtime.package_format.kv_scale import KvScale
 from device_runtime.package_format.manifest import FORMAT_VERSION, MAX_MANIFEST_BYTES, Manifest
@@ -222,3 +230,30 @@ def keys_of_hint(hint, key):
 
 def test_the_manifest_keys_are_those_of_the_code():
     assert rows_of("key", "type") == list(keys_of(Manifest))
+
+
+def test_the_limits_of_an_archive_are_those_of_the_code():
+    coded = [(name, str(value)) for name, value in dataclasses.asdict(ArchiveLimits()).items()]
+    assert rows_of("limit", "value") == coded
+
+
+def test_the_members_of_an_archive_are_those_of_the_code(tmp_path):
+    root = tmp_path / "package"
+    root.mkdir()
+    write_workspace(root, INT4, is_sealed=True)
+    data = write_archive(root, tmp_path / "tiny.tgz").path.read_bytes()
+    # RFC 1952: magic, deflate, FEXTRA; time 0, no flags, system 255; 12 bytes of extra field:
+    # "TJ", 8 bytes, the sizes. The package is smaller than 4 MiB, so there is one member.
+    tar = gzip.decompress(data)
+    sizes = struct.pack("<II", len(data), len(tar))
+    assert data[:24] == bytes.fromhex("1f8b0804 00000000 00ff 0c00 544a 0800") + sizes
+    assert f"one gzip member per {MEMBER_DATA_BYTES >> 20} MiB" in SPEC
+    with tarfile.open(fileobj=io.BytesIO(tar)) as members:
+        first, *others = members.getmembers()
+    assert first.name == "tiny-1.0/manifest.json"
+    assert [m.name for m in others] == sorted(m.name for m in others)
+    for member in (first, *others):
+        assert member.isreg()
+        assert (member.mode, member.uid, member.gid, member.uname) == (0o644, 0, 0, "")
+        assert time.gmtime(member.mtime)[:6] == (2000, 1, 1, 0, 0, 0)
+    assert tar.endswith(bytes(1024))
