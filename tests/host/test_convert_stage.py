@@ -1,0 +1,394 @@
+"""convert as a stage: config.ini, manifest, what is kept, what is refused."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from test_convert_bytes import GQA_64, int4_tensors
+from tiny_checkpoints import llama_tensors, write_checkpoint
+from tiny_tokenizer import CHATML, VOCAB_SIZE, write_tokenizer
+
+from device_runtime.errors import PackageError, UsageError
+from device_runtime.package_format.manifest import (
+    Calibration,
+    Manifest,
+    Provenance,
+    SamplingDefaults,
+    TemplateChoice,
+    TokenizerFacts,
+    read_manifest,
+)
+from device_runtime.package_format.model_config import RopeScaling
+from device_runtime.package_format.package import open_package
+from host_tools.convert import convert
+from host_tools.origin import Origin, read_origin, write_origin
+from host_tools.package_options import ConfigValues, ConvertOptions
+from host_tools.progress import Progress
+
+CONFIG_INI = """\
+[llama]
+model_name = tiny
+tensor_para_size = 1
+head_num = 8
+kv_head_num = 4
+vocab_size = 301
+num_layer = 2
+inter_size = 256
+norm_eps = 1e-05
+attn_bias = 0
+start_id = 0
+end_id = 2
+session_len = 264
+weight_type = int4
+rotary_embedding = 64
+rope_theta = 10000.0
+size_per_head = 64
+group_size = 64
+max_batch_size = 64
+max_context_token_num = 1
+step_length = 1
+cache_max_entry_count = 0.8
+cache_block_seq_len = 128
+cache_chunk_size = -1
+num_tokens_per_iter = 0
+max_prefill_iters = 1
+extra_tokens_per_iter = 0
+use_context_fmha = 1
+quant_policy = 0
+max_position_embeddings = 256
+rope_scaling_factor = 0.0
+use_logn_attn = 0
+
+"""
+
+
+class Notes(Progress):
+    """Keeps what a stage says."""
+
+    def __init__(self):
+        self.lines = []
+
+    def note(self, text):
+        self.lines.append(text)
+
+
+@pytest.fixture(scope="module")
+def awq_tensors():
+    return int4_tensors(GQA_64, 64)
+
+
+@pytest.fixture
+def awq_dir(tmp_path, awq_tensors):
+    return write_source(tmp_path / "awq", GQA_64.config(), awq_tensors)
+
+
+def write_source(folder, config, tensors, **tokenizer_config):
+    write_checkpoint(folder, config, tensors)
+    write_tokenizer(folder, **tokenizer_config)
+    return folder
+
+
+def run(source, output, progress=None, **options):
+    values = {"model_name": "tiny", **options}
+    return convert(source, output, ConvertOptions(**values), progress or Progress())
+
+
+def config_ini(workspace):
+    return workspace / "triton_models" / "weights" / "config.ini"
+
+
+def test_config_ini_holds_what_v0_2_3_writes(awq_dir, tmp_path):
+    assert config_ini(run(awq_dir, tmp_path / "tm")).read_text() == CONFIG_INI
+
+
+def test_hand_edits_are_options(awq_dir, tmp_path):
+    values = ConfigValues(8, 0.25, 64, 1, 1000, 3)
+    found = config_ini(run(awq_dir, tmp_path / "tm", config=values)).read_text()
+    expected = CONFIG_INI
+    for old, new in (
+        ("quant_policy = 0", "quant_policy = 8"),
+        ("cache_max_entry_count = 0.8", "cache_max_entry_count = 0.25"),
+        ("cache_block_seq_len = 128", "cache_block_seq_len = 64"),
+        ("cache_chunk_size = -1", "cache_chunk_size = 1"),
+        ("session_len = 264", "session_len = 1000"),
+        ("max_batch_size = 64", "max_batch_size = 3"),
+    ):
+        expected = expected.replace(old, new)
+    assert found == expected
+
+
+def test_a_name_of_lmdeploy_brings_its_session_len(awq_dir, tmp_path):
+    run(awq_dir, tmp_path / "tm", model_name="internlm2-chat-1_8b")
+    assert "session_len = 32776\n" in config_ini(tmp_path / "tm").read_text()
+
+
+def test_the_workspace_opens_with_every_fact_of_the_manifest(awq_dir, tmp_path):
+    package = open_package(run(awq_dir, tmp_path / "tm"))
+    manifest = package.manifest
+    assert not manifest.is_sealed
+    assert manifest.name == "tiny"
+    assert (manifest.quantization.method, manifest.quantization.w_bits) == ("awq", 4)
+    assert manifest.template == TemplateChoice("jinja", "tokenizer_config.json", CHATML)
+    assert manifest.tokenizer == TokenizerFacts(None, False, (2, 0))
+    assert manifest.sampling == SamplingDefaults()
+    assert manifest.provenance.source == "awq"
+    assert manifest.provenance.source_kind == "folder"
+    assert [tool.name for tool in manifest.provenance.tools] == ["turbojet", "torch", "numpy"]
+    assert sorted(path.name for path in package.tokenizer_dir.iterdir()) == [
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+
+
+def test_what_config_ini_has_no_room_for_is_in_the_manifest(tmp_path):
+    config = GQA_64.config(
+        architectures=["Qwen3ForCausalLM"],
+        tie_word_embeddings=True,
+        rope_scaling={
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    )
+    tensors = llama_tensors(config)
+    for layer in range(2):
+        for name in ("q_norm", "k_norm"):
+            tensors[f"model.layers.{layer}.self_attn.{name}.weight"] = torch.ones(64).half()
+    source = write_source(tmp_path / "source", config, tensors)
+    model = open_package(run(source, tmp_path / "tm")).model
+    assert model.tie_word_embeddings
+    assert model.has_qk_norm
+    assert model.rope_scaling == RopeScaling("llama3", 8.0, 1.0, 4.0, 64)
+
+
+def test_the_family_template_stands_in_for_a_missing_one(tmp_path, awq_tensors):
+    source = write_source(tmp_path / "awq", GQA_64.config(), awq_tensors, chat_template=None)
+    manifest = open_package(run(source, tmp_path / "tm", model_name="internlm2-chat-7b")).manifest
+    assert manifest.template == TemplateChoice("builtin", "internlm2-chat")
+    # <|im_end|> (2) stays in the history as the template's stop word; <|action_end|> is no token
+    assert manifest.tokenizer == TokenizerFacts(None, False, (0,), (2,))
+
+
+def test_the_source_tells_the_family_when_the_name_does_not(tmp_path, awq_tensors):
+    source = write_source(tmp_path / "awq", GQA_64.config(), awq_tensors, chat_template=None)
+    provenance = Provenance("Shanghai_AI_Laboratory/internlm2-chat-7b", "modelscope")
+    write_origin(source, Origin(provenance, "rtn"))
+    manifest = open_package(run(source, tmp_path / "tm", model_name="robot")).manifest
+    assert manifest.template == TemplateChoice("builtin", "internlm2-chat")
+    assert manifest.quantization.method == "rtn"
+
+
+def test_a_template_can_be_asked_for(awq_dir, tmp_path):
+    run(awq_dir, tmp_path / "tm", template="llama2")
+    assert read_manifest(tmp_path / "tm").template == TemplateChoice("builtin", "llama2")
+    with pytest.raises(UsageError, match="there is no chat template 'llama9'"):
+        run(awq_dir, tmp_path / "tm", template="llama9")
+
+
+def test_bos_and_sampling_come_from_the_checkpoint(tmp_path, awq_tensors):
+    source = write_source(
+        tmp_path / "awq", GQA_64.config(), awq_tensors,
+        bos_token={"content": "<|im_start|>"}, add_bos_token=True,
+    )  # fmt: skip
+    (source / "generation_config.json").write_text(
+        json.dumps({"temperature": 0.6, "top_k": 20, "top_p": None, "eos_token_id": 0})
+    )
+    manifest = open_package(run(source, tmp_path / "tm")).manifest
+    assert manifest.tokenizer == TokenizerFacts(1, True, (2, 0))
+    assert manifest.sampling == SamplingDefaults(temperature=0.6, top_k=20)
+    assert "start_id = 1\nend_id = 2\n" in config_ini(tmp_path / "tm").read_text()
+
+
+def test_provenance_travels_from_the_checkpoint_into_the_manifest(awq_dir, tmp_path):
+    calibration = Calibration("c4", 8, 512, 0)
+    origin = Origin(Provenance("org/model", "modelscope", "v1"), "none").quantized(
+        "awq", calibration
+    )
+    write_origin(awq_dir, origin)
+    assert read_origin(awq_dir, is_quantized=True) == origin
+    provenance = open_package(run(awq_dir, tmp_path / "tm")).manifest.provenance
+    assert replace(provenance, tools=()) == Provenance(
+        "org/model", "modelscope", "v1", calibration=calibration
+    )
+
+
+def test_finished_work_is_kept_and_anything_else_is_done_again(awq_dir, tmp_path):
+    notes = Notes()
+    output = run(awq_dir, tmp_path / "tm", notes)
+    tensor = output / "triton_models" / "weights" / "norm.weight"
+    made_ns = tensor.stat().st_mtime_ns
+    run(awq_dir, output, notes)
+    assert tensor.stat().st_mtime_ns == made_ns
+    assert notes.lines == [f"convert: {output} is up to date"]
+    run(awq_dir, output, notes, config=ConfigValues(quant_policy=4))
+    assert tensor.stat().st_mtime_ns > made_ns
+    assert len(notes.lines) == 1
+
+
+def test_a_damaged_workspace_is_made_again(awq_dir, tmp_path):
+    output = run(awq_dir, tmp_path / "tm")
+    tensor = output / "triton_models" / "weights" / "norm.weight"
+    good = tensor.read_bytes()
+    tensor.write_bytes(bytes(len(good)))
+    run(awq_dir, output)
+    assert tensor.read_bytes() == good
+    config_ini(output).unlink()
+    run(awq_dir, output)
+    assert config_ini(output).read_text() == CONFIG_INI
+
+
+def test_config_ini_edited_by_hand_is_kept(awq_dir, tmp_path):
+    output = run(awq_dir, tmp_path / "tm")
+    edited = CONFIG_INI.replace("quant_policy = 0", "quant_policy = 8")
+    config_ini(output).write_text(edited)
+    run(awq_dir, output)
+    assert config_ini(output).read_text() == edited
+
+
+def test_the_same_input_gives_the_same_bytes(awq_dir, tmp_path):
+    first, second = run(awq_dir, tmp_path / "one"), run(awq_dir, tmp_path / "two")
+    for path in sorted(first.rglob("*")):
+        if path.is_file() and ".turbojet" not in path.parts:
+            assert path.read_bytes() == (second / path.relative_to(first)).read_bytes(), path
+
+
+def test_leftovers_of_a_killed_run_are_swept_away(awq_dir, tmp_path):
+    for name in (".tm.part", ".tm.old"):
+        (tmp_path / name / "triton_models").mkdir(parents=True)
+        (tmp_path / name / "junk").write_text("junk")
+    run(awq_dir, tmp_path / "tm")
+    assert {path.name for path in tmp_path.iterdir()} == {"awq", "tm"}
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_is_no_workspace_is_not_replaced(awq_dir, tmp_path, kind):
+    output = tmp_path / "precious"
+    if kind == "file":
+        output.write_text("mine")
+    else:
+        output.mkdir()
+        (output / "thesis.tex").write_text("mine")
+    with pytest.raises(UsageError, match="precious exists and is not a workspace of ours"):
+        run(awq_dir, output)
+    assert output.exists()
+
+
+def test_a_failed_run_leaves_the_old_workspace(awq_dir, tmp_path):
+    output = run(awq_dir, tmp_path / "tm")
+    (awq_dir / "tokenizer.json").write_text("{}")
+    with pytest.raises(PackageError, match=r"tokenizer\.json is no tokenizer"):
+        run(awq_dir, output)
+    assert open_package(output).manifest.name == "tiny"
+
+
+def test_a_group_size_that_is_not_the_checkpoints_is_refused(awq_dir, tmp_path):
+    run(awq_dir, tmp_path / "tm", group_size=64)
+    with pytest.raises(UsageError, match=r"group-size is 128, .*awq has group size 64"):
+        run(awq_dir, tmp_path / "tm", group_size=128)
+    source = write_source(tmp_path / "float", GQA_64.config(), llama_tensors(GQA_64.config()))
+    with pytest.raises(UsageError, match=r"group-size is 128, .*float has float weights"):
+        run(source, tmp_path / "tm", group_size=128)
+
+
+def test_ranks_that_do_not_divide_the_heads_are_refused(awq_dir, tmp_path):
+    with pytest.raises(
+        PackageError, match="num_kv_heads 4 is not a multiple of tensor_para_size 8"
+    ):
+        run(awq_dir, tmp_path / "tm", tp=8)
+
+
+def test_a_value_beyond_fp16_is_refused_by_name(tmp_path):
+    tensors = llama_tensors(GQA_64.config(), dtype=torch.float32)
+    tensors["model.norm.weight"][3] = 70000.0
+    source = write_source(tmp_path / "wide", GQA_64.config(), tensors)
+    with pytest.raises(PackageError, match=r"norm\.weight holds 70000, fp16 ends at 65504"):
+        run(source, tmp_path / "tm")
+
+
+def test_float_linears_inside_an_int4_model_are_refused(tmp_path, awq_tensors):
+    tensors = dict(awq_tensors)
+    module = "model.layers.1.mlp.down_proj"
+    for part in ("qweight", "qzeros", "scales"):
+        del tensors[f"{module}.{part}"]
+    tensors[f"{module}.weight"] = llama_tensors(GQA_64.config())[f"{module}.weight"]
+    source = write_source(tmp_path / "mixed", GQA_64.config(), tensors)
+    with pytest.raises(PackageError, match=r"layers\.1 mixes int4 and float linears"):
+        run(source, tmp_path / "tm")
+
+
+def test_a_missing_tokenizer_says_how_to_get_one(awq_dir, tmp_path):
+    (awq_dir / "tokenizer.json").unlink()
+    with pytest.raises(PackageError, match=r"has no tokenizer\.json, save the checkpoint with a"):
+        run(awq_dir, tmp_path / "tm")
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path):
+    config = GQA_64.config(vocab_size=200)
+    source = write_source(tmp_path / "small", config, llama_tensors(config))
+    # 3 special tokens and 256 bytes: the last id is 258
+    with pytest.raises(PackageError, match=r"has the token id 258, the embedding has 200 rows"):
+        run(source, tmp_path / "tm")
+    assert VOCAB_SIZE > 258
+
+
+def test_a_model_without_an_end_is_refused(tmp_path, awq_tensors):
+    source = write_source(tmp_path / "awq", GQA_64.config(), awq_tensors, eos_token=None)
+    (source / "generation_config.json").unlink()
+    with pytest.raises(PackageError, match=r"names no eos token in tokenizer_config\.json"):
+        run(source, tmp_path / "tm")
+
+
+@pytest.mark.parametrize("value", [-1, 1.5, "high", True])
+def test_impossible_sampling_defaults_are_refused(awq_dir, tmp_path, value):
+    (awq_dir / "generation_config.json").write_text(json.dumps({"top_p": value}))
+    with pytest.raises(PackageError, match=f"says top_p {value}, expected 0.0 to 1.0"):
+        run(awq_dir, tmp_path / "tm")
+
+
+def test_a_damaged_origin_is_named(awq_dir, tmp_path):
+    (awq_dir / ".turbojet").mkdir()
+    (awq_dir / ".turbojet" / "origin.json").write_text("{")
+    with pytest.raises(PackageError, match=r"origin\.json is damaged, remove it or fetch again"):
+        run(awq_dir, tmp_path / "tm")
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"model_name": ""}, "model-name: package name '' is not 1 to 96"),
+        ({"model_name": "a/b"}, "model-name: package name 'a/b' is not"),
+        ({"tp": 0}, "tp is 0, expected at least 1"),
+        ({"tp": 3}, "tp is 3, expected a power of two"),
+        ({"group_size": 48}, "group-size is 48, choose 128, 64 or 32"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(options, sentence):
+    with pytest.raises(UsageError, match=sentence):
+        ConvertOptions(**{"model_name": "tiny", **options})
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"quant_policy": 3}, "quant-policy is 3, choose 0"),
+        ({"cache_max_entry_count": 0.0}, "cache-max-entry-count is 0, expected a share"),
+        ({"cache_block_seq_len": 32}, "cache-block-seq-len is 32, expected a multiple of 64"),
+        ({"cache_block_seq_len": 96}, "cache-block-seq-len is 96, expected a multiple of 64"),
+        ({"cache_chunk_size": -2}, "cache-chunk-size is -2, expected -1"),
+        ({"session_len": 0}, "session-len is 0, expected at least 1"),
+        ({"max_batch_size": 0}, "max-batch-size is 0, expected at least 1"),
+    ],
+)
+def test_values_of_config_ini_that_cannot_be_are_refused(values, sentence):
+    with pytest.raises(UsageError, match=sentence):
+        ConfigValues(**values)
+
+
+def test_the_manifest_is_read_back_as_it_was_written(awq_dir, tmp_path):
+    output = run(awq_dir, tmp_path / "tm")
+    text = (output / "manifest.json").read_bytes()
+    assert Manifest.from_json(text).to_json() == text
