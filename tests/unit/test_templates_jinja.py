@@ -200,7 +200,7 @@ def test_a_template_that_never_ends_is_stopped_by_the_clock_in_any_thread(monkey
         ("{{ ''.__class__.__mro__ }}", "access to attribute '__class__'"),
         ("{{ render.__globals__['os'] }}", "is undefined"),
         ("{{ namespace.__init__.__globals__ }}", "access to attribute '__init__'"),
-        ("{{ dict.__globals__ }}", "access to attribute '__globals__'"),
+        ("{{ dict.__globals__.os }}", "access to attribute '__globals__'"),
         ("{{ raise_exception.__globals__.sys }}", "access to attribute '__globals__'"),
         ("{{ '%s' % messages }}", "operator % on str is not allowed"),
         ("{{ '{0.__class__}'.format(1) }}", "access to attribute 'format'"),
