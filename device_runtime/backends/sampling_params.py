@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from device_runtime.errors import RequestError
+from device_runtime.package_format.sampling_ranges import sampling_fault
 
 
 @dataclass(frozen=True)
@@ -29,19 +30,14 @@ class SamplingParams:
         Raises:
             RequestError: a value is outside its range.
         """
-        checks = (
-            ("temperature", self.temperature, 0.0 <= self.temperature <= 100.0, "0 to 100"),
-            ("top_k", self.top_k, 0 <= self.top_k < 2**31, "0 or more"),
-            ("top_p", self.top_p, 0.0 < self.top_p <= 1.0, "above 0, at most 1"),
-            ("min_p", self.min_p, 0.0 <= self.min_p < 1.0, "0 to below 1"),
-            (
-                "repetition_penalty",
-                self.repetition_penalty,
-                0.0 < self.repetition_penalty <= 100.0,
-                "above 0, at most 100",
-            ),
-            ("seed", self.seed, 0 <= self.seed < 2**64, "0 to 2^64 - 1"),
+        fault = sampling_fault(
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
         )
-        for name, value, is_valid, expected in checks:
-            if not is_valid:
-                raise RequestError(f"{name} is {value}, expected {expected}")
+        if fault is not None:
+            raise RequestError(fault)
+        if not 0 <= self.seed < 2**64:
+            raise RequestError(f"seed is {self.seed}, expected 0 to 2^64 - 1")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +13,7 @@ from device_runtime.errors import PackageError
 from device_runtime.package_format import names, strict_json
 from device_runtime.package_format.durable import write_atomically
 from device_runtime.package_format.model_config import ModelConfig
+from device_runtime.package_format.sampling_ranges import sampling_fault
 
 FORMAT_VERSION = 1
 MAX_MANIFEST_BYTES = 4 << 20
@@ -167,6 +168,15 @@ class SamplingDefaults:
     top_p: float = 0.8
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuse values outside their range.
+
+        Raises:
+            PackageError: a value is outside its range.
+        """
+        if fault := sampling_fault(**asdict(self)):
+            raise PackageError(f"the package's sampling {fault}")
 
 
 @dataclass(frozen=True)

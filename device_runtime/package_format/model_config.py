@@ -40,6 +40,28 @@ class RopeScaling:
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 0
 
+    def __post_init__(self) -> None:
+        """Check what the arithmetic divides by.
+
+        Raises:
+            PackageError: a factor is not above 0, or llama3 lacks its own numbers.
+        """
+        for name in ("factor", "low_freq_factor", "high_freq_factor"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0.0):
+                raise PackageError(f"rope scaling {name} is {value}, expected above 0")
+        if self.kind == "llama3":
+            if self.low_freq_factor >= self.high_freq_factor:
+                raise PackageError(
+                    f"rope scaling low_freq_factor {self.low_freq_factor} is not below "
+                    f"high_freq_factor {self.high_freq_factor}"
+                )
+            if self.original_max_position_embeddings < 1:
+                raise PackageError(
+                    "rope scaling llama3 has original_max_position_embeddings "
+                    f"{self.original_max_position_embeddings}, expected at least 1"
+                )
+
 
 @dataclass(frozen=True)
 class ModelConfig:

@@ -203,18 +203,18 @@ def _read_rope(reader: ConfigReader, context: int) -> tuple[float, RopeScaling]:
         )
     if kind == "none":
         return theta, RopeScaling()
-    scaling = RopeScaling(kind=kind, factor=section.number("factor"))
-    if kind == "llama3":
-        scaling = RopeScaling(
-            kind=kind,
-            factor=scaling.factor,
-            low_freq_factor=section.number("low_freq_factor"),
-            high_freq_factor=section.number("high_freq_factor"),
-            original_max_position_embeddings=section.integer(
-                "original_max_position_embeddings", context
-            ),
-        )
-    return theta, scaling
+    factor = section.number("factor")
+    if kind != "llama3":
+        return theta, RopeScaling(kind=kind, factor=factor)
+    return theta, RopeScaling(
+        kind=kind,
+        factor=factor,
+        low_freq_factor=section.number("low_freq_factor"),
+        high_freq_factor=section.number("high_freq_factor"),
+        original_max_position_embeddings=section.integer(
+            "original_max_position_embeddings", context
+        ),
+    )
 
 
 def _shown(value: object) -> str:

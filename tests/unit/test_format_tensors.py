@@ -5,7 +5,7 @@ import pytest
 from format_samples import FP16, INT4
 
 from device_runtime.errors import PackageError
-from device_runtime.package_format.model_config import ModelConfig
+from device_runtime.package_format.model_config import ModelConfig, RopeScaling
 from device_runtime.package_format.tensors import linear_shapes, padded_vocab_size, tensor_specs
 
 
@@ -183,6 +183,20 @@ def test_int4_needs_whole_tiles():
 def test_models_that_cannot_be_are_refused(changes, message):
     with pytest.raises(PackageError, match=message):
         dataclasses.replace(INT4, **changes)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("linear", 0.0), "rope scaling factor is 0.0, expected above 0"),
+        (("linear", float("nan")), "rope scaling factor is nan, expected above 0"),
+        (("llama3", 8.0, 4.0, 4.0, 8192), "low_freq_factor 4.0 is not below high_freq_factor 4.0"),
+        (("llama3", 8.0, 1.0, 4.0, 0), "llama3 has original_max_position_embeddings 0, expected"),
+    ],
+)
+def test_rope_scaling_that_cannot_be_computed_is_refused(arguments, message):
+    with pytest.raises(PackageError, match=message):
+        RopeScaling(*arguments)
 
 
 def test_specs_are_exact_types():
