@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         library = (error.name or "").partition(".")[0]
         if library not in HOST_LIBRARIES:
-            raise
+            return _unexpected(error)
         return _fail(
             f"{library} is not installed; pip install 'turbojet-llm[host]'", UsageError.exit_code
         )
@@ -49,13 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         place = f"{error.filename}: " if error.filename else ""
         return _fail(f"{place}{error.strerror or error}", DeviceError.exit_code)
     except Exception as error:  # the last line of defence: a traceback on a terminal is a bug
-        if os.environ.get(DEBUG):
-            raise
-        return _fail(
-            f"internal error, {type(error).__name__}: {error}; {DEBUG}=1 shows where, please "
-            "report it",
-            TurbojetError.exit_code,
-        )
+        return _unexpected(error)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -82,11 +76,20 @@ def build_parser() -> argparse.ArgumentParser:
             help=help_text,
             description=f"{help_text[0].upper()}{help_text[1:]}.",
             allow_abbrev=False,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            formatter_class=_HelpFormatter,
         )
         fill(verb)
         verb.set_defaults(run=getattr(commands, f"run_{run}"))
     return parser
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows a default where there is one to show."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False or action.default in ("", []):
+            return action.help
+        return super()._get_help_string(action)
 
 
 def _fetch(parser: argparse.ArgumentParser) -> None:
@@ -114,7 +117,9 @@ def _convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, metavar="AWQ_OR_FP16_DIR")
     parser.add_argument("--model-name", required=True, help="name of the package")
     parser.add_argument("--output", type=Path, required=True, help="folder for the workspace")
-    _option(parser, "--group-size", int, 0, "what a 4-bit checkpoint must have; 0: what it says")
+    _option(
+        parser, "--group-size", int, 0, "what a 4-bit checkpoint must have; 0 takes what it has"
+    )
     _workspace_options(parser, "v0.2.3's value")
 
 
@@ -122,7 +127,7 @@ def _kv(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("work_dir", type=Path, metavar="W", help="folder of the statistics")
     parser.add_argument("workspace", type=Path, metavar="TM_DIR", help="what convert wrote")
     _kv_options(parser)
-    _option(parser, "--tp", int, KvQparamsOptions().tp, "ranks; 0: what config.ini says")
+    _option(parser, "--tp", int, KvQparamsOptions().tp, "ranks; 0 takes what config.ini says")
 
 
 def _pack(parser: argparse.ArgumentParser) -> None:
@@ -135,12 +140,18 @@ def _build(parser: argparse.ArgumentParser) -> None:
     _source(parser)
     parser.add_argument("--output", type=Path, required=True, help="the archive, X.tgz")
     parser.add_argument(
-        "--work-dir", type=Path, help="folder of every stage's result; None: X.work beside X.tgz"
+        "--work-dir",
+        type=Path,
+        help="folder of every stage's result (default: X.work beside X.tgz)",
     )
-    parser.add_argument("--model-name", default="", help="name of the package; empty: the source's")
+    parser.add_argument(
+        "--model-name", default="", help="name of the package (default: the source's)"
+    )
     _fetch_options(parser)
     _calibrate_options(parser)
-    _quantize_options(parser, BUILD_METHODS, 0, "inputs that share a scale; 0: most that fit")
+    _quantize_options(
+        parser, BUILD_METHODS, 0, "inputs that share a scale; 0 takes the most that fit"
+    )
     _kv_options(parser)
     _workspace_options(parser, "planned for the target boards")
     _target(parser)
@@ -161,7 +172,11 @@ def _evaluate(parser: argparse.ArgumentParser) -> None:
     _option(parser, "--seqlen", int, defaults.seqlen, "tokens of a window")
     _device(parser, defaults.device)
     _option(
-        parser, "--quant-policy", int, None, "KV format of packages: 0, 4 or 8; None: config.ini's"
+        parser,
+        "--quant-policy",
+        int,
+        None,
+        "KV format of packages: 0, 4 or 8 (default: config.ini's)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -176,7 +191,13 @@ def _source(parser: argparse.ArgumentParser) -> None:
 
 def _fetch_options(parser: argparse.ArgumentParser) -> None:
     defaults = FetchOptions()
-    _option(parser, "--revision", str, defaults.revision, "branch, tag or commit on the hub")
+    _option(
+        parser,
+        "--revision",
+        str,
+        defaults.revision,
+        "branch, tag or commit on the hub (default: the hub's)",
+    )
     for name, text in (("include", "only"), ("exclude", "no")):
         parser.add_argument(
             f"--{name}",
@@ -219,7 +240,7 @@ def _kv_options(parser: argparse.ArgumentParser) -> None:
 
 def _workspace_options(parser: argparse.ArgumentParser, default: str) -> None:
     _option(parser, "--tp", int, 1, "ranks that the files are split for")
-    _option(parser, "--template", str, "", "a built-in chat template; empty: the model's own")
+    _option(parser, "--template", str, "", "a built-in chat template (default: the model's own)")
     for name, kind, text in (
         ("quant-policy", int, "KV cache: 0 fp16, 4 static int8, 8 online int8"),
         ("cache-max-entry-count", float, "share of free memory for KV, or pages when 1 or more"),
@@ -228,7 +249,7 @@ def _workspace_options(parser: argparse.ArgumentParser, default: str) -> None:
         ("session-len", int, "most tokens of a conversation"),
         ("max-batch-size", int, "sequences decoded together"),
     ):
-        _option(parser, f"--{name}", kind, None, f"{text}; None: {default}")
+        _option(parser, f"--{name}", kind, None, f"{text} (default: {default})")
 
 
 def _target(parser: argparse.ArgumentParser) -> None:
@@ -263,6 +284,17 @@ def _option(
         choices=choices,
         metavar=None if choices else flag.rpartition("-")[2].upper(),
         help=help_text,
+    )
+
+
+def _unexpected(error: Exception) -> int:
+    if os.environ.get(DEBUG):
+        raise error
+    first_line = (str(error).splitlines() or [""])[0]
+    return _fail(
+        f"internal error, {type(error).__name__}: {first_line}; {DEBUG}=1 shows where, please "
+        "report it",
+        TurbojetError.exit_code,
     )
 
 

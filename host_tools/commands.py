@@ -27,7 +27,7 @@ def run_fetch(args: argparse.Namespace) -> int:
     """Get a checkpoint; the last line on stdout is its folder."""
     from host_tools.fetch.fetch import fetch
 
-    print(fetch(args.source, args.output, _fetch_options(args), make_progress()))
+    print(fetch(args.source, args.output, fetch_options(args), make_progress()))
     return 0
 
 
@@ -35,7 +35,7 @@ def run_calibrate(args: argparse.Namespace) -> int:
     """Write statistics into the work folder and print it."""
     from host_tools.calibrate import calibrate
 
-    print(calibrate(args.checkpoint, args.work_dir, _calibrate_options(args), make_progress()))
+    print(calibrate(args.checkpoint, args.work_dir, calibrate_options(args), make_progress()))
     return 0
 
 
@@ -43,28 +43,24 @@ def run_quantize(args: argparse.Namespace) -> int:
     """Write an AWQ checkpoint and print its folder."""
     from host_tools.quantize import quantize
 
-    options = QuantizeOptions(args.w_bits, args.w_group_size, args.method, args.device)
+    options = quantize_options(args)
     print(quantize(args.checkpoint, args.work_dir, args.output, options, make_progress()))
     return 0
 
 
 def run_convert(args: argparse.Namespace) -> int:
     """Write a workspace and print its folder."""
-    options = ConvertOptions(
-        args.model_name, args.tp, args.group_size, args.template, _config_values(args)
-    )
     from host_tools.convert import convert
 
-    print(convert(args.checkpoint, args.output, options, make_progress()))
+    print(convert(args.checkpoint, args.output, convert_options(args), make_progress()))
     return 0
 
 
 def run_kv_qparams(args: argparse.Namespace) -> int:
     """Write static KV parameters into a workspace and print its folder."""
-    options = KvQparamsOptions(args.kv_bits, args.kv_sym, args.tp)
     from host_tools.kv_qparams import kv_qparams
 
-    print(kv_qparams(args.work_dir, args.workspace, options, make_progress()))
+    print(kv_qparams(args.work_dir, args.workspace, kv_options(args), make_progress()))
     return 0
 
 
@@ -72,7 +68,7 @@ def run_pack(args: argparse.Namespace) -> int:
     """Write an archive and print it."""
     from host_tools.pack import pack
 
-    summary = pack(args.workspace, args.output, PackOptions(args.target), make_progress())
+    summary = pack(args.workspace, args.output, pack_options(args), make_progress())
     print(f"{summary.num_files} files, {format_bytes(summary.archive_bytes)}", file=sys.stderr)
     print(summary.path)
     return 0
@@ -80,25 +76,12 @@ def run_pack(args: argparse.Namespace) -> int:
 
 def run_build(args: argparse.Namespace) -> int:
     """Run the whole pipeline; print the summary, and the archive last."""
+    from host_tools.build import build
     from host_tools.build_choices import default_work_dir
 
-    options = BuildOptions(
-        model_name=args.model_name,
-        fetch=_fetch_options(args),
-        calibrate=_calibrate_options(args),
-        method=args.method,
-        w_bits=args.w_bits,
-        group_size=args.w_group_size,
-        kv=KvQparamsOptions(args.kv_bits, args.kv_sym),
-        tp=args.tp,
-        template=args.template,
-        config=_config_values(args),
-        target=args.target,
-    )
     work_dir = args.work_dir or default_work_dir(args.output)
-    from host_tools.build import build
 
-    report = build(args.source, args.output, work_dir, options, make_progress())
+    report = build(args.source, args.output, work_dir, build_options(args), make_progress())
     if args.json:
         print(json.dumps(_plain(report), indent=1))
     else:
@@ -109,21 +92,69 @@ def run_build(args: argparse.Namespace) -> int:
 
 def run_evaluate(args: argparse.Namespace) -> int:
     """Measure perplexity of each target and print them side by side."""
-    options = EvaluateOptions(args.dataset, args.samples, args.seqlen, args.device)
-    raise NotImplementedError(options)
+    from host_tools.evaluate import perplexity
+
+    raise NotImplementedError(perplexity)
 
 
-def _fetch_options(args: argparse.Namespace) -> FetchOptions:
+def fetch_options(args: argparse.Namespace) -> FetchOptions:
+    """Return what was asked of the download."""
     return FetchOptions(args.revision, tuple(args.include), tuple(args.exclude), args.max_workers)
 
 
-def _calibrate_options(args: argparse.Namespace) -> CalibrateOptions:
+def calibrate_options(args: argparse.Namespace) -> CalibrateOptions:
+    """Return what was asked of the calibration."""
     return CalibrateOptions(
         args.calib_dataset, args.calib_samples, args.calib_seqlen, args.device, args.seed
     )
 
 
-def _config_values(args: argparse.Namespace) -> ConfigValues:
+def quantize_options(args: argparse.Namespace) -> QuantizeOptions:
+    """Return what was asked of the quantization."""
+    return QuantizeOptions(args.w_bits, args.w_group_size, args.method, args.device)
+
+
+def convert_options(args: argparse.Namespace) -> ConvertOptions:
+    """Return what was asked of the workspace."""
+    return ConvertOptions(
+        args.model_name, args.tp, args.group_size, args.template, config_values(args)
+    )
+
+
+def kv_options(args: argparse.Namespace) -> KvQparamsOptions:
+    """Return what was asked of the static KV parameters."""
+    return KvQparamsOptions(args.kv_bits, args.kv_sym, args.tp)
+
+
+def pack_options(args: argparse.Namespace) -> PackOptions:
+    """Return for which boards the archive is."""
+    return PackOptions(args.target)
+
+
+def build_options(args: argparse.Namespace) -> BuildOptions:
+    """Return what was asked of the whole pipeline."""
+    return BuildOptions(
+        model_name=args.model_name,
+        fetch=fetch_options(args),
+        calibrate=calibrate_options(args),
+        method=args.method,
+        w_bits=args.w_bits,
+        group_size=args.w_group_size,
+        kv=KvQparamsOptions(args.kv_bits, args.kv_sym),
+        tp=args.tp,
+        template=args.template,
+        config=config_values(args),
+        target=args.target,
+    )
+
+
+def evaluate_options(args: argparse.Namespace) -> EvaluateOptions:
+    """Return what perplexity is measured on."""
+    return EvaluateOptions(args.dataset, args.samples, args.seqlen, args.device)
+
+
+def config_values(args: argparse.Namespace) -> ConfigValues:
+    """Return the values of config.ini that were given."""
     return ConfigValues(
         quant_policy=args.quant_policy,
         cache_max_entry_count=args.cache_max_entry_count,

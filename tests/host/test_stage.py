@@ -6,7 +6,7 @@ import pytest
 
 from device_runtime.errors import PackageError, UsageError
 from host_tools.content_hash import ContentHasher, content_files, file_sha256
-from host_tools.stage import Stage, exclusive
+from host_tools.stage import Stage, exclusive, read_record
 
 # printf 'abc' | sha256sum
 ABC_SHA256 = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
@@ -163,4 +163,21 @@ def test_two_processes_cannot_work_in_one_folder(tmp_path):
     holder.kill()  # even a process that dies lets go
     holder.join()
     with exclusive(tmp_path):
+        pass
+
+
+def test_a_record_can_be_read_for_a_report(folders):
+    source, output = folders
+    stage = make_stage(source, output)
+    assert read_record(output, "copy") is None
+    finish(stage, output)
+    first = read_record(output, "copy")
+    assert first.size_bytes == len("result")
+    assert read_record(output, "copy") == first
+    stage.record_path.write_text("[]")
+    assert read_record(output, "copy") is None
+
+
+def test_locks_of_different_names_do_not_exclude_each_other(tmp_path):
+    with exclusive(tmp_path, "build-lock"), exclusive(tmp_path):
         pass
