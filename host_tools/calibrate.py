@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import random
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -17,6 +17,7 @@ from safetensors.torch import save
 from device_runtime.errors import PackageError, UsageError
 from device_runtime.package_format.durable import write_atomically
 from host_tools.checkpoint import Checkpoint
+from host_tools.datasets import WindowRequest, calibration_windows
 from host_tools.decoder.layer import rms_norm
 from host_tools.decoder.snapshots import Snapshots
 from host_tools.decoder.stream import Activations, LayerRunner, choose_device
@@ -79,7 +80,7 @@ def calibrate(
             raise PackageError(
                 f"{checkpoint_dir} is quantized already, calibrate its floating-point original"
             )
-        token_ids = _draw_windows(checkpoint, options)
+        token_ids = _draw_windows(checkpoint, options, work_dir, progress)
         with _scratch(work_dir, stage) as scratch:
             snapshots = Snapshots(scratch, SNAPSHOT_INTERVAL_S)
             statistics = _run(checkpoint, token_ids, options, snapshots, progress)
@@ -172,23 +173,18 @@ def _run(
     return merge([*parts, final_norm_statistics(checkpoint, last)])
 
 
-def _draw_windows(checkpoint: Checkpoint, options: CalibrateOptions) -> torch.Tensor:
+def _draw_windows(
+    checkpoint: Checkpoint, options: CalibrateOptions, work_dir: Path, progress: Progress
+) -> torch.Tensor:
     if options.seqlen > checkpoint.model.max_position_embeddings:
         raise UsageError(
             f"calib-seqlen is {options.seqlen}, the model's context has "
             f"{checkpoint.model.max_position_embeddings} tokens"
         )
     tokenizer = SourceTokenizer.open(checkpoint.path, checkpoint.model.vocab_size).tokenizer
-    text = Path(options.dataset).read_text(encoding="utf-8")
-    ids = torch.tensor(tokenizer.encode(text, add_special_tokens=False).ids, dtype=torch.int32)
-    last = len(ids) - options.seqlen
-    if last < 0:
-        raise UsageError(
-            f"{options.dataset} has {len(ids)} tokens, a window needs {options.seqlen}"
-        )
-    draw = random.Random(options.seed)
-    starts = [draw.randint(0, last) for _ in range(options.num_samples)]
-    return torch.stack([ids[start : start + options.seqlen] for start in starts])
+    request = WindowRequest(options.dataset, options.num_samples, options.seqlen, options.seed)
+    windows = calibration_windows(tokenizer, request, work_dir / RECORD_DIR / "datasets", progress)
+    return torch.from_numpy(np.ascontiguousarray(windows))
 
 
 @contextmanager
