@@ -17,6 +17,7 @@ from device_runtime.package_format.manifest import PlannedMemory
 from device_runtime.package_format.package import open_package
 from host_tools.build_choices import default_name, largest_group_size
 from host_tools.calibrate import calibrate
+from host_tools.calibration_time import cpu_notice
 from host_tools.checkpoint import Checkpoint
 from host_tools.content_hash import content_files
 from host_tools.convert import convert, target_model
@@ -128,6 +129,8 @@ class _Build:
         is_calibrated = self._is_calibrated(checkpoint, quantizer, converter)
         del checkpoint  # its mapped files would count as ours while other stages run
         if is_calibrated:
+            if notice := cpu_notice(source_dir, work, options.calibrate):
+                progress.note(notice)
             self._stage(
                 "calibrate",
                 work,

@@ -34,8 +34,12 @@ def run_fetch(args: argparse.Namespace) -> int:
 def run_calibrate(args: argparse.Namespace) -> int:
     """Write statistics into the work folder and print it."""
     from host_tools.calibrate import calibrate
+    from host_tools.calibration_time import cpu_notice
 
-    print(calibrate(args.checkpoint, args.work_dir, calibrate_options(args), make_progress()))
+    options, progress = calibrate_options(args), make_progress()
+    if notice := cpu_notice(args.checkpoint, args.work_dir, options):
+        progress.note(notice)
+    print(calibrate(args.checkpoint, args.work_dir, options, progress))
     return 0
 
 
