@@ -105,8 +105,7 @@ def _float_linears(weights: LayerWeights, model: ModelConfig, layer: int) -> Ite
         """Return ``[in, out]``, the transpose of what a checkpoint stores."""
         if not isinstance(linear, DenseLinear):
             raise _mixed(layer)
-        rows = float_array(linear.weight, model, f"a weight of layers.{layer}")
-        return np.transpose(rows)
+        return float_array(linear.weight.T, model, f"a weight of layers.{layer}")
 
     def parts(module: str, arrays: list[NDArray[Any]]) -> Iterator[NamedTensor]:
         for rank, array in enumerate(arrays):
