@@ -10,6 +10,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import BinaryIO, Literal
 
+from device_runtime.apps.places import DATA_DIR_VARIABLE
 from device_runtime.apps.release import (
     InstallRecord,
     Release,
@@ -179,7 +180,7 @@ def _check_space(store: Store, source: Path | BinaryIO, archive: ArchiveReader) 
         raise DeviceError(
             f"the package needs {format_bytes(needed_bytes)}, {store.models_dir} has "
             f"{format_bytes(free_bytes)} free; remove a model or an old release with "
-            "`turbojet remove`, or choose another disk with --data-dir"
+            f"`turbojet remove`, or choose another disk with {DATA_DIR_VARIABLE}"
         )
 
 

@@ -14,19 +14,16 @@ DATA_DIR_VARIABLE = "TURBOJET_DATA_DIR"
 _XDG_VARIABLE = "XDG_DATA_HOME"
 
 
-def data_dir(flag: Path | None = None, environ: Mapping[str, str] | None = None) -> Path:
+def data_dir(environ: Mapping[str, str] | None = None) -> Path:
     """Return the folder of all that Turbojet keeps; it need not exist.
 
     Args:
-        flag: what ``--data-dir`` says; it comes before the environment.
         environ: the process's own when None.
 
     Raises:
         UsageError: a variable holds a relative path, or there is no home folder to start from.
     """
     variables = os.environ if environ is None else environ
-    if flag is not None:
-        return Path(os.path.abspath(flag))
     own = _absolute(variables, DATA_DIR_VARIABLE)
     if own is not None:
         return own

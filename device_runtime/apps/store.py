@@ -272,12 +272,12 @@ def find_package(target: str | None, folder: Path | None = None) -> Path:
     Args:
         target: name of an installed model, or a path to a package or workspace; None means the
             only model that is installed.
-        folder: data folder, None for the usual one.
+        folder: data folder, None for that of `data_dir`.
 
     Raises:
         UsageError: nothing or more than one thing can be meant.
     """
-    store = Store(data_dir(folder))
+    store = Store(data_dir() if folder is None else folder)
     if target is None:
         installed = store.names()
         if len(installed) == 1:

@@ -238,17 +238,15 @@ def test_a_package_is_found_by_name_or_by_folder(store, tmp_path, archives, monk
     ],
 )
 def test_the_data_folder_follows_xdg(environ, expected) -> None:
-    assert data_dir(None, environ) == Path(expected)
-    assert data_dir(Path("/flag"), environ) == Path("/flag")
+    assert data_dir(environ) == Path(expected)
 
 
 def test_a_bad_place_is_an_error(monkeypatch) -> None:
     with pytest.raises(UsageError, match="TURBOJET_DATA_DIR is 'models', expected an absolute"):
-        data_dir(None, {"TURBOJET_DATA_DIR": "models", "HOME": "/h"})
+        data_dir({"TURBOJET_DATA_DIR": "models", "HOME": "/h"})
     with pytest.raises(UsageError, match="XDG_DATA_HOME is 'x', expected an absolute path"):
-        data_dir(None, {"XDG_DATA_HOME": "x"})
+        data_dir({"XDG_DATA_HOME": "x"})
     with pytest.raises(UsageError, match="there is no HOME to keep models in; set TURBOJET_DATA"):
-        data_dir(None, {})
+        data_dir({})
     monkeypatch.setenv("TURBOJET_DATA_DIR", "/from/environment")
     assert data_dir() == Path("/from/environment")
-    assert data_dir(Path("relative")) == Path.cwd() / "relative"

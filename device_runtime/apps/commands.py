@@ -1,0 +1,194 @@
+"""What each verb that manages models does: asks, acts, prints."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import BinaryIO
+
+from device_runtime.apps.install import STANDARD_INPUT, InstallOptions, install
+from device_runtime.apps.model_facts import package_facts, package_lines, to_text
+from device_runtime.apps.model_list import list_releases, to_table
+from device_runtime.apps.places import data_dir
+from device_runtime.apps.progress_bar import byte_progress
+from device_runtime.apps.release import Release
+from device_runtime.apps.sizes import format_bytes, format_duration
+from device_runtime.apps.store import Store, find_package
+from device_runtime.apps.verify import Verified, verify_release
+from device_runtime.errors import UsageError
+from device_runtime.package_format.package import open_package, verify_package
+
+
+def run_install(args: argparse.Namespace) -> int:
+    """Install an archive and say what came of it."""
+    options = InstallOptions(args.name, is_activated=not args.no_activate, is_forced=args.force)
+    store = Store(data_dir())
+    start_s = time.monotonic()
+    with _interruptible(), byte_progress("install", sys.stderr) as report:
+        done = install(store, _source(args.archive), options, progress=report, tell=_tell)
+    seconds = time.monotonic() - start_s
+    release = done.release
+    if args.json:
+        _print_json(
+            {
+                "name": release.name,
+                "release": release.release_id,
+                "outcome": done.outcome,
+                "is_current": release.is_current,
+                "path": str(release.root),
+                "size_bytes": done.size_bytes,
+                "num_files": done.num_files,
+                "seconds": round(seconds, 3),
+            }
+        )
+        return 0
+    what = f"{release.name} release {release.release_id}"
+    size = f"{done.num_files} files, {format_bytes(done.size_bytes)}"
+    if done.outcome == "unchanged":
+        print(f"{what} is already installed, nothing to do")
+    elif done.outcome == "activated":
+        print(f"{what} was already installed and is current again")
+    else:
+        print(f"installed {what}: {size}, verified, in {format_duration(seconds)}")
+    if release.is_current:
+        _tell(f"talk to it: turbojet chat {release.name}")
+    else:
+        _tell(f"make it current: turbojet rollback {release.name} --release {release.release_id}")
+    return 0
+
+
+def run_list(args: argparse.Namespace) -> int:
+    """Print the installed models."""
+    rows = list_releases(Store(data_dir()))
+    if args.json:
+        _print_json([row.as_json() for row in rows])
+    elif rows:
+        print(to_table(rows))
+    else:
+        _tell("no model is installed; `turbojet install X.tgz` installs one")
+    return 0
+
+
+def run_info(args: argparse.Namespace) -> int:
+    """Print all there is to know about a model."""
+    release = _release(args)
+    package = open_package(release.root if release else find_package(args.target))
+    if args.json:
+        _print_json(package_facts(package, release))
+    else:
+        print(to_text(package_lines(package, release)))
+    return 0
+
+
+def run_verify(args: argparse.Namespace) -> int:
+    """Compare every file with its hash."""
+    release = _release(args)
+    start_s = time.monotonic()
+    with byte_progress("verify", sys.stderr) as report:
+        if release is not None:
+            done = verify_release(release, report)
+        else:
+            manifest = verify_package(find_package(args.target), report).manifest
+            done = Verified(
+                len(manifest.files) if manifest else 0, manifest.size_bytes if manifest else 0
+            )
+    seconds = time.monotonic() - start_s
+    what = f"{release.name} release {release.release_id}" if release else args.target
+    if args.json:
+        _print_json(
+            {
+                "name": release.name if release else args.target,
+                "release": release.release_id if release else None,
+                "is_intact": True,
+                "num_files": done.num_files,
+                "size_bytes": done.size_bytes,
+                "seconds": round(seconds, 3),
+            }
+        )
+    else:
+        size = f"{done.num_files} files, {format_bytes(done.size_bytes)}"
+        print(f"{what} is intact: {size}, read in {format_duration(seconds)}")
+    return 0
+
+
+def run_remove(args: argparse.Namespace) -> int:
+    """Delete a model, one release of it, or all but the current one."""
+    store = Store(data_dir())
+    with _interruptible(), store.locked(_tell):
+        if args.release:
+            release = store.get(args.name, args.release)
+            store.remove_release(release)
+            print(f"removed {args.name} release {release.release_id}")
+        elif args.old:
+            store.get(args.name)
+            old = [release for release in store.releases(args.name) if not release.is_current]
+            for release in old:
+                store.remove_release(release)
+            print(f"removed {len(old)} old releases of {args.name}")
+        else:
+            store.remove(args.name)
+            print(f"removed {args.name}")
+    return 0
+
+
+def run_rollback(args: argparse.Namespace) -> int:
+    """Make another release of a model current."""
+    store = Store(data_dir())
+    with store.locked(_tell):
+        release = store.rollback(args.name, args.release)
+    print(f"{release.name} release {release.release_id} is current")
+    return 0
+
+
+def _release(args: argparse.Namespace) -> Release | None:
+    """Return the installed release that is meant; None where a folder is.
+
+    Raises:
+        UsageError: a release is named that there is not.
+    """
+    store = Store(data_dir())
+    if args.release is not None or store.releases(args.target):
+        return store.get(args.target, args.release)
+    return None
+
+
+def _source(archive: str) -> Path | BinaryIO:
+    if archive != STANDARD_INPUT:
+        return Path(archive)
+    if sys.stdin.isatty():
+        raise UsageError("standard input is a terminal, expected an archive: cat X.tgz | turbojet")
+    return sys.stdin.buffer
+
+
+def _tell(sentence: str) -> None:
+    print(sentence, file=sys.stderr, flush=True)
+
+
+def _print_json(value: object) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Clean up on SIGTERM and on a lost connection as on Ctrl-C."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = {}
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        # nohup's choice to ignore a hang-up stands.
+        if signal.getsignal(number) is signal.SIG_DFL:
+            before[number] = signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
