@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -66,6 +66,7 @@ class MemorySurvey:
         weight_bytes: weights as the backend holds them.
         workspace_bytes: activations, staging and tables.
         context_bytes: what the driver takes for itself.
+        num_streamed_layers: last layers that do not stay in memory but are read in every step.
         is_capped_at_use: whether a share of memory stops at the pages that max_batch_size
             sequences of session_len can fill.
         notes: what the backend decided on the way, in words for the user.
@@ -76,6 +77,7 @@ class MemorySurvey:
     weight_bytes: int
     workspace_bytes: int
     context_bytes: int = 0
+    num_streamed_layers: int = 0
     is_capped_at_use: bool = False
     notes: tuple[str, ...] = ()
 
@@ -106,7 +108,8 @@ class MemoryPlan:
     session_len: int
     max_batch_size: int
     max_tokens_per_step: int
-    notes: tuple[str, ...] = field(default=())
+    num_streamed_layers: int = 0
+    notes: tuple[str, ...] = ()
 
     @property
     def kv_bytes(self) -> int:
@@ -163,6 +166,7 @@ def plan_memory(model: ModelConfig, request: CacheRequest, survey: MemorySurvey)
         session_len=session_len,
         max_batch_size=max_batch_size,
         max_tokens_per_step=request.max_tokens_per_step,
+        num_streamed_layers=survey.num_streamed_layers,
         notes=tuple(notes),
     )
 

@@ -1,0 +1,205 @@
+"""The package's tokenizer.json: text to ids, with special tokens only where markup says so."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer as FastTokenizer
+
+from device_runtime.errors import PackageError
+from device_runtime.package_format import names
+from device_runtime.package_format.manifest import TokenizerFacts
+from device_runtime.package_format.package import Package
+from device_runtime.templates.message import Segment, joined_text
+
+MAX_TOKENIZER_BYTES = 256 << 20
+
+
+class Tokenizer:
+    """Encodes and decodes for one engine; not thread-safe."""
+
+    def __init__(self, definition: str, facts: TokenizerFacts) -> None:
+        """Build a tokenizer.
+
+        Args:
+            definition: the JSON text.
+            facts: special tokens as the package records them.
+
+        Raises:
+            PackageError: the text is no tokenizer.
+        """
+        self.facts = facts
+        self._definition = definition
+        self._fast = _build(definition)
+        added = self._fast.get_added_tokens_decoder()
+        self._special_ids = frozenset(i for i, token in added.items() if token.special)
+        self.special_tokens = tuple(added[i].content for i in sorted(self._special_ids))
+        self._continuing: FastTokenizer | None = None
+
+    @classmethod
+    def open(cls, package: Package) -> Tokenizer:
+        """Open the tokenizer of a package or workspace.
+
+        Raises:
+            PackageError: there is no tokenizer.json, or it is none.
+        """
+        path = package.root / names.tokenizer_path(names.TOKENIZER_JSON)
+        definition = _read(path)
+        if package.manifest is not None:
+            return cls(definition, package.manifest.tokenizer)
+        # A plain workspace says no more than this; whether bos is added its tokenizer shows.
+        config = package.config
+        starts = _build(definition).encode("", add_special_tokens=True).ids
+        facts = TokenizerFacts(
+            bos_id=config.start_id,
+            add_bos=starts[:1] == [config.start_id],
+            eos_ids=(config.end_id,),
+        )
+        return cls(definition, facts)
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens, added ones included."""
+        return int(self._fast.get_vocab_size(with_added_tokens=True))
+
+    def encode(self, text: str, *, add_bos: bool = False) -> list[int]:
+        """Return the ids of plain text; what spells a special token stays letters.
+
+        Args:
+            text: any.
+            add_bos: put bos first where the model wants one.
+        """
+        ids = self.encode_segments((Segment(text, is_markup=False),))
+        return self._bos(add_bos) + ids
+
+    def encode_prompt(self, segments: Sequence[Segment], *, writes_bos: bool) -> list[int]:
+        """Return the ids of a whole prompt.
+
+        Args:
+            segments: of a chat template.
+            writes_bos: whether bos, if any, is among the markup already.
+        """
+        return self._bos(not writes_bos) + self.encode_segments(segments)
+
+    def encode_segments(self, segments: Sequence[Segment], *, is_start: bool = True) -> list[int]:
+        """Return the ids of segments, encoded as one text so that words may cross from one to next.
+
+        Special tokens are recognised in markup only.
+
+        Args:
+            segments: of a chat template.
+            is_start: whether the text starts a sequence; some tokenizers put a blank there.
+        """
+        fast = self._fast if is_start else self._continuation()
+        encoding = fast.encode(joined_text(segments), add_special_tokens=False)
+        if self._has_stray_special(segments, encoding):
+            return self._encode_in_runs(segments, is_start)
+        return list(encoding.ids)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Return the text of ids without special tokens; U+FFFD for bytes that are no character."""
+        return str(self._fast.decode(list(token_ids), skip_special_tokens=True))
+
+    def token_id(self, text: str) -> int | None:
+        """Return the id of the one token that ``text`` is, or None."""
+        found = self._fast.token_to_id(text)
+        if found is not None:
+            return int(found)
+        ids = self._fast.encode(text, add_special_tokens=False).ids
+        return int(ids[0]) if len(ids) == 1 else None
+
+    def _bos(self, is_wanted: bool) -> list[int]:
+        if is_wanted and self.facts.add_bos and self.facts.bos_id is not None:
+            return [self.facts.bos_id]
+        return []
+
+    def _has_stray_special(self, segments: Sequence[Segment], encoding: Any) -> bool:
+        """Return whether a special token covers anything but characters of one markup segment."""
+        spans = []
+        start = 0
+        for segment in segments:
+            end = start + len(segment.text)
+            if segment.is_markup:
+                spans.append((start, end))
+            start = end
+        return any(
+            token_id in self._special_ids
+            and not any(low <= begin and finish <= high for low, high in spans)
+            for token_id, (begin, finish) in zip(encoding.ids, encoding.offsets, strict=True)
+        )
+
+    def _encode_in_runs(self, segments: Sequence[Segment], is_start: bool) -> list[int]:
+        """Encode the text between true special tokens with all special tokens switched off."""
+        ids: list[int] = []
+        for run in self._runs(segments):
+            if isinstance(run, int):
+                ids.append(run)
+            else:
+                fast = self._fast if is_start and not ids else self._continuation()
+                fast.encode_special_tokens = True
+                try:
+                    ids.extend(fast.encode(run, add_special_tokens=False).ids)
+                finally:
+                    fast.encode_special_tokens = False
+        return ids
+
+    def _runs(self, segments: Sequence[Segment]) -> Iterator[int | str]:
+        """Yield the special tokens of the markup, and the text between them in one piece each."""
+        text = ""
+        for segment in segments:
+            if not segment.is_markup:
+                text += segment.text
+                continue
+            encoding = self._fast.encode(segment.text, add_special_tokens=False)
+            done = 0
+            for token_id, (begin, end) in zip(encoding.ids, encoding.offsets, strict=True):
+                if token_id not in self._special_ids:
+                    continue
+                text += segment.text[done:begin]
+                if text:
+                    yield text
+                yield token_id
+                text, done = "", end
+            text += segment.text[done:]
+        if text:
+            yield text
+
+    def _continuation(self) -> FastTokenizer:
+        """Return the tokenizer for text that does not start a sequence."""
+        if self._continuing is None:
+            changed = self._definition.replace(
+                '"prepend_scheme":"first"', '"prepend_scheme":"never"'
+            ).replace('"prepend_scheme": "first"', '"prepend_scheme": "never"')
+            is_same = changed == self._definition
+            self._continuing = self._fast if is_same else _build(changed)
+        return self._continuing
+
+
+def _read(path: Path) -> str:
+    try:
+        if path.stat().st_size > MAX_TOKENIZER_BYTES:
+            raise PackageError(
+                f"{path} has {path.stat().st_size} bytes, expected at most {MAX_TOKENIZER_BYTES}"
+            )
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise PackageError(
+            f"{path} is missing; convert the model again, which makes it from tokenizer.model"
+        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise PackageError(f"{path} cannot be read: {error}") from error
+
+
+def _build(definition: str) -> FastTokenizer:
+    try:
+        fast = FastTokenizer.from_str(definition)
+        fast.no_truncation()
+        fast.no_padding()
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library reports with Exception and panics with its own
+        reason = " ".join(str(error).split())[:200]
+        raise PackageError(f"{names.TOKENIZER_JSON} is not a tokenizer: {reason}") from error
+    return fast
