@@ -10,8 +10,9 @@ from typing import Literal
 
 from device_runtime.errors import FetchError
 from host_tools.dataset_files import read_documents, read_zip_text
+from host_tools.fetch.hub_address import hub_host
 from host_tools.fetch.hub_worker import HubRequest
-from host_tools.fetch.modelscope import download, hub_host
+from host_tools.fetch.modelscope import download
 from host_tools.progress import Progress
 from host_tools.stage import exclusive
 

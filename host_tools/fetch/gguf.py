@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from device_runtime.errors import FetchError, PackageError
 from device_runtime.package_format import names
+from device_runtime.package_format.durable import write_atomically
 from device_runtime.package_format.rotary import to_halves
 from host_tools.checkpoint_names import CONFIG_JSON
 from host_tools.fetch.gguf_header import GgufHeader, GgufTensor, read_header
@@ -144,7 +145,7 @@ def _write_texts(folder: Path, model: GgufModel, tokenizer: RebuiltTokenizer) ->
         CONFIG_JSON: _json({**model.config, **{k: v for k, v in ids.items() if v is not None}}),
     }
     for name, text in texts.items():
-        (folder / name).write_text(text, encoding="utf-8")
+        write_atomically(folder / name, text.encode())
     return [folder / name for name in texts]
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
+
 from device_runtime.errors import PackageError
 from host_tools.fetch.gguf_header import GgufHeader
 
@@ -120,3 +122,8 @@ class Metadata:
             return PackageError(f"{self.file_name} has no {key}, expected {expected}")
         shown = repr(self._values[key])[:60]
         return PackageError(f"{key} of {self.file_name} is {shown}, expected {expected}")
+
+
+def shortest(value: float) -> float:
+    """Return the shortest decimal that is the same fp32: the file's 9.99999975e-06 was 1e-05."""
+    return float(str(np.float32(value)))

@@ -5,16 +5,13 @@ GGUF metadata keys and tensor names: https://github.com/ggml-org/ggml/blob/maste
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
 from device_runtime.errors import PackageError
 from host_tools.fetch.gguf_header import GgufHeader
-from host_tools.fetch.gguf_metadata import Metadata
+from host_tools.fetch.gguf_metadata import Metadata, shortest
+from host_tools.fetch.gguf_rope import ROPE_FREQS, rope_scaling
 
 
 @dataclass(frozen=True)
@@ -49,10 +46,6 @@ FAMILIES = (
 
 EMBEDDING = "token_embd.weight"
 OUTPUT = "output.weight"
-ROPE_FREQS = "rope_freqs.weight"
-LLAMA3_CONTEXT = 8192
-LLAMA3_FACTORS = (8.0, 32.0, 16.0, 64.0)
-"""Factors of Llama 3.1 (8) and 3.2 (32), and of fine-tunes; the file keeps only their effect."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +109,7 @@ def describe_model(header: GgufHeader) -> GgufModel:
         "vocab_size": sizes.vocab,
         "rms_norm_eps": sizes.eps,
         "rope_theta": sizes.theta,
-        "rope_scaling": _rope_scaling(header, metadata, family.architecture, sizes),
+        "rope_scaling": rope_scaling(header, family.architecture, sizes.theta, sizes.head_dim),
         "max_position_embeddings": sizes.context,
         "tie_word_embeddings": OUTPUT not in header.tensors,
         "attention_bias": "blk.0.attn_output.bias" in header.tensors,
@@ -209,14 +202,9 @@ class _Sizes:
             head_dim=head_dim,
             vocab=header.tensors[EMBEDDING].shape[0],
             context=metadata.size(f"{prefix}.context_length"),
-            eps=_shortest(metadata.number(f"{prefix}.attention.layer_norm_rms_epsilon")),
-            theta=_shortest(metadata.number(f"{prefix}.rope.freq_base", 10000.0)),
+            eps=shortest(metadata.number(f"{prefix}.attention.layer_norm_rms_epsilon")),
+            theta=shortest(metadata.number(f"{prefix}.rope.freq_base", 10000.0)),
         )
-
-
-def _shortest(value: float) -> float:
-    """Return the shortest decimal that is the same fp32: the file's 9.99999975e-06 was 1e-05."""
-    return float(str(np.float32(value)))
 
 
 def _expected_tensors(
@@ -279,60 +267,3 @@ def _check_tensors(header: GgufHeader, expected: tuple[SourceTensor, ...]) -> No
             f"{file_name} has {len(extra)} tensors such as {extra[0][:80]!r} that no supported "
             "model has"
         )
-
-
-def _rope_scaling(
-    header: GgufHeader, metadata: Metadata, prefix: str, sizes: _Sizes
-) -> dict[str, object] | None:
-    """Return ``rope_scaling`` of config.json.
-
-    Raises:
-        PackageError: the file scales its positions in a way that does not run here.
-    """
-    if ROPE_FREQS in header.tensors:
-        return _llama3_scaling(header, sizes)
-    kind = metadata.text(f"{prefix}.rope.scaling.type", "none")
-    if kind == "none":
-        return None
-    if kind == "linear":
-        factor = _shortest(metadata.number(f"{prefix}.rope.scaling.factor"))
-        return {"rope_type": "linear", "factor": factor}
-    raise PackageError(
-        f"{metadata.file_name} scales its positions by {kind[:40]!r}, expected none, linear or "
-        "llama3"
-    )
-
-
-def _llama3_scaling(header: GgufHeader, sizes: _Sizes) -> dict[str, object]:
-    """Find the numbers of Llama 3.1's rule whose divisors the file holds, one per rotary pair."""
-    tensor = header.tensors[ROPE_FREQS]
-    if tensor.shape != (sizes.head_dim // 2,) or tensor.kind.name != "F32":
-        raise PackageError(
-            f"{ROPE_FREQS} of {header.path.name} is {tensor.kind.name} of shape "
-            f"{list(tensor.shape)}, expected F32 of [{sizes.head_dim // 2}]"
-        )
-    held = np.fromfile(header.path, "<f4", sizes.head_dim // 2, offset=tensor.offset)
-    for factor in LLAMA3_FACTORS:
-        if np.allclose(held, llama3_divisors(sizes.theta, sizes.head_dim, factor), rtol=1e-4):
-            return {
-                "rope_type": "llama3",
-                "factor": factor,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": LLAMA3_CONTEXT,
-            }
-    raise PackageError(
-        f"{ROPE_FREQS} of {header.path.name} is not Llama 3.1's rule with a factor of "
-        f"{', '.join(f'{factor:g}' for factor in LLAMA3_FACTORS)}"
-    )
-
-
-def llama3_divisors(theta: float, head_dim: int, factor: float) -> NDArray[np.float64]:
-    """Return what Llama 3.1 divides each rotary frequency by, ``[head_dim // 2]``.
-
-    Wavelengths above the original context are stretched by ``factor``, those below a quarter of
-    it stay, and in between the divisor is blended (Llama 3.1's reference model, apply_scaling).
-    """
-    wavelengths = 2 * math.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
-    blend = np.clip((LLAMA3_CONTEXT / wavelengths - 1.0) / (4.0 - 1.0), 0.0, 1.0)
-    return np.asarray(1.0 / ((1 - blend) / factor + blend))

@@ -3,36 +3,31 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
+import importlib.metadata
 import json
 import os
+import re
 import shutil
-import socket
 import subprocess
 import sys
-import threading
-import urllib.request
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from urllib.parse import urlparse
 
 from device_runtime import errors
 from device_runtime.errors import FetchError, InternalError, TurbojetError, UsageError
 from device_runtime.package_format.durable import sync_file
+from host_tools.fetch.hub_address import check_reachable, hub_host, unreachable
 from host_tools.fetch.hub_worker import HubRequest
 from host_tools.fetch.options import FetchOptions
 from host_tools.progress import BYTES, Progress, Task, format_bytes
 from host_tools.stage import RECORD_DIR
 
 TOKEN_VARIABLE = "MODELSCOPE_API_TOKEN"
-ENDPOINT_VARIABLES = ("MODELSCOPE_ENDPOINT", "MODELSCOPE_DOMAIN")
-"""What the SDK reads, the first that is set wins."""
+OLDEST_SDK = (1, 39)
+"""Version of the SDK; older ones know another variable for mirrors and check fewer hashes."""
 
-DEFAULT_HOST = "modelscope.cn"
-INTERNATIONAL_HOST = "www.modelscope.ai"
 SDK_FOLDER = f"{RECORD_DIR}/sdk"
-REACH_TIMEOUT_S = 8.0
 
 _PATIENCE = {
     "MODELSCOPE_API_CONNECT_TIMEOUT": "8",
@@ -86,8 +81,7 @@ def download(request: HubRequest, progress: Progress) -> list[Path]:
         UsageError: no file is wanted, or the SDK is not installed.
         PackageError: the hub lists names that could leave the folder.
     """
-    if importlib.util.find_spec("modelscope") is None:
-        raise UsageError("modelscope is not installed, run: pip install 'turbojet-llm[host]'")
+    _check_sdk()
     folder = Path(request.folder)
     sdk_folder = folder / SDK_FOLDER
     check_reachable(request.repo_id)
@@ -183,6 +177,8 @@ class _Worker:
             return FetchError(f"the disk under {self._request.folder} is full, make room")
         if kind == "damaged":
             return FetchError(f"{host} serves {what} damaged ({reason}), try again or a mirror")
+        if kind == "unknown":
+            return FetchError(f"the ModelScope SDK failed to fetch {what} from {host} ({reason})")
         if kind == "network" and not self._files:
             return unreachable(host, what, reason)
         done, total = format_bytes(self._done), format_bytes(self._total)
@@ -190,38 +186,6 @@ class _Worker:
             f"{what} stopped after {done} of {total} from {host} ({reason}), run the same command "
             "again to go on"
         )
-
-
-def hub_host() -> str:
-    """Return the host that the SDK asks first."""
-    address = _chosen_address()
-    if address is not None:
-        return urlparse(address).hostname or address
-    prefers = os.environ.get("MODELSCOPE_PREFER_AI_SITE", "").strip().lower()
-    return INTERNATIONAL_HOST if prefers in ("1", "true", "yes", "on") else DEFAULT_HOST
-
-
-def check_reachable(what: str) -> None:
-    """Find out in seconds whether any hub host answers; a proxy is left to the SDK.
-
-    Raises:
-        FetchError: none does.
-    """
-    address = _chosen_address()
-    places = [address] if address is not None else [DEFAULT_HOST, INTERNATIONAL_HOST]
-    if address is None and hub_host() == INTERNATIONAL_HOST:
-        places.reverse()
-    reasons = [_try_to_connect(place) for place in places]
-    if all(reasons):
-        raise unreachable(hub_host(), what, str(reasons[0]))
-
-
-def unreachable(host: str, what: str, reason: str) -> FetchError:
-    """Return the one sentence for a machine without this network."""
-    return FetchError(
-        f"cannot reach {host} to fetch {what} ({reason}); pass the path of a local folder or file "
-        "in its place"
-    )
 
 
 def sdk_environment(base: Mapping[str, str], sdk_folder: Path) -> dict[str, str]:
@@ -239,33 +203,16 @@ def sdk_environment(base: Mapping[str, str], sdk_folder: Path) -> dict[str, str]
     return environment
 
 
-def _chosen_address() -> str | None:
-    for name in ENDPOINT_VARIABLES:
-        value = os.environ.get(name, "").strip()
-        if value:
-            return value if "://" in value else f"https://{value}"
-    return None
-
-
-def _try_to_connect(place: str) -> str | None:
-    """Return why a host does not answer, None when it does or when a proxy stands between."""
-    url = urlparse(place if "://" in place else f"https://{place}")
-    host, scheme = url.hostname or "", url.scheme
-    if urllib.request.getproxies().get(scheme) and not urllib.request.proxy_bypass(host):
-        return None
-    reasons: list[str | None] = ["no answer in time"]
-
-    def connect() -> None:
-        try:
-            port = url.port or (80 if scheme == "http" else 443)
-            with socket.create_connection((host, port), REACH_TIMEOUT_S):
-                reasons[0] = None
-        except (OSError, ValueError) as error:
-            reasons[0] = str(error)
-
-    # A thread, because a broken resolver takes longer than any timeout of a socket.
-    thread = threading.Thread(target=connect, daemon=True)
-    thread.start()
-    with contextlib.suppress(RuntimeError):
-        thread.join(REACH_TIMEOUT_S + 1)
-    return reasons[0]
+def _check_sdk() -> None:
+    try:
+        version = importlib.metadata.version("modelscope")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise UsageError(
+            "modelscope is not installed, run: pip install 'turbojet-llm[host]'"
+        ) from error
+    found = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+    if found < OLDEST_SDK:
+        raise UsageError(
+            f"modelscope {version} is too old, {'.'.join(map(str, OLDEST_SDK))} or later is "
+            "needed: pip install --upgrade modelscope"
+        )

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from device_runtime.errors import FetchError, PackageError, UsageError
 from host_tools.fetch import FetchOptions, fetch
 from host_tools.fetch import gguf as gguf_module
-from host_tools.fetch.gguf_model import llama3_divisors
+from host_tools.fetch.gguf_rope import llama3_divisors
 from host_tools.origin import read_origin
 from host_tools.progress import Progress
 

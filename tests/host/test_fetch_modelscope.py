@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import socket
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 from hub_server import MODEL, Hub, serving
 
 from device_runtime.errors import FetchError, InternalError, PackageError, UsageError
-from host_tools.fetch import FetchOptions, fetch
+from host_tools.fetch import FetchOptions, fetch, hub_address
 from host_tools.fetch import modelscope as hub_module
 from host_tools.fetch.hub_errors import describe_failure
 from host_tools.fetch.hub_worker import HubRequest
@@ -226,21 +227,21 @@ def test_a_name_that_does_not_resolve_is_no_network(
 ) -> None:
     monkeypatch.setenv("MODELSCOPE_ENDPOINT", "hub.invalid")
     with pytest.raises(FetchError, match=r"cannot reach hub.invalid to fetch x"):
-        hub_module.check_reachable("x")
+        hub_address.check_reachable("x")
 
 
 def test_a_host_that_never_answers_is_not_waited_for(
     monkeypatch: pytest.MonkeyPatch, hub: Hub
 ) -> None:
-    monkeypatch.setattr(hub_module, "REACH_TIMEOUT_S", -0.8)
+    monkeypatch.setattr(hub_address, "REACH_TIMEOUT_S", -0.8)
 
     def hang(place: tuple[str, int], timeout: float) -> socket.socket:
         time.sleep(1)
         raise OSError("too late")
 
-    monkeypatch.setattr(hub_module.socket, "create_connection", hang)
+    monkeypatch.setattr(hub_address.socket, "create_connection", hang)
     with pytest.raises(FetchError, match=r"cannot reach 127.0.0.1 .* \(no answer in time\)"):
-        hub_module.check_reachable("x")
+        hub_address.check_reachable("x")
 
 
 def test_without_a_choice_either_site_may_answer(monkeypatch: pytest.MonkeyPatch, hub: Hub) -> None:
@@ -253,26 +254,30 @@ def test_without_a_choice_either_site_may_answer(monkeypatch: pytest.MonkeyPatch
             raise OSError("blocked")
         return socket.socket()
 
-    monkeypatch.setattr(hub_module.socket, "create_connection", connect)
-    hub_module.check_reachable("x")
+    monkeypatch.setattr(hub_address.socket, "create_connection", connect)
+    hub_address.check_reachable("x")
     assert asked == ["modelscope.cn", "www.modelscope.ai"]
     monkeypatch.setenv("MODELSCOPE_PREFER_AI_SITE", "true")
-    assert hub_module.hub_host() == "www.modelscope.ai"
+    assert hub_address.hub_host() == "www.modelscope.ai"
 
 
 def test_a_proxy_is_left_to_the_sdk(monkeypatch: pytest.MonkeyPatch, hub: Hub) -> None:
     monkeypatch.setenv("MODELSCOPE_ENDPOINT", "http://hub.invalid")
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
-    hub_module.check_reachable("x")
+    hub_address.check_reachable("x")
 
 
-def test_without_the_sdk_the_extra_is_named(
+def test_without_the_sdk_or_with_an_old_one_the_command_is_named(
     monkeypatch: pytest.MonkeyPatch, hub: Hub, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(hub_module.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(
-        UsageError, match=r"modelscope is not installed, run: pip install 'turbojet"
-    ):
+    def version(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    with pytest.raises(UsageError, match=r"modelscope is not installed, run: pip install 'turboj"):
+        fetch(MODEL, tmp_path / "out")
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.38.1")
+    with pytest.raises(UsageError, match=r"modelscope 1.38.1 is too old, 1.39 or later is needed"):
         fetch(MODEL, tmp_path / "out")
 
 
@@ -313,6 +318,15 @@ def test_a_hub_that_fails_while_listing_counts_as_unreachable(
     line = '{"event": "failed", "kind": "network", "reason": "ServerError: 500"}'
     monkeypatch.setattr(hub_module, "_START_WORKER", f"print('{line}')")
     with pytest.raises(FetchError, match=r"cannot reach 127.0.0.1 to .* \(ServerError: 500\)"):
+        hub_module.download(request(tmp_path), Progress())
+
+
+def test_a_failure_without_a_name_is_passed_on(
+    monkeypatch: pytest.MonkeyPatch, hub: Hub, tmp_path: Path
+) -> None:
+    line = '{"event": "failed", "kind": "unknown", "reason": "TypeError: x"}'
+    monkeypatch.setattr(hub_module, "_START_WORKER", f"print('{line}')")
+    with pytest.raises(FetchError, match=r"SDK failed to fetch team/tiny from .* \(TypeError: x\)"):
         hub_module.download(request(tmp_path), Progress())
 
 
