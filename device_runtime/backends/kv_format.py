@@ -5,6 +5,7 @@ from __future__ import annotations
 from enum import Enum
 
 from device_runtime.errors import PackageError
+from device_runtime.package_format import kv_page
 from device_runtime.package_format.config_ini import (
     QUANT_POLICY_ONLINE_INT8,
     QUANT_POLICY_STATIC_INT8,
@@ -53,7 +54,4 @@ def kv_page_bytes(model: ModelConfig, page_size: int, kv: KvFormat) -> int:
     Per token, layer and kv head: ``head_dim`` elements of K and of V; online int8 adds an fp16
     scale and zero for each.
     """
-    element_bytes = 2 if kv is KvFormat.FP16 else 1
-    parameter_bytes = 4 if kv is KvFormat.INT8_ONLINE else 0
-    vector_bytes = model.head_dim * element_bytes + parameter_bytes
-    return 2 * model.num_hidden_layers * model.num_kv_heads * page_size * vector_bytes
+    return kv_page.kv_page_bytes(model, page_size, kv.value)
