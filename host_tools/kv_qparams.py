@@ -62,7 +62,6 @@ def kv_qparams(
         progress.note(f"kv-qparams: {root} is up to date")
         return root
     scales = _scales(work_dir, model, options)
-    stage.forget()
     # Half of the files would make the workspace unreadable, so none are there meanwhile.
     if manifest is not None:
         write_manifest(root, _with_kv_scales(manifest, "none"))

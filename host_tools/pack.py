@@ -79,7 +79,6 @@ def pack_once(
     if stage.is_finished():
         progress.note(f"pack: {output} is up to date")
         return output
-    stage.forget()
     pack(workspace, output, options, progress)
     stage.record([output])
     return output

@@ -262,6 +262,7 @@ def test_leftovers_of_a_killed_run_are_swept_away(awq_dir, tmp_path):
         (tmp_path / name / "junk").write_text("junk")
     run(awq_dir, tmp_path / "tm")
     assert {path.name for path in tmp_path.iterdir()} == {"awq", "tm"}
+    assert not (tmp_path / "tm" / "junk").exists()
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
