@@ -44,7 +44,6 @@ class AnswerView:
         self._thread = threading.Thread(target=self._paint_until_done, name="paint", daemon=True)
 
     def __enter__(self) -> AnswerView:
-        """Start to paint."""
         self._thread.start()
         return self
 
@@ -109,6 +108,28 @@ class AnswerView:
 
     def _write(self, text: str) -> None:
         self._console.file.write(text)
+        self._console.file.flush()
+
+
+class PlainView:
+    """Shows one answer on a terminal that cannot move its cursor: text as it comes."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._last = "\n"
+
+    def __enter__(self) -> PlainView:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End the last line."""
+        if not self._last.endswith("\n"):
+            self.feed("\n")
+
+    def feed(self, delta: str) -> None:
+        """Print the next piece of text."""
+        self._last = delta or self._last
+        self._console.file.write(delta)
         self._console.file.flush()
 
 

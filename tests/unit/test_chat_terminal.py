@@ -1,0 +1,256 @@
+"""The chat in a real terminal: a pseudo terminal of 80 columns, keys in, cells out."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import select
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from terminal import Terminal
+
+HERE = Path(__file__).resolve().parent
+TIMEOUT_S = 20.0
+CTRL_C, CTRL_D, ALT_ENTER = "\x03", "\x04", "\x1b\r"
+
+
+class Window:
+    """A program in a terminal, driven by keys."""
+
+    def __init__(self, history: Path, delay_s: float, kind: str, environ: dict[str, str]) -> None:
+        self.terminal = Terminal(80, 24)
+        self.raw = ""
+        self._controller, inner = pty.openpty()
+        fcntl.ioctl(inner, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+        self.process = subprocess.Popen(
+            [sys.executable, str(HERE / "fake_chat.py"), str(history), str(delay_s), kind],
+            stdin=inner,
+            stdout=inner,
+            stderr=inner,
+            env={
+                "PATH": os.environ["PATH"],
+                "PYTHONPATH": str(HERE.parents[1]),
+                "PYTHONUTF8": "1",
+                "TERM": "xterm-256color",
+                **environ,
+            },
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        )
+        os.close(inner)
+
+    def press(self, keys: str) -> None:
+        os.write(self._controller, keys.encode())
+
+    def wait_for(self, is_there: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + TIMEOUT_S
+        while not is_there():
+            assert self._read() and time.monotonic() < deadline, "\n".join(self.terminal.lines)
+
+    def wait_for_text(self, text: str, count: int = 1) -> None:
+        self.wait_for(lambda: "\n".join(self.terminal.lines).count(text) >= count)
+
+    def wait_for_prompt(self) -> None:
+        """Wait until an empty prompt is the last thing above the toolbar."""
+
+        def is_there() -> bool:
+            return self.terminal.screen[self.terminal.row] == ">>>"
+
+        self.wait_for(is_there)
+
+    def finish(self) -> int:
+        while self._read():
+            pass
+        return self.process.wait(TIMEOUT_S)
+
+    def _read(self) -> bool:
+        """Take in what the program wrote; False when it has ended."""
+        if not select.select([self._controller], [], [], TIMEOUT_S)[0]:
+            return False
+        try:
+            data = os.read(self._controller, 1 << 16)
+        except OSError:
+            return False
+        # Characters are never cut here: the kernel's buffer is larger than any write of the chat.
+        text = data.decode(errors="replace")
+        self.raw += text
+        self.terminal.write(text)
+        for reply in self.terminal.replies:
+            self.press(reply)
+        self.terminal.replies.clear()
+        return bool(data)
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        os.close(self._controller)
+
+
+Opener = Callable[..., Window]
+
+
+@pytest.fixture
+def open_window(tmp_path: Path) -> Iterator[Opener]:
+    windows: list[Window] = []
+
+    def opener(delay_s: float = 0.0, kind: str = "prompt", **environ: str) -> Window:
+        windows.append(Window(tmp_path / "history", delay_s, kind, environ))
+        return windows[-1]
+
+    yield opener
+    for window in windows:
+        window.close()
+
+
+def test_a_message_is_typed_edited_answered_and_remembered(open_window: Opener) -> None:
+    window = open_window()
+    window.wait_for_prompt()
+    window.press("helxo\x1b[D\x7fl\r")  # left, backspace
+    window.wait_for_text("hello", 2)
+    window.wait_for_prompt()
+    window.press("\x1b[A")  # up brings it back
+    window.wait_for_text(">>> hello", 2)
+    window.press(CTRL_C + CTRL_D)
+    assert window.finish() == 0
+    assert "assistant: 'hello'" in window.terminal.lines
+
+    again = open_window()
+    again.wait_for_prompt()
+    again.press("\x1b[A")
+    again.wait_for_text(">>> hello")
+
+
+def test_chinese_is_typed_answered_and_wrapped(open_window: Opener) -> None:
+    window = open_window()
+    window.wait_for_prompt()
+    sentence = "大型语言模型可以在小型设备上运行" * 3  # 48 characters, 96 columns
+    window.press(sentence + "\r")
+    window.wait_for_text("行大", 1)
+    window.wait_for_prompt()
+    window.press(CTRL_D)
+    assert window.finish() == 0
+    assert f"assistant: '{sentence[:40]}'" in "".join(window.terminal.lines)
+    # Eighty columns hold forty wide characters.
+    assert sentence[:40] in window.terminal.lines
+    assert sentence[40:] in window.terminal.lines
+
+
+def test_several_lines_make_one_message(open_window: Opener) -> None:
+    window = open_window()
+    window.wait_for_prompt()
+    window.press("a\\\rb" + ALT_ENTER + "c\r")
+    window.wait_for_text("... c")
+    window.wait_for_prompt()
+    window.press('"""\rx\r"""\r')
+    window.wait_for_prompt()
+    window.press("\x1b[200~p\rq\x1b[201~")  # a bracketed paste with a newline does not send
+    window.wait_for_text("... q")
+    window.press("\r")
+    window.wait_for_prompt()
+    window.press(CTRL_D)
+    window.finish()
+    lines = window.terminal.lines
+    assert [line for line in lines if line.startswith("user")] == [
+        "user: 'a\\nb\\nc'",
+        "user: 'x'",
+        "user: 'p\\nq'",
+    ]
+
+
+def test_markdown_taller_than_the_screen_appears_once_and_in_order(
+    open_window: Opener, tmp_path: Path
+) -> None:
+    numbers = [f"number {i}" for i in range(60)]
+    source = "# Title\n\n```python\n" + "\n".join(f"x = {i}" for i in range(60)) + "\n```\n\n"
+    source += "\n".join(f"- {number}" for number in numbers) + "\n\n中文**结尾**"
+    (tmp_path / "long.md").write_text(source, encoding="utf-8")
+    window = open_window(delay_s=0.0002)
+    window.wait_for_prompt()
+    window.press(f"/set max_tokens none\rsay {tmp_path}/long.md\r")
+    window.wait_for_text("中文结尾")
+    window.wait_for_prompt()
+    lines = window.terminal.lines
+    assert [line for line in lines if line.startswith("x = ")] == [f"x = {i}" for i in range(60)]
+    assert [line[2:] for line in lines if line.startswith("•")] == numbers
+    assert lines.count("Title") == 1
+    window.press(CTRL_D)
+    assert window.finish() == 0
+
+
+def test_ctrl_c_stops_the_answer_and_a_second_one_leaves(open_window: Opener) -> None:
+    window = open_window(delay_s=0.005)
+    window.wait_for_prompt()
+    window.press("count\r")
+    window.wait_for_text("1 2 3 4 5 6 7 8")
+    assert "Ctrl-C stops" in "\n".join(window.terminal.screen)
+    window.press("typed ahead" + CTRL_C)
+    window.wait_for_text("(stopped)")
+    window.wait_for_prompt()
+    window.press(CTRL_C)
+    assert window.finish() == 130
+    lines = window.terminal.lines
+    assert any(line.startswith("assistant: '1 2 3 4 5 6 7 8") for line in lines)
+    assert not any("tok/s · context" in line for line in lines)
+    assert not any("typed ahead" in line for line in lines)
+
+
+def test_ctrl_c_at_the_prompt_clears_the_line_and_asks_before_leaving(open_window: Opener) -> None:
+    window = open_window()
+    window.wait_for_prompt()
+    window.press("half a thought" + CTRL_C)
+    window.wait_for_prompt()
+    window.press(CTRL_C)
+    window.wait_for_text("Ctrl-C again leaves")
+    window.wait_for_prompt()
+    window.press(CTRL_C)
+    assert window.finish() == 130
+
+
+def test_a_terminal_without_cursor_movement_gets_plain_lines(open_window: Opener) -> None:
+    window = open_window(kind="plain", TERM="dumb")
+    window.wait_for_text(">>>")
+    window.press("hello\n")
+    window.wait_for_text("hello", 2)
+    window.wait_for_text(">>>", 2)
+    window.press("**a**\\\nb\n")
+    window.wait_for_text(">>>", 3)
+    window.press(CTRL_D)
+    assert window.finish() == 0
+    assert "\x1b" not in window.raw
+    assert "user: '**a**\\nb'" in window.terminal.lines
+
+
+def test_without_colours_there_are_none(open_window: Opener) -> None:
+    window = open_window(NO_COLOR="1")
+    window.wait_for_prompt()
+    window.press("`code`\r")
+    window.wait_for_text("code", 2)
+    window.wait_for_prompt()
+    window.press(CTRL_D)
+    window.finish()
+    colours = [f"\x1b[{number}" for number in (*range(30, 38), *range(90, 98))]
+    assert [colour for colour in colours if f"{colour}m" in window.raw] == []
+
+
+def test_the_terminal_is_as_before_when_the_chat_ends(open_window: Opener) -> None:
+    window = open_window(delay_s=0.01)
+    window.wait_for_prompt()
+    window.press("count\r")
+    window.wait_for_text("1 2 3")
+    os.kill(window.process.pid, signal.SIGINT)
+    window.wait_for_text("(stopped)")
+    window.wait_for_prompt()
+    window.press(CTRL_D)
+    assert window.finish() == 0
+    assert window.terminal.is_cursor_visible
+    assert window.terminal.is_wrapping
