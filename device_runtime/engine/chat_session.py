@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from dataclasses import replace
 from pathlib import Path
 
+from device_runtime.engine.conversation_file import load_conversation, save_conversation
 from device_runtime.engine.engine import Engine
 from device_runtime.engine.generation import GenerationParams, Output
 from device_runtime.errors import RequestError
-from device_runtime.package_format.durable import write_atomically
 from device_runtime.templates.message import Message, joined_text, segments_after
-
-FILE_VERSION = 1
-MAX_FILE_BYTES = 64 << 20
 
 
 class ChatSession:
@@ -38,7 +34,6 @@ class ChatSession:
         self._messages: list[Message] = []
         self._context_ids: list[int] = []
         self._context_text = ""
-        self._sequence_id: int | None = None
 
     @property
     def messages(self) -> tuple[Message, ...]:
@@ -82,7 +77,7 @@ class ChatSession:
             RequestError: the conversation does not fit in session_len, or the template refuses
                 it; raised at once, and the conversation is as before.
         """
-        if self._sequence_id is not None:
+        if self._session.is_busy:
             raise RequestError("an answer is still running, cancel it first")
         params = params or GenerationParams(sampling=self._engine.default_sampling)
         prompt_ids, prompt_text = self._prompt(text)
@@ -96,9 +91,9 @@ class ChatSession:
         return self._answer(text, prompt_ids, prompt_text, outputs)
 
     def cancel(self) -> None:
-        """Stop the running answer after its current token; any thread or signal handler may."""
-        if self._sequence_id is not None:
-            self._engine.cancel(self._sequence_id)
+        """Stop the running answer after the step it is in; any thread or signal handler may."""
+        if self._session.sequence_id is not None:
+            self._engine.cancel(self._session.sequence_id)
 
     def reset(self, system: str | None = None) -> None:
         """Forget the conversation and give its pages back.
@@ -115,31 +110,46 @@ class ChatSession:
         self._context_ids = []
         self._context_text = ""
 
-    def save(self, path: Path | str) -> None:
+    def restore(self, system: str | None, messages: Iterable[Message]) -> None:
+        """Replace the whole conversation; the pages of what it shares with this one stay in use.
+
+        Args:
+            system: system message; None for the template's own, "" for none.
+            messages: questions and answers in turn, ending with an answer.
+
+        Raises:
+            RequestError: an answer is running, or the template refuses the messages.
+        """
+        if self._session.is_busy:
+            raise RequestError("an answer is still running, cancel it first")
+        before = self._system, self._messages
+        self._system, self._messages = system, list(messages)
+        try:
+            if self._messages:
+                self._reencode()
+            else:
+                self.reset(system)
+        except RequestError:
+            self._system, self._messages = before
+            raise
+
+    def save(self, path: Path) -> None:
         """Write the conversation as JSON, whole or not at all.
 
         Raises:
+            RequestError: there is a file of that name that is no conversation.
             DeviceError: the disk is full or fails.
         """
-        value = {
-            "version": FILE_VERSION,
-            "system": self._system,
-            "messages": [{"role": m.role, "content": m.content} for m in self._messages],
-        }
-        content = json.dumps(value, ensure_ascii=False, indent=1) + "\n"
-        write_atomically(Path(path), content.encode("utf-8"))
+        save_conversation(path, self._system, self._messages)
 
-    def load(self, path: Path | str) -> None:
+    def load(self, path: Path) -> None:
         """Take a saved conversation in place of this one.
 
         Raises:
             RequestError: the file cannot be read or is no conversation; this one stays.
         """
-        system, messages = read_conversation(Path(path))
-        self.reset(system)
-        self._messages = messages
-        if messages:
-            self._reencode()
+        saved = load_conversation(path)
+        self.restore(saved.system, saved.messages)
 
     def _prompt(self, text: str) -> tuple[list[int], str]:
         """Return ids and text of the prompt with a new message.
@@ -167,7 +177,6 @@ class ChatSession:
         last: Output | None = None
         try:
             for output in outputs:
-                self._sequence_id = output.sequence_id
                 answer_ids.extend(output.token_ids)
                 if not answer:
                     # The blank that SentencePiece puts before a first word is not the model's.
@@ -176,7 +185,6 @@ class ChatSession:
                 last = output
                 yield output
         finally:
-            self._sequence_id = None
             outputs.close()
             is_whole = last is not None and last.finish_reason in ("stop", "length")
             if answer or is_whole:
@@ -198,36 +206,3 @@ class ChatSession:
     def _all_messages(self) -> list[Message]:
         system = [] if self._system is None else [Message("system", self._system)]
         return system + self._messages
-
-
-def read_conversation(path: Path) -> tuple[str | None, list[Message]]:
-    """Return system message and messages of a saved conversation.
-
-    Raises:
-        RequestError: the file cannot be read, or is no conversation whose turns alternate.
-    """
-    try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise RequestError(
-                f"{path} has {path.stat().st_size} bytes, expected at most {MAX_FILE_BYTES}"
-            )
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RequestError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"{path} is not a saved conversation: {str(error)[:120]}") from error
-    if not isinstance(value, dict) or value.get("version") != FILE_VERSION:
-        raise RequestError(f"{path} is not a conversation of version {FILE_VERSION}")
-    system, entries = value.get("system"), value.get("messages")
-    if not isinstance(entries, list) or not (system is None or isinstance(system, str)):
-        raise RequestError(f"{path} has no list of messages")
-    messages = []
-    for index, entry in enumerate(entries):
-        expected = "assistant" if index % 2 else "user"
-        content = entry.get("content") if isinstance(entry, dict) else None
-        if not isinstance(content, str) or entry.get("role") != expected:
-            raise RequestError(f"{path} has no text from the {expected} as message {index}")
-        messages.append(Message(expected, content))
-    if len(messages) % 2:
-        raise RequestError(f"{path} ends with a message that has no answer")
-    return system, messages

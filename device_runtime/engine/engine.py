@@ -176,11 +176,13 @@ class Engine:
         room = self.session_len - len(prompt_ids)
         max_tokens = min(params.max_tokens or room, room)
         theta = planned_theta(self.package.model, len(prompt_ids) + max_tokens)
+        sequence_id = next(self._ids)
         if session is not None:
             theta = session.rope_theta = session.rope_theta or theta
+            session.sequence_id = sequence_id
             session.is_busy = True
         sequence = Sequence(
-            sequence_id=next(self._ids),
+            sequence_id=sequence_id,
             token_ids=[int(token_id) for token_id in prompt_ids],
             num_prompt_tokens=len(prompt_ids),
             max_tokens=max_tokens,

@@ -17,6 +17,7 @@ class Session:
         token_ids: tokens in the pages, from the first on.
         pages: KV pages held while idle.
         rope_theta: rotary base, decided by the first turn (spec section 3); 0.0 before it.
+        sequence_id: of the newest generation, running or not; None before the first.
         is_busy: a generation of this session is running.
         is_closed: given back to the engine.
     """
@@ -25,6 +26,7 @@ class Session:
     token_ids: list[int] = field(default_factory=list)
     pages: list[int] = field(default_factory=list)
     rope_theta: float = 0.0
+    sequence_id: int | None = None
     is_busy: bool = False
     is_closed: bool = False
 
