@@ -124,23 +124,23 @@ class GzipReader:
             PackageError: the stream is not gzip, is cut short, is damaged, or goes on after its
                 last member with something else.
         """
-        pending: deque[Future[bytes]] = deque()
+        pending: deque[Future[list[bytes]]] = deque()
         offset = 0
         while self._peek(_HEADER.size):
             tagged = _parse_tagged(self._held)
             if tagged is None:
                 while pending:
-                    yield pending.popleft().result()
+                    yield from pending.popleft().result()
                 self._check_signature(offset)
                 yield from self._inflate_plain(offset)
             else:
                 member = self._take(tagged.member_bytes)
                 pending.append(self._pool.submit(_inflate_tagged, member, tagged, offset))
                 if len(pending) > self._num_threads:
-                    yield pending.popleft().result()
+                    yield from pending.popleft().result()
             offset = self.bytes_read - len(self._held)
         while pending:
-            yield pending.popleft().result()
+            yield from pending.popleft().result()
         if not offset:
             raise PackageError("the archive is empty, 0 bytes; copy it again")
 
@@ -185,25 +185,24 @@ class GzipReader:
     def _peek(self, size: int) -> bool:
         """Hold at least ``size`` bytes where there are so many; False at the end of the stream."""
         while len(self._held) < size:
-            data = self._read(_READ_BYTES)
+            data = self._read(size - len(self._held))
             if not data:
                 break
             self._held += data
         return bool(self._held)
 
-    def _take(self, size: int) -> bytearray:
-        """Return exactly ``size`` bytes of the stream."""
-        taken = bytearray(size)
-        held = min(size, len(self._held))
-        taken[:held] = self._held[:held]
-        self._held = self._held[held:]
-        while held < size:
-            data = self._read(size - held)
+    def _take(self, size: int) -> list[bytes]:
+        """Return exactly ``size`` bytes of the stream, in pieces as they came."""
+        pieces = [self._held[:size]]
+        self._held = self._held[size:]
+        size -= len(pieces[0])
+        while size:
+            data = self._read(size)
             if not data:
                 raise _cut_short(self.bytes_read)
-            taken[held : held + len(data)] = data
-            held += len(data)
-        return taken
+            pieces.append(data)
+            size -= len(data)
+        return pieces
 
     def _read(self, size: int) -> bytes:
         try:
@@ -230,15 +229,22 @@ def _parse_tagged(header: bytes) -> _TaggedMember | None:
     return _TaggedMember(member_bytes, data_bytes)
 
 
-def _inflate_tagged(member: bytearray, tagged: _TaggedMember, offset: int) -> bytes:
+def _inflate_tagged(pieces: list[bytes], tagged: _TaggedMember, offset: int) -> list[bytes]:
     inflater = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
+    chunks = []
+    left = tagged.data_bytes
     try:
-        data = inflater.decompress(member, tagged.data_bytes + 1)
+        for piece in pieces:
+            # One byte more than is left shows a member that holds too much.
+            chunks.append(inflater.decompress(piece, left + 1))
+            left -= len(chunks[-1])
+            if left < 0 or inflater.unused_data:
+                break
     except zlib.error as error:
         raise _damaged(offset, error) from error
-    if not inflater.eof or inflater.unused_data or len(data) != tagged.data_bytes:
+    if not inflater.eof or inflater.unused_data or left:
         raise _damaged(offset, f"it does not hold the {tagged.data_bytes} bytes its header says")
-    return data
+    return chunks
 
 
 def _damaged(offset: int, reason: object) -> PackageError:

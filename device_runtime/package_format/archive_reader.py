@@ -278,7 +278,7 @@ def _open_file(path: Path) -> BinaryIO:
     if path.is_dir():
         raise UsageError(f"{path} is a folder, expected a .tgz; `turbojet chat` opens it as it is")
     try:
-        return open(path, "rb")
+        return open(path, "rb", buffering=0)
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from error
 

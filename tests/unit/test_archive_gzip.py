@@ -84,6 +84,17 @@ def test_a_member_that_lies_about_its_size_is_damaged(field: int) -> None:
         read(bytes(member) + stored_member(b"next"))
 
 
+def test_a_member_that_claims_what_follows_it_is_damaged() -> None:
+    first, second = stored_member(b"abc" * 100), stored_member(b"def" * 9)
+    first[16:20] = (len(first) + len(second)).to_bytes(4, "little")
+    for stream in (io.BytesIO(first + second), Dribble(bytes(first + second))):
+        with (
+            GzipReader(stream, 2) as reader,
+            pytest.raises(PackageError, match="does not hold the 300 bytes its header says"),
+        ):
+            list(reader.chunks())
+
+
 def test_a_damaged_member_is_named_by_its_place() -> None:
     first, second = stored_member(b"abc" * 100), stored_member(b"def" * 100)
     second[-10] ^= 1
