@@ -124,13 +124,11 @@ def _list(parser: argparse.ArgumentParser) -> None:
     _json(parser)
 
 
-def _info(parser: argparse.ArgumentParser) -> None:
-    _target(parser)
-    _json(parser)
-
-
 def _verify(parser: argparse.ArgumentParser) -> None:
-    _target(parser)
+    parser.add_argument("target", metavar="NAME|FOLDER", help="an installed model, or a folder")
+    parser.add_argument(
+        "--release", metavar="ID", help="a release of the model (default: the current one)"
+    )
     _json(parser)
 
 
@@ -148,13 +146,6 @@ def _rollback(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _target(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("target", metavar="NAME|FOLDER", help="an installed model, or a folder")
-    parser.add_argument(
-        "--release", metavar="ID", help="a release of the model (default: the current one)"
-    )
-
-
 def _json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the facts as JSON")
 
@@ -167,7 +158,7 @@ def _fail(message: str, code: int) -> int:
 VERBS = (
     Verb("install", "install a package, or a new release of one", "commands", _install),
     Verb("list", "list installed models", "commands", _list),
-    Verb("info", "show what is known about a model", "commands", _info),
+    Verb("info", "show what is known about a model, and how it fits here", "info", None),
     Verb("verify", "compare every file of a model with its hash", "commands", _verify),
     Verb("rollback", "make the previous release of a model current again", "commands", _rollback),
     Verb("remove", "delete a model or old releases of it", "commands", _remove),

@@ -14,16 +14,14 @@ from types import FrameType
 from typing import BinaryIO
 
 from device_runtime.apps.install import STANDARD_INPUT, InstallOptions, install
-from device_runtime.apps.model_facts import package_facts, package_lines, to_text
 from device_runtime.apps.model_list import list_releases, to_table
 from device_runtime.apps.places import data_dir
 from device_runtime.apps.progress_bar import byte_progress
-from device_runtime.apps.release import Release
 from device_runtime.apps.sizes import format_bytes, format_duration
 from device_runtime.apps.store import Store, find_package
 from device_runtime.apps.verify import Verified, verify_release
 from device_runtime.errors import UsageError
-from device_runtime.package_format.package import open_package, verify_package
+from device_runtime.package_format.package import verify_package
 
 
 def run_install(args: argparse.Namespace) -> int:
@@ -76,20 +74,9 @@ def run_list(args: argparse.Namespace) -> int:
     return 0
 
 
-def run_info(args: argparse.Namespace) -> int:
-    """Print all there is to know about a model."""
-    release = _release(args)
-    package = open_package(release.root if release else find_package(args.target))
-    if args.json:
-        _print_json(package_facts(package, release))
-    else:
-        print(to_text(package_lines(package, release)))
-    return 0
-
-
 def run_verify(args: argparse.Namespace) -> int:
     """Compare every file with its hash."""
-    release = _release(args)
+    release = Store(data_dir()).find(args.target, args.release)
     start_s = time.monotonic()
     with byte_progress("verify", sys.stderr) as report:
         if release is not None:
@@ -145,18 +132,6 @@ def run_rollback(args: argparse.Namespace) -> int:
         release = store.rollback(args.name, args.release)
     print(f"{release.name} release {release.release_id} is current")
     return 0
-
-
-def _release(args: argparse.Namespace) -> Release | None:
-    """Return the installed release that is meant; None where a folder is.
-
-    Raises:
-        UsageError: a release is named that there is not.
-    """
-    store = Store(data_dir())
-    if args.release is not None or store.releases(args.target):
-        return store.get(args.target, args.release)
-    return None
 
 
 def _source(archive: str) -> Path | BinaryIO:

@@ -97,6 +97,16 @@ class Store:
             )
         raise UsageError(f"{name} has no release {release_id!r}; installed: {known}")
 
+    def find(self, target: str, release_id: str | None) -> Release | None:
+        """Return the release that a name means; None where ``target`` must be a folder.
+
+        Raises:
+            UsageError: a release is named, and there is no such model or release.
+        """
+        if release_id is not None or self.releases(target):
+            return self.get(target, release_id)
+        return None
+
     @contextmanager
     def locked(self, tell: Callable[[str], None]) -> Iterator[None]:
         """Keep every other writer out, and clean up after those that died.

@@ -181,6 +181,38 @@ def test_info_tells_a_person_everything(turbojet, archives, data) -> None:
     )
 
 
+def test_info_shows_the_memory_plan_for_this_machine(turbojet, archives) -> None:
+    turbojet("install", archives[0])
+    options = ("--backend", "reference", "--memory-limit", "1G", "--cache-max-entry-count", "3")
+    out = turbojet("info", NAME, *options)[1]
+    # 3 pages of 128 tokens x 2 layers x (K and V) x 1 head x 32 halves.
+    pattern = r"here +reference: weights .* \+ KV 3 x 32\.8 kB = .* of 1\.07 GB available\n"
+    assert re.search(pattern, out)
+    assert "fp16 KV; sessions of 136 tokens, up to 64 at a time\n" in out
+    plan = json.loads(turbojet("info", NAME, "--json", *options)[1])["plan"]
+    assert (plan["num_pages"], plan["page_bytes"], plan["kv_bytes"]) == (3, 32768, 98304)
+    assert plan["available_bytes"] == 1 << 30
+    assert plan["total_bytes"] == sum(
+        plan[f"{part}_bytes"] for part in ("weight", "workspace", "context", "kv")
+    )
+
+
+def test_info_says_why_a_model_does_not_fit(turbojet, archives) -> None:
+    turbojet("install", archives[0])
+    for options, reason in (
+        (("--memory-limit", "1M"), "one KV page needs 32768 bytes"),
+        (("--quant-policy", "4"), "past_kv_scale"),
+    ):
+        code, out, _ = turbojet("info", NAME, "--backend", "reference", *options)
+        assert code == 0
+        assert reason in out.splitlines()[-1]
+        facts = json.loads(turbojet("info", NAME, "--json", *options)[1])
+        assert reason in facts["plan"]["error"]
+    code, _, err = turbojet("info", NAME, "--memory-limit", "much")
+    assert code == 2
+    assert "--memory-limit is 'much'" in err
+
+
 def test_info_and_verify_take_a_folder_too(turbojet, archives, tmp_path) -> None:
     package = Path(archives[0]).parent / "p0"
     assert f"path       {package}\n" in turbojet("info", str(package))[1]

@@ -1,0 +1,43 @@
+"""`turbojet info`: all there is to know about a model, and how it would fit here."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+
+from device_runtime.apps.engine_flags import add_engine_arguments, engine_options
+from device_runtime.apps.model_facts import package_facts, package_lines, to_text
+from device_runtime.apps.model_plan import plan_facts, plan_lines
+from device_runtime.apps.places import data_dir
+from device_runtime.apps.store import Store, find_package
+from device_runtime.package_format.package import open_package
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``turbojet info``."""
+    parser.epilog = "With the engine's options it shows what they would change."
+    parser.add_argument("target", metavar="NAME|FOLDER", help="an installed model, or a folder")
+    parser.add_argument(
+        "--release", metavar="ID", help="a release of the model (default: the current one)"
+    )
+    parser.add_argument("--json", action="store_true", help="print the facts as JSON")
+    add_engine_arguments(parser)
+
+
+def run_info(args: argparse.Namespace) -> int:
+    """Print the facts of a package and the memory plan; return the exit code.
+
+    Raises:
+        UsageError: there is no such model, or an option cannot be read.
+        PackageError: the package does not open.
+    """
+    options = engine_options(args, os.environ)
+    release = Store(data_dir()).find(args.target, args.release)
+    package = open_package(release.root if release else find_package(args.target))
+    if args.json:
+        facts = package_facts(package, release) | {"plan": plan_facts(package, options)}
+        print(json.dumps(facts, indent=2, ensure_ascii=False))
+    else:
+        print(to_text(package_lines(package, release) + plan_lines(package, options)))
+    return 0

@@ -1,0 +1,66 @@
+"""What an engine would take of the memory of this machine, before anything is loaded."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from dataclasses import asdict
+
+from device_runtime.apps.model_facts import Line
+from device_runtime.apps.sizes import format_bytes
+from device_runtime.backends.memory_plan import MemoryPlan, plan_memory
+from device_runtime.backends.select import create_backend
+from device_runtime.engine.configure import cache_request
+from device_runtime.engine.options import EngineOptions
+from device_runtime.errors import DeviceError, PackageError
+from device_runtime.package_format.package import Package
+
+
+def plan_here(package: Package, options: EngineOptions) -> MemoryPlan:
+    """Return the plan an engine would start with now; loads and allocates nothing.
+
+    Raises:
+        PackageError: the package asks for a KV format that it or this turbojet does not have.
+        DeviceError: the model does not fit, or the backend does not run here.
+    """
+    with closing(create_backend(options.backend)) as backend:
+        request = cache_request(package, options)
+        survey = backend.survey(package, request, options.memory_limit_bytes)
+        return plan_memory(package.model, request, survey)
+
+
+def plan_facts(package: Package, options: EngineOptions) -> dict[str, object]:
+    """Return the plan as JSON values, or why there is none."""
+    try:
+        plan = plan_here(package, options)
+    except (PackageError, DeviceError) as error:
+        return {"error": str(error)}
+    return asdict(plan) | {
+        "kv_format": plan.kv_format.title,
+        "kv_bytes": plan.kv_bytes,
+        "total_bytes": plan.total_bytes,
+    }
+
+
+def plan_lines(package: Package, options: EngineOptions) -> list[Line]:
+    """Return the plan as lines, or why there is none."""
+    try:
+        plan = plan_here(package, options)
+    except (PackageError, DeviceError) as error:
+        return [Line("here", str(error))]
+    parts = [("weights", plan.weight_bytes), ("workspace", plan.workspace_bytes)]
+    if plan.context_bytes:
+        parts.append(("context", plan.context_bytes))
+    taken = " + ".join(f"{name} {format_bytes(size)}" for name, size in parts)
+    lines = [
+        Line(
+            "here",
+            f"{plan.backend}: {taken} + KV {plan.num_pages} x {format_bytes(plan.page_bytes)} = "
+            f"{format_bytes(plan.total_bytes)} of {format_bytes(plan.available_bytes)} available",
+        ),
+        Line(
+            "",
+            f"{plan.kv_format.title} KV; sessions of {plan.session_len} tokens, up to "
+            f"{plan.max_batch_size} at a time",
+        ),
+    ]
+    return lines + [Line("", note) for note in plan.notes]
