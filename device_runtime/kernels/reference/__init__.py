@@ -1,0 +1,1 @@
+"""What the kernels compute, in numpy and float64: the twins that tests compare them with."""

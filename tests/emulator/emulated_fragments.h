@@ -1,0 +1,27 @@
+// What fragments.cuh has as PTX, on the CPU. Included by cuda_emulator.h.
+#pragma once
+
+namespace {
+
+// PTX ISA "Matrix Fragments for mma.m16n8k16", fp16 with fp32 sums.
+void mma_f16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+             uint32_t b1) {
+  const uint64_t mine[6] = {a0, a1, a2, a3, b0, b1};
+  const emulator::Slot* slots = emulator::exchange(mine, sizeof mine, kOpMmaHalf);
+  const int lane = emulator::my_lane();
+  for (int i = 0; i < 4; ++i) {
+    const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+    float sum = 0;
+    for (int k = 0; k < 16; ++k) {
+      const uint64_t a = slots[row % 8 * 4 + k % 8 / 2].words[row / 8 + k / 8 * 2];
+      const uint64_t b = slots[column * 4 + k % 8 / 2].words[4 + k / 8];
+      sum += emulated_to_float(a >> k % 2 * 16 & 0xffff) * emulated_to_float(b >> k % 2 * 16 & 0xffff);
+    }
+    d[i] += sum;
+  }
+}
+float exp2_fast(float value) { return exp2f(value); }
+uint32_t take_ticket(uint32_t* counter) { return (*counter)++; }
+float load_shared_by_blocks(const float* pointer) { return *pointer; }
+
+}  // namespace
