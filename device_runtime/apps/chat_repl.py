@@ -19,7 +19,12 @@ from device_runtime.apps.chat_markdown import MarkdownLayout
 from device_runtime.apps.chat_once import length_note
 from device_runtime.apps.chat_screen import quiet_keyboard
 from device_runtime.apps.chat_settings import ChatSettings
-from device_runtime.apps.chat_status import AnswerFacts, fitting_line, status_parts
+from device_runtime.apps.chat_status import (
+    AnswerFacts,
+    fitting_line,
+    memory_in_use,
+    status_parts,
+)
 from device_runtime.apps.chat_stream import AnswerStream, MarkdownStream, PlainStream
 from device_runtime.apps.chat_view import AnswerView, PlainView
 from device_runtime.apps.sizes import format_bytes
@@ -135,6 +140,7 @@ class Repl:
             ("backend", plan.backend),
             (
                 "memory",
+                f"{format_bytes(memory_in_use(plan))} now; at most "
                 f"{format_bytes(plan.total_bytes)}: weights {format_bytes(plan.weight_bytes)}, "
                 f"KV cache {format_bytes(plan.kv_bytes)} ({plan.kv_format.title}), "
                 f"workspace {format_bytes(plan.workspace_bytes)}",
@@ -148,7 +154,8 @@ class Repl:
 
     def _status_parts(self, context_used: int) -> list[str]:
         session_len = self.conversation.session_len
-        return status_parts(self.facts, context_used, session_len, self._plan.total_bytes)
+        memory_bytes = memory_in_use(self._plan)
+        return status_parts(self.facts, context_used, session_len, memory_bytes)
 
     def _live_status(self, width: int, started: float) -> Text:
         if not self.facts.num_generated:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich.text import Text
 
 from device_runtime.apps.sizes import format_bytes
+from device_runtime.backends.memory_plan import MemoryPlan
 from device_runtime.engine.generation import FinishReason, Output
 
 
@@ -53,6 +56,22 @@ class AnswerFacts:
         """Prompt tokens computed per second until the first token; 0.0 before it."""
         computed = self.num_prompt_tokens - self.num_cached_tokens
         return computed / self.ttft_s if self.ttft_s > 0 else 0.0
+
+
+def memory_in_use(plan: MemoryPlan) -> int:
+    """Return the bytes that the chat takes now.
+
+    The reference backend's pages become memory when they are first written, so there the process
+    is measured; the CUDA backend takes all of its plan at once.
+    """
+    if plan.backend != "reference":
+        return plan.total_bytes
+    try:
+        # Second field: resident pages (man 5 proc_pid_statm).
+        num_pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, ValueError, IndexError):
+        return plan.total_bytes
+    return num_pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def format_speed(tokens_per_second: float) -> str:

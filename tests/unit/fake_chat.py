@@ -27,7 +27,7 @@ from device_runtime.templates.message import Message
 
 def make_plan() -> MemoryPlan:
     return MemoryPlan(
-        backend="reference",
+        backend="cuda",
         kv_format=KvFormat.FP16,
         page_size=64,
         page_bytes=1_000_000,

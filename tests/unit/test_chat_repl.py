@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import os
 import signal
@@ -15,6 +16,7 @@ from rich.console import Console
 from device_runtime.apps.chat_commands import COMMANDS
 from device_runtime.apps.chat_repl import Repl
 from device_runtime.apps.chat_settings import ChatSettings
+from device_runtime.apps.chat_status import memory_in_use
 from device_runtime.engine.generation import GenerationParams, Output
 from device_runtime.errors import DeviceError
 from device_runtime.templates.message import Message
@@ -203,9 +205,17 @@ def test_stats_tell_speed_context_and_memory() -> None:
     output = Talk("hello", "/stats").output
     assert "context 10/1000 (1%)" in output
     words = " ".join(output.split())
-    assert "750.0 MB: weights 600.0 MB, KV cache 100.0 MB (fp16), workspace 50.0 MB" in words
+    assert "750.0 MB now; at most 750.0 MB: weights 600.0 MB, KV cache 100.0 MB (fp16)" in words
     assert "5 tokens, 20.0 tok/s" in output
-    assert "reference" in output
+    assert "cuda" in output
+
+
+def test_the_memory_of_the_reference_backend_is_what_the_process_has() -> None:
+    plan = dataclasses.replace(make_plan(), backend="reference")
+    # This test runs in Python with numpy: more than 10 MB, and far from the plan's 750.
+    assert 10e6 < memory_in_use(plan) < 2e9
+    assert memory_in_use(plan) != plan.total_bytes
+    assert memory_in_use(make_plan()) == 750_000_000
 
 
 def test_markdown_and_multiline_are_switched() -> None:
