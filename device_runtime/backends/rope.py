@@ -7,7 +7,6 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from device_runtime.errors import PackageError
 from device_runtime.package_format.model_config import ModelConfig, RopeScaling
 
 
@@ -32,9 +31,6 @@ def inverse_frequencies(model: ModelConfig, theta: float) -> NDArray[np.float64]
 
     Pair i turns by ``theta^(-2i/D)``; linear scaling divides that by its factor, llama3 scaling
     the slow pairs only (Llama 3.1's config.json, ``rope_type`` llama3).
-
-    Raises:
-        PackageError: a llama3 scaling without its trained length.
     """
     pairs = np.arange(0, model.head_dim, 2, dtype=np.float64)
     frequencies: NDArray[np.float64] = theta ** (-pairs / model.head_dim)
@@ -61,11 +57,6 @@ def attention_scale(model: ModelConfig, positions: NDArray[np.int32]) -> NDArray
 def _llama3(frequencies: NDArray[np.float64], scaling: RopeScaling) -> NDArray[np.float64]:
     """Divide slow frequencies by the factor, leave fast ones, blend those between."""
     trained = scaling.original_max_position_embeddings
-    if trained < 1:
-        raise PackageError(
-            f"rope scaling llama3 has original_max_position_embeddings {trained}, "
-            "expected at least 1"
-        )
     turns = trained * frequencies / (2 * math.pi)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     blend = np.clip((turns - low) / (high - low), 0.0, 1.0)

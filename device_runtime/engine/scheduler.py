@@ -103,7 +103,7 @@ class Scheduler:
                 self._idle[session.session_id] = session
                 self._idle.move_to_end(session.session_id)
         self._release(sequence)
-        self._dropped.append(sequence)
+        self._drop(sequence)
 
     def close_session(self, session: Session) -> None:
         """Take back the pages of an idle session."""
@@ -197,8 +197,13 @@ class Scheduler:
         sequence.digests = []
         sequence.num_planned = sequence.num_computed = 0
         sequence.num_preemptions += 1
-        self._dropped.append(sequence)
+        self._drop(sequence)
         self.add(sequence)
+
+    def _drop(self, sequence: Sequence) -> None:
+        """Have the backend forget it in time; one that was preempted may be in the list already."""
+        if sequence not in self._dropped:
+            self._dropped.append(sequence)
 
     def _admit(self, rows: list[Row]) -> None:
         """Start waiting sequences, in order, while places, tokens and pages last."""

@@ -200,8 +200,8 @@ def quantize_online(kv: Vectors) -> tuple[NDArray[np.uint8], NDArray[np.float16]
         inverse = np.minimum(inverse, np.float16(_MAX_HALF)).astype(np.float32)
         inverse[scale == 0] = 0.0
         codes = np.rint((kv - zero.astype(np.float32)) * inverse)
-    np.clip(codes, 0, 255, out=codes)
-    return codes.astype(np.uint8), np.concatenate([scale, zero], axis=-1)
+        np.clip(codes, 0, 255, out=codes)
+        return codes.astype(np.uint8), np.concatenate([scale, zero], axis=-1)
 
 
 def _pages(model: ModelConfig, plan: MemoryPlan, dtype: Any) -> list[NDArray[Any]]:
