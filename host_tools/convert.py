@@ -52,7 +52,18 @@ def convert(
     model = target_model(checkpoint, options)
     part = output.with_name(f".{output.name}{durable.PART_SUFFIX}")
     shutil.rmtree(part, ignore_errors=True)
-    _write_workspace(checkpoint, model, part, options, progress)
+    source = SourceTokenizer.open(checkpoint_dir, model.vocab_size)
+    manifest, config = describe(
+        checkpoint, model, source, options, source_sha256=stage.input_hashes[0]
+    )
+    writer = WorkspaceWriter(part, model)
+    _write_tensors(checkpoint, writer, progress)
+    for path in source.copy_to(part / names.TOKENIZER_DIR):
+        durable.sync_file(path)
+    writer.write_config(config)
+    writer.finish()
+    write_manifest(part, manifest)
+    open_package(part)
     _replace_folder(part, output)
     weights = output / names.WEIGHTS_DIR
     # config.ini may be edited by hand and kv-qparams changes the manifest: neither is watched.
@@ -113,16 +124,8 @@ def target_model(checkpoint: Checkpoint, options: ConvertOptions) -> ModelConfig
     return replace(model, tensor_para_size=options.tp)
 
 
-def _write_workspace(
-    checkpoint: Checkpoint,
-    model: ModelConfig,
-    root: Path,
-    options: ConvertOptions,
-    progress: Progress,
-) -> None:
-    source = SourceTokenizer.open(checkpoint.path, model.vocab_size)
-    manifest, config = describe(checkpoint, model, source, options)
-    writer = WorkspaceWriter(root, model)
+def _write_tensors(checkpoint: Checkpoint, writer: WorkspaceWriter, progress: Progress) -> None:
+    model = writer.model
     with progress.task("convert", total=model.num_hidden_layers + 1, unit="parts") as task:
         for name, array in global_tensors(checkpoint, model):
             writer.write(name, array)
@@ -131,12 +134,6 @@ def _write_workspace(
             for name, array in layer_tensors(checkpoint.layer(layer), model, layer):
                 writer.write(name, array)
             task.advance()
-    for path in source.copy_to(root / names.TOKENIZER_DIR):
-        durable.sync_file(path)
-    writer.write_config(config)
-    writer.finish()
-    write_manifest(root, manifest)
-    open_package(root)
 
 
 def _check_replaceable(output: Path) -> None:

@@ -33,7 +33,12 @@ EXTRA_SESSION_LEN = 8
 
 
 def describe(
-    checkpoint: Checkpoint, model: ModelConfig, source: SourceTokenizer, options: ConvertOptions
+    checkpoint: Checkpoint,
+    model: ModelConfig,
+    source: SourceTokenizer,
+    options: ConvertOptions,
+    *,
+    source_sha256: str,
 ) -> tuple[Manifest, TurboMindConfig]:
     """Return manifest and config.ini of a workspace.
 
@@ -42,6 +47,7 @@ def describe(
         model: as the workspace holds it.
         source: the checkpoint's tokenizer.
         options: name, template and values of config.ini.
+        source_sha256: of the checkpoint, where it does not know that of what it was made from.
 
     Raises:
         UsageError: there is no template of the name asked for.
@@ -60,7 +66,11 @@ def describe(
         ),
         template=template,
         tokenizer=tokens,
-        provenance=replace(origin.provenance, tools=tool_versions()),
+        provenance=replace(
+            origin.provenance,
+            source_sha256=origin.provenance.source_sha256 or source_sha256,
+            tools=tool_versions(),
+        ),
         sampling=source.sampling_defaults(_base_sampling(template)),
     )
     config = TurboMindConfig.from_model(

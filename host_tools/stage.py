@@ -46,18 +46,27 @@ class Stage:
         return self.folder / RECORD_DIR / f"{self.name}.json"
 
     @cached_property
+    def input_hashes(self) -> list[str]:
+        """Sha256 of names and contents of each input, in hex.
+
+        Raises:
+            PackageError: an input is not there.
+        """
+        hasher = self._hasher()
+        return [hasher.hash_tree(path) for path in self.inputs]
+
+    @cached_property
     def fingerprint(self) -> str:
         """Sha256 of name, version, settings and contents of the inputs, in hex.
 
         Raises:
             PackageError: an input is not there.
         """
-        hasher = self._hasher()
         facts = {
             "stage": self.name,
             "version": self.version,
             "settings": dict(self.settings),
-            "inputs": [hasher.hash_tree(path) for path in self.inputs],
+            "inputs": self.input_hashes,
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 

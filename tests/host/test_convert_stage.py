@@ -21,6 +21,7 @@ from device_runtime.package_format.manifest import (
 )
 from device_runtime.package_format.model_config import RopeScaling
 from device_runtime.package_format.package import open_package
+from host_tools.content_hash import ContentHasher
 from host_tools.convert import convert
 from host_tools.origin import Origin, read_origin, write_origin
 from host_tools.package_options import ConfigValues, ConvertOptions
@@ -211,9 +212,15 @@ def test_provenance_travels_from_the_checkpoint_into_the_manifest(awq_dir, tmp_p
     write_origin(awq_dir, origin)
     assert read_origin(awq_dir, is_quantized=True) == origin
     provenance = open_package(run(awq_dir, tmp_path / "tm")).manifest.provenance
+    # it does not know the hash of what it was made from, so its own stands in
+    own = ContentHasher(tmp_path / "hashes.json").hash_tree(awq_dir)
     assert replace(provenance, tools=()) == Provenance(
-        "org/model", "modelscope", "v1", calibration=calibration
+        "org/model", "modelscope", "v1", own, calibration
     )
+    origin = replace(origin, provenance=replace(origin.provenance, source_sha256="ab" * 32))
+    write_origin(awq_dir, origin)
+    provenance = open_package(run(awq_dir, tmp_path / "tm")).manifest.provenance
+    assert provenance.source_sha256 == "ab" * 32
 
 
 def test_finished_work_is_kept_and_anything_else_is_done_again(awq_dir, tmp_path):
