@@ -152,7 +152,7 @@ def _manifest_lines(manifest: Manifest) -> list[Line]:
         Line("package", f"{size}, format {manifest.format_version}"),
         Line("origin", origin),
         Line("quantized", how),
-        Line("made with", ", ".join(f"{tool.name} {tool.version}" for tool in source.tools)),
+        Line("made with", ", ".join(f"{tool.name} {tool.version}" for tool in source.tools) or "?"),
         Line("template", f"{manifest.template.name} ({manifest.template.kind})"),
         Line("boards", ", ".join(manifest.target_boards) or "not planned"),
     ]

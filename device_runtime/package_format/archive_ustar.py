@@ -200,7 +200,7 @@ def parse_pax(raw: bytes) -> dict[str, str]:
     Each is LENGTH, a space, KEY=VALUE and a newline; LENGTH counts the whole record.
 
     Raises:
-        PackageError: a record is damaged, or there is none.
+        PackageError: a record is damaged.
     """
     records: dict[str, str] = {}
     at = 0
@@ -217,8 +217,6 @@ def parse_pax(raw: bytes) -> dict[str, str]:
         # Values of other keys, such as extended attributes, may be binary; nobody reads them.
         records[name] = parse_text(value) if name in _PAX_PER_MEMBER else ""
         at += length
-    if not records:
-        raise PackageError("the archive holds an empty pax header")
     return records
 
 

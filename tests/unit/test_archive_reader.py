@@ -249,6 +249,22 @@ def test_a_full_disk_is_a_sentence_and_leaves_nothing(tmp_path, monkeypatch) -> 
     assert sorted(os.listdir(tmp_path)) == ["p", "x.tgz"]
 
 
+@pytest.mark.parametrize("step", ["open", "mkdir"])
+def test_a_disk_that_takes_no_new_names_is_a_sentence(tmp_path, monkeypatch, step) -> None:
+    archive_of(small_package(tmp_path / "p"), tmp_path / "x.tgz")
+    real = getattr(os, step)
+
+    def refuse(path, *args, **kwargs):
+        if str(path).endswith("/weights") or str(path).endswith(".weight"):
+            raise OSError(122, "Disk quota exceeded")
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, step, refuse)
+    with pytest.raises(DeviceError, match=r"cannot write .*weights?: Disk quota exceeded; free"):
+        extract_archive(tmp_path / "x.tgz", tmp_path / "out")
+    assert sorted(os.listdir(tmp_path)) == ["p", "x.tgz"]
+
+
 def test_a_disk_that_fails_to_sync_is_a_sentence(tmp_path, monkeypatch) -> None:
     archive_of(small_package(tmp_path / "p"), tmp_path / "x.tgz")
 

@@ -1,5 +1,6 @@
 """The command `turbojet`: verbs, exit codes, what goes to stdout and what to stderr."""
 
+import dataclasses
 import io
 import json
 import os
@@ -16,6 +17,7 @@ from archive_samples import archive_of, members_of, tgz_of, whole_package
 
 from device_runtime import __version__, cli
 from device_runtime.apps import commands, progress_bar
+from device_runtime.apps.model_facts import package_lines
 from device_runtime.apps.progress_bar import PlainReport, byte_progress
 from device_runtime.apps.sizes import format_bytes, format_duration
 from device_runtime.errors import (
@@ -27,6 +29,9 @@ from device_runtime.errors import (
     UsageError,
 )
 from device_runtime.package_format import names
+from device_runtime.package_format.manifest import Provenance, Quantization
+from device_runtime.package_format.model_config import RopeScaling
+from device_runtime.package_format.package import Package
 
 NAME = "tiny-1.0"
 
@@ -211,6 +216,40 @@ def test_info_says_why_a_model_does_not_fit(turbojet, archives) -> None:
     code, _, err = turbojet("info", NAME, "--memory-limit", "much")
     assert code == 2
     assert "--memory-limit is 'much'" in err
+
+
+def test_info_names_what_is_special_about_a_model(tmp_path) -> None:
+    model = dataclasses.replace(
+        format_samples.FP16,
+        tie_word_embeddings=True,
+        has_attention_bias=True,
+        has_qk_norm=True,
+        rope_scaling=RopeScaling(kind="linear", factor=2.0),
+    )
+    config = format_samples.config_of(model, quant_policy=2)
+    manifest = format_samples.manifest_of(
+        model,
+        provenance=Provenance(source="x", source_kind="folder"),
+        quantization=Quantization("none", 16, 0, kv_scales="symmetric"),
+        memory=(),
+        target_boards=(),
+    )
+    package = Package(tmp_path, manifest, config, model, specs=())
+    (tmp_path / names.KERNELS_DIR).mkdir()
+    (tmp_path / names.KERNELS_DIR / "sm_87.cubin").touch()
+    lines = {line.label: line.text for line in package_lines(package, None)}
+    assert lines["model"].endswith("vocabulary 70, biases, q/k norms, rope scaling linear")
+    assert lines["weights"] == "0 B: fp16, head tied to the embeddings"
+    assert lines["KV cache"].startswith("quant_policy 2, which this turbojet does not run;")
+    assert lines["package"] == "not packed yet, format 1"
+    assert lines["origin"] == "x (folder)"
+    assert lines["quantized"] == "none, 16 bits, symmetric KV scales"
+    assert lines["boards"] == "not planned"
+    assert lines["kernels"] == "sm_87.cubin"
+    int8_head = dataclasses.replace(model, tie_word_embeddings=False, head_type="int8")
+    package = dataclasses.replace(package, model=int8_head)
+    lines = {line.label: line.text for line in package_lines(package, None)}
+    assert lines["weights"] == "0 B: fp16, head int8"
 
 
 def test_info_and_verify_take_a_folder_too(turbojet, archives, tmp_path) -> None:

@@ -194,6 +194,14 @@ def test_a_store_that_cannot_be_read_is_a_sentence(tmp_path) -> None:
         Store(tmp_path).names()
 
 
+def test_find_tells_a_model_from_a_folder(store, releases) -> None:
+    assert store.find("tiny-1.0", None) == store.get("tiny-1.0")
+    assert store.find("tiny-1.0", releases[0].release_id).release_id == releases[0].release_id
+    assert store.find("./folder", None) is None
+    with pytest.raises(UsageError, match=r"no model is called './folder'"):
+        store.find("./folder", releases[0].release_id)
+
+
 def test_ids_of_repeated_installs_count_up() -> None:
     assert next_release_id("ab" * 6, set()) == "ab" * 6
     assert next_release_id("ab" * 6, {"ab" * 6}) == "ab" * 6 + "-2"
