@@ -1,6 +1,6 @@
 // Runs the CUDA kernels of this project on a CPU, so that their indexing, barriers and arithmetic
-// are tested where there is no GPU. One block at a time, every thread a fiber; warp and block
-// operations are rendezvous of fibers. Asynchronous copies are done as late as the kernel allows
+// are tested where there is no GPU. One cluster of blocks at a time, every thread a fiber; warp,
+// block and cluster operations are rendezvous of fibers. Asynchronous copies are done as late as the kernel allows
 // (or as early, TURBOJET_EMULATE_EARLY), so that a missing wait shows. Shared memory starts as NaN.
 // A deadlock, lanes at different warp operations or an out-of-range lane stop the launch with a
 // message. It says nothing about speed, memory ordering between blocks, or races within a barrier.
@@ -41,7 +41,7 @@ struct dim3 { unsigned x, y, z; };
 namespace emulator {
 
 constexpr int kLanes = 32;
-constexpr int kMaxThreads = 1024;
+constexpr int kMaxThreads = 4096;  // of a cluster
 constexpr size_t kStackBytes = 128 * 1024;
 
 struct Copy { void* to; const void* from; int bytes; };
@@ -53,6 +53,7 @@ struct Thread {
   int number;
   bool is_done;
   unsigned collectives;
+  unsigned cluster_turn;  // barriers of the cluster it has arrived at
   std::vector<std::vector<Copy>> groups;  // committed copies, oldest first
   std::vector<Copy> open_group;
 };
@@ -70,13 +71,20 @@ struct Warp {
   Slot slots[2][kLanes];
 };
 
+struct Block {
+  dim3 index;
+  Rendezvous meeting;
+  int num_live;
+  char* shared;
+};
+
 struct State {
   Thread threads[kMaxThreads];
   Warp warps[kMaxThreads / kLanes];
-  Rendezvous block_meeting;
-  int num_threads, num_live, current, idle_yields;
-  dim3 block_index, grid_size, block_size;
-  char* shared;
+  Block blocks[kMaxThreads / kLanes];  // of the cluster
+  unsigned arrivals;                   // at the cluster's barriers, all of them together
+  int num_blocks, num_threads, num_live, current, idle_yields;
+  dim3 grid_size, block_size;
   std::function<void()> body;
   jmp_buf scheduler;
   char message[256];
@@ -87,11 +95,12 @@ inline char* stacks = nullptr;
 
 inline Thread& me() { return state.threads[state.current]; }
 inline Warp& my_warp() { return state.warps[state.current / kLanes]; }
+inline Block& my_block() { return state.blocks[state.current / state.block_size.x]; }
 inline int my_lane() { return state.current % kLanes; }
 
 [[noreturn]] inline void fail(const char* text) {
   snprintf(state.message, sizeof state.message, "%s (block %u,%u,%u thread %d)", text,
-           state.block_index.x, state.block_index.y, state.block_index.z, state.current);
+           my_block().index.x, my_block().index.y, my_block().index.z, me().number);
   _longjmp(state.scheduler, 2);
 }
 
@@ -134,19 +143,25 @@ inline void enter() {
   state.body();
   me().is_done = true;
   state.idle_yields = 0;
+  --my_block().num_live;
   if (--state.num_live == 0) _longjmp(state.scheduler, 1);
   resume_next();
 }
 
-inline void run_block() {
+inline void run_cluster() {
   state.num_live = state.num_threads;
   state.idle_yields = 0;
-  state.block_meeting = {};
+  state.arrivals = 0;
+  for (Block& block : state.blocks) {
+    block.meeting = {};
+    block.num_live = state.block_size.x;
+  }
   for (Warp& warp : state.warps) warp.meeting = {};
   for (int i = 0; i < state.num_threads; ++i) {
     Thread& thread = state.threads[i];
-    thread.index = {static_cast<unsigned>(i), 0, 0};
-    thread.number = i;
+    thread.number = i % state.block_size.x;
+    thread.index = {static_cast<unsigned>(thread.number), 0, 0};
+    thread.cluster_turn = 0;
     thread.is_done = false;
     thread.collectives = 0;
     thread.groups.clear();
@@ -172,29 +187,39 @@ inline void run_block() {
   if (reason == 0) _longjmp(state.threads[0].where, 1);
 }
 
-inline const char* run(dim3 grid, int block, size_t shared_bytes, std::function<void()> body) {
+inline const char* run(dim3 grid, int block, int cluster, size_t shared_bytes,
+                       std::function<void()> body) {
   if (stacks == nullptr) stacks = static_cast<char*>(malloc(kStackBytes * kMaxThreads));
   state.message[0] = 0;
-  state.num_threads = block;
+  state.num_blocks = cluster;
+  state.num_threads = block * cluster;
   state.grid_size = grid;
   state.block_size = {static_cast<unsigned>(block), 1, 1};
   state.body = std::move(body);
+  if (block % kLanes || state.num_threads > kMaxThreads || grid.x % cluster)
+    return "the emulator cannot run this launch shape";
   // Exactly as large as asked for, with a guard behind it.
   const size_t padded = (shared_bytes + 15) / 16 * 16;
-  state.shared = static_cast<char*>(aligned_alloc(16, padded + 64));
+  for (int i = 0; i < cluster; ++i)
+    state.blocks[i].shared = static_cast<char*>(aligned_alloc(16, padded + 64));
   for (unsigned z = 0; z < grid.z && !state.message[0]; ++z)
     for (unsigned y = 0; y < grid.y && !state.message[0]; ++y)
-      for (unsigned x = 0; x < grid.x && !state.message[0]; ++x) {
-        memset(state.shared, 0xff, shared_bytes);
-        memset(state.shared + shared_bytes, 0xa5, padded + 64 - shared_bytes);
-        state.block_index = {x, y, z};
-        run_block();
-        for (size_t i = shared_bytes; i < padded + 64; ++i)
-          if (!state.message[0] && static_cast<unsigned char>(state.shared[i]) != 0xa5)
+      for (unsigned x = 0; x < grid.x && !state.message[0]; x += cluster) {
+        for (int i = 0; i < cluster; ++i) {
+          memset(state.blocks[i].shared, 0xff, shared_bytes);
+          memset(state.blocks[i].shared + shared_bytes, 0xa5, padded + 64 - shared_bytes);
+          state.blocks[i].index = {x + i, y, z};
+        }
+        run_cluster();
+        for (size_t i = 0; i < cluster * (padded + 64 - shared_bytes); ++i) {
+          const size_t at = shared_bytes + i / cluster;
+          const char* const shared = state.blocks[i % cluster].shared;
+          if (!state.message[0] && static_cast<unsigned char>(shared[at]) != 0xa5)
             snprintf(state.message, sizeof state.message,
-                     "wrote past %zu bytes of shared memory, at %zu", shared_bytes, i);
+                     "wrote past %zu bytes of shared memory, at %zu", shared_bytes, at);
+        }
       }
-  free(state.shared);
+  for (int i = 0; i < cluster; ++i) free(state.blocks[i].shared);
   return state.message[0] ? state.message : nullptr;
 }
 
@@ -203,7 +228,7 @@ inline void perform(const Copy& copy) { memcpy(copy.to, copy.from, copy.bytes); 
 }  // namespace emulator
 
 #define threadIdx (emulator::me().index)
-#define blockIdx (emulator::state.block_index)
+#define blockIdx (emulator::my_block().index)
 #define blockDim (emulator::state.block_size)
 #define gridDim (emulator::state.grid_size)
 
@@ -244,6 +269,16 @@ inline unsigned __reduce_max_sync(unsigned, unsigned value) {
   }
   return result;
 }
+inline unsigned __reduce_add_sync(unsigned, unsigned value) {
+  const emulator::Slot* slots = emulator::exchange(&value, 4, kOpReduce);
+  unsigned result = 0;
+  for (int i = 0; i < 32; ++i) {
+    unsigned other;
+    memcpy(&other, slots[i].words, 4);
+    result += other;
+  }
+  return result;
+}
 inline unsigned __ballot_sync(unsigned, bool value) {
   const uint64_t word = value;
   const emulator::Slot* slots = emulator::exchange(&word, 8, kOpVote);
@@ -259,11 +294,12 @@ inline void __syncwarp(unsigned = ~0u) {
 }
 inline void __syncthreads() {
   // Threads that returned no longer count, as on sm_70 and newer.
-  emulator::meet(emulator::state.block_meeting, emulator::state.num_live, kOpBlock);
+  emulator::meet(emulator::my_block().meeting, emulator::my_block().num_live, kOpBlock);
 }
 inline int __syncthreads_or(int value) {
   static int any[2];
   static unsigned turn;
+  if (emulator::state.num_blocks > 1) emulator::fail("__syncthreads_or in a cluster");
   __syncthreads();
   if (emulator::state.current == 0) any[++turn % 2] = 0;
   __syncthreads();
@@ -280,6 +316,7 @@ inline float __uint_as_float(uint32_t bits) { float value; memcpy(&value, &bits,
 inline int __float_as_int(float value) { return static_cast<int>(__float_as_uint(value)); }
 inline float __int_as_float(int bits) { return __uint_as_float(static_cast<uint32_t>(bits)); }
 inline int __float2int_rn(float value) { return isnan(value) ? 0 : static_cast<int>(lrintf(value)); }
+inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
 inline float __fdividef(float a, float b) { return a / b; }
 inline float __expf(float value) { return expf(value); }
 inline float __logf(float value) { return logf(value); }
@@ -334,7 +371,7 @@ struct EmulatedHalf {
 };
 EmulatedHalf to_fp16(float value) { return {emulated_to_bits(value)}; }
 
-char* dynamic_shared_bytes() { return emulator::state.shared; }
+char* dynamic_shared_bytes() { return emulator::my_block().shared; }
 
 void copy16_async(void* shared, const void* global) {
   if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16)
@@ -357,6 +394,32 @@ void wait_copies() {
     groups.erase(groups.begin());
   }
 }
+float max_or_nan(float a, float b) { return isnan(a) || a >= b ? a : b; }
+int4 load_shared_again(const int* pointer) { int4 value; memcpy(&value, pointer, 16); return value; }
+
+#if TURBOJET_PLAIN || defined(TURBOJET_EMULATE_NO_CLUSTERS)
+constexpr bool kHasClusters = false;
+#else
+constexpr bool kHasClusters = true;
+#endif
+int cluster_size() { return kHasClusters ? emulator::state.num_blocks : 1; }
+int cluster_rank() { return kHasClusters ? blockIdx.x % emulator::state.num_blocks : 0; }
+void cluster_arrive() {
+  ++emulator::me().cluster_turn;
+  ++emulator::state.arrivals;
+  emulator::state.idle_yields = 0;
+}
+void cluster_wait() {
+  const unsigned expected = emulator::me().cluster_turn * emulator::state.num_threads;
+  while (emulator::state.arrivals < expected) emulator::yield();
+}
+float load_of_rank(const float* pointer, int rank) {
+  const emulator::Block& other = emulator::state.blocks[rank];
+  if (other.num_live == 0) emulator::fail("reads the shared memory of a block that has left");
+  return *reinterpret_cast<const float*>(
+      other.shared + (reinterpret_cast<const char*>(pointer) - emulator::my_block().shared));
+}
+
 void let_dependents_launch() {}
 void wait_for_inputs() {}
 
@@ -385,6 +448,8 @@ int dot4_u8_s8(uint32_t a, uint32_t b, int d) {
 }
 uint4 load_streaming(const uint4* pointer) { return *pointer; }
 uint64_t nanoseconds() { return clock64(); }
-uint32_t multiprocessor_id() { return emulator::state.block_index.x; }
+uint32_t multiprocessor_id() { return blockIdx.x; }
 
 }  // namespace
+
+#include "emulated_fragments.h"

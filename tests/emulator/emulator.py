@@ -34,8 +34,9 @@ def _stub(row: table.Kernel) -> str:
     values = ", ".join(f"Any{{a{i}}}" if c == "P" else f"a{i}" for i, c in enumerate(row.arguments))
     return (
         f'extern "C" const char* emulate_{row.name}(unsigned x, unsigned y, unsigned z, '
-        f"int block, size_t shared{parameters}) {{ "
-        f"return emulator::run({{x, y, z}}, block, shared, [=] {{ {row.name}({values}); }}); }}\n"
+        f"int block, int cluster, size_t shared{parameters}) {{ "
+        f"return emulator::run({{x, y, z}}, block, cluster, shared, "
+        f"[=] {{ {row.name}({values}); }}); }}\n"
     )
 
 
@@ -73,6 +74,7 @@ def launch(
     arguments: list[NDArray[np.generic] | int | float | None],
     shared_bytes: int = 0,
     flags: tuple[str, ...] = (),
+    cluster: int = 1,
 ) -> None:
     """Run a kernel; arrays are passed with guard bytes around them, which must stay untouched.
 
@@ -97,8 +99,9 @@ def launch(
             room[GUARD : GUARD + argument.nbytes] = argument.reshape(-1).view(np.uint8)
             guarded.append((argument, room))
             values.append(ctypes.c_void_p(room.ctypes.data + GUARD))
-    shape = [ctypes.c_uint(size) for size in grid]
-    message = function(*shape, ctypes.c_int(row.block), ctypes.c_size_t(shared_bytes), *values)
+    shape: list[object] = [ctypes.c_uint(size) for size in grid]
+    shape += [ctypes.c_int(row.block), ctypes.c_int(cluster), ctypes.c_size_t(shared_bytes)]
+    message = function(*shape, *values)
     if message:
         raise RuntimeError(f"{name}: {message.decode()}")
     for argument, room in guarded:
