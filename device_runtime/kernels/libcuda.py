@@ -7,18 +7,15 @@ Nothing here touches the default stream.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
-from ctypes import POINTER, byref, c_char_p, c_float, c_int, c_size_t, c_uint, c_ulonglong, c_void_p
-from dataclasses import dataclass
+from ctypes import byref, c_char_p, c_float, c_int, c_size_t, c_uint, c_ulonglong, c_void_p
 from types import TracebackType
 
 from device_runtime.errors import DeviceError, OutOfMemoryError
 
 _ERROR_OUT_OF_MEMORY = 2
 _STREAM_NON_BLOCKING = 1
-_CAPTURE_MODE_THREAD_LOCAL = 1
 _ATTRIBUTE_MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-_LAUNCH_PROGRAMMATIC_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+_ATTRIBUTE_CARVEOUT = 9  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, per cent
 
 DEVICE_ATTRIBUTES = {
     "multiprocessor_count": 16,
@@ -31,25 +28,6 @@ DEVICE_ATTRIBUTES = {
     "max_shared_memory_per_block": 97,  # CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
 }
 """Names of the CUdevice_attribute values in use (cuda.h)."""
-
-
-class _LaunchAttribute(ctypes.Structure):
-    """CUlaunchAttribute: an id, padding to 8 bytes, a 64-byte value (cuda.h)."""
-
-    _fields_ = (("id", c_int), ("pad", c_int), ("value", c_int * 16))
-
-
-class _LaunchConfig(ctypes.Structure):
-    """CUlaunchConfig (cuda.h)."""
-
-    _fields_ = (
-        ("grid", c_uint * 3),
-        ("block", c_uint * 3),
-        ("shared_bytes", c_uint),
-        ("stream", c_void_p),
-        ("attributes", POINTER(_LaunchAttribute)),
-        ("num_attributes", c_uint),
-    )
 
 
 def _load() -> ctypes.CDLL:
@@ -249,7 +227,11 @@ class Module:
         driver.call("cuModuleLoadData", byref(self._pointer), c_char_p(cubin))
 
     def function(self, name: str, max_shared_bytes: int = 0) -> c_void_p:
-        """Return a kernel's handle, allowed to use that much dynamic shared memory."""
+        """Return a kernel's handle, allowed to use that much dynamic shared memory.
+
+        With more than 48 KiB the SM's shared memory is asked for whole, so that blocks of the next
+        kernel fit beside those of this one.
+        """
         handle = c_void_p()
         self._driver.call(
             "cuModuleGetFunction", byref(handle), self._pointer, c_char_p(name.encode())
@@ -261,6 +243,7 @@ class Module:
                 c_int(_ATTRIBUTE_MAX_DYNAMIC_SHARED),
                 c_int(max_shared_bytes),
             )
+            self._driver.call("cuFuncSetAttribute", handle, c_int(_ATTRIBUTE_CARVEOUT), c_int(100))
         return handle
 
     def close(self) -> None:
@@ -268,131 +251,3 @@ class Module:
         if self._pointer is not None:
             pointer, self._pointer = self._pointer, None
             self._driver.call("cuModuleUnload", pointer)
-
-
-@dataclass(frozen=True)
-class LaunchShape:
-    """Grid and block of a launch, its dynamic shared memory, and whether it may start early.
-
-    ``is_programmatic``: the kernel may begin while its predecessor in the stream drains; it waits
-    by itself (griddepcontrol.wait) before it touches what that one writes.
-    """
-
-    grid: tuple[int, int, int]
-    block: int
-    shared_bytes: int = 0
-    is_programmatic: bool = False
-
-
-def launch(
-    driver: Driver,
-    function: c_void_p,
-    shape: LaunchShape,
-    stream: Stream,
-    arguments: Sequence[ctypes._SimpleCData[int] | ctypes._SimpleCData[float]],
-) -> None:
-    """Enqueue a kernel; the arguments are ctypes values in the order of its parameters."""
-    pointers = (c_void_p * len(arguments))(
-        *(ctypes.cast(ctypes.pointer(value), c_void_p) for value in arguments)
-    )
-    if not shape.is_programmatic:
-        driver.call(
-            "cuLaunchKernel",
-            function,
-            *(c_uint(size) for size in shape.grid),
-            c_uint(shape.block),
-            c_uint(1),
-            c_uint(1),
-            c_uint(shape.shared_bytes),
-            stream.pointer,
-            pointers,
-            None,
-        )
-        return
-    attribute = _LaunchAttribute(id=_LAUNCH_PROGRAMMATIC_SERIALIZATION)
-    attribute.value[0] = 1
-    config = _LaunchConfig(
-        (c_uint * 3)(*shape.grid),
-        (c_uint * 3)(shape.block, 1, 1),
-        shape.shared_bytes,
-        stream.pointer,
-        ctypes.pointer(attribute),
-        1,
-    )
-    driver.call("cuLaunchKernelEx", byref(config), function, pointers, None)
-
-
-class Graph:
-    """Launches captured from a stream, replayed as one."""
-
-    def __init__(self, driver: Driver, executable: c_void_p) -> None:
-        self._driver = driver
-        self._executable: c_void_p | None = executable
-
-    def launch(self, stream: Stream) -> None:
-        """Enqueue the whole graph."""
-        self._driver.call("cuGraphLaunch", self._executable, stream.pointer)
-
-    def upload(self, stream: Stream) -> None:
-        """Place the graph on the device before its first launch."""
-        self._driver.call("cuGraphUpload", self._executable, stream.pointer)
-
-    def close(self) -> None:
-        """Destroy the graph; a second call does nothing."""
-        if self._executable is not None:
-            executable, self._executable = self._executable, None
-            self._driver.call("cuGraphExecDestroy", executable)
-
-
-class Capture:
-    """Records launches on a stream: `with Capture(driver, stream) as capture`, then `graph`.
-
-    An exception inside ends the capture and leaves the stream usable.
-    """
-
-    def __init__(self, driver: Driver, stream: Stream) -> None:
-        self._driver = driver
-        self._stream = stream
-        self._graph: Graph | None = None
-
-    def __enter__(self) -> Capture:
-        self._driver.call(
-            "cuStreamBeginCapture_v2", self._stream.pointer, c_int(_CAPTURE_MODE_THREAD_LOCAL)
-        )
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        graph = c_void_p()
-        try:
-            self._driver.call("cuStreamEndCapture", self._stream.pointer, byref(graph))
-        except DeviceError:
-            if kind is None:
-                raise
-            return
-        if kind is None:
-            executable = c_void_p()
-            try:
-                self._driver.call(
-                    "cuGraphInstantiateWithFlags", byref(executable), graph, c_ulonglong(0)
-                )
-                self._graph = Graph(self._driver, executable)
-            finally:
-                self._driver.call("cuGraphDestroy", graph)
-        elif graph:
-            self._driver.call("cuGraphDestroy", graph)
-
-    @property
-    def graph(self) -> Graph:
-        """The captured graph.
-
-        Raises:
-            DeviceError: the capture did not end well.
-        """
-        if self._graph is None:
-            raise DeviceError("no graph was captured")
-        return self._graph
