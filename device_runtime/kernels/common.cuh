@@ -71,6 +71,23 @@ __device__ __forceinline__ T lanes_max(T value) {
   return value;
 }
 
+// The same over a whole warp, in one instruction where there is one.
+__device__ __forceinline__ uint32_t warp_max(uint32_t value) {
+#if TURBOJET_PLAIN
+  return lanes_max<kWarpSize>(value);
+#else
+  return __reduce_max_sync(kFullMask, value);
+#endif
+}
+
+__device__ __forceinline__ uint32_t warp_sum(uint32_t value) {
+#if TURBOJET_PLAIN
+  return lanes_sum<kWarpSize>(value);
+#else
+  return __reduce_add_sync(kFullMask, value);
+#endif
+}
+
 __device__ __forceinline__ int smaller(int a, int b) { return a < b ? a : b; }
 __device__ __forceinline__ int larger(int a, int b) { return a > b ? a : b; }
 

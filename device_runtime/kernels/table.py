@@ -27,15 +27,30 @@ class Kernel:
     max_registers: int
 
 
-GEMV_WARPS = 8
-GEMV_STAGES = 4
+GEMV_WARPS = 16
+GEMV_STAGES = 3
+GEMV_WIDTHS = (1, 4, 8)
+"""Numbers of tokens that a GEMV is built for; one with fewer runs in the next wider."""
 UNIT_INPUTS = 128
 """Inputs that one warp takes at a time (w4a16.cuh kUnitInputs)."""
+TILE_OUTPUTS = 32
+"""Outputs that one warp computes at a time (w4a16.cuh kTileOutputs)."""
+
+
+def _gemv_rows(width: int) -> tuple[Kernel, ...]:
+    source, block = f"w4a16_gemv_{width}", 32 * GEMV_WARPS
+    return (
+        Kernel(f"w4a16_gemv_norm_{width}", source, "PPPPPPPiiiif", block, 128),
+        Kernel(f"w4a16_gemv_norm_silu_{width}", source, "PPPPPPiiiif", block, 128),
+        Kernel(f"w4a16_gemv_add_{width}", source, "PPPPPPiiii", block, 128),
+    )
+
 
 KERNELS = (
-    Kernel("w4a16_gemv_norm", "w4a16_gemv", "PPPPPPiiif", 32 * GEMV_WARPS, 128),
-    Kernel("w4a16_gemv_norm_silu", "w4a16_gemv", "PPPPPiiif", 32 * GEMV_WARPS, 128),
-    Kernel("w4a16_gemv_add", "w4a16_gemv", "PPPPPiii", 32 * GEMV_WARPS, 128),
+    *(row for width in GEMV_WIDTHS for row in _gemv_rows(width)),
+    Kernel("decode_attention_half", "decode_attention", "P" * 11 + "iiiiiiif", 128, 216),
+    Kernel("decode_attention_static", "decode_attention", "P" * 12 + "iiiiiiif", 128, 168),
+    Kernel("decode_attention_online", "decode_attention", "P" * 11 + "iiiiiiif", 128, 168),
     Kernel("read_bandwidth", "read_bandwidth", "PPi", 512, 64),
     Kernel("sm_probe", "read_bandwidth", "PPi", 512, 64),
 )
@@ -46,14 +61,52 @@ def kernel(name: str) -> Kernel:
     return _BY_NAME[name]
 
 
-def w4a16_gemv_shared_bytes(num_inputs: int, group_size: int) -> int:
-    """Return the dynamic shared memory of w4a16_gemv's kernels: the ring, then activations."""
-    num_units = -(-num_inputs // UNIT_INPUTS)
-    groups = UNIT_INPUTS // group_size
-    ring = GEMV_WARPS * GEMV_STAGES * (UNIT_INPUTS * 32 // 2 + groups * 128)
-    activations = num_units * (2 * UNIT_INPUTS + 4 + 4 * groups)
-    sums = 2 * GEMV_WARPS * 32 * 4 + GEMV_WARPS * 4
-    return ring + activations + sums
+@dataclass(frozen=True)
+class GemvShape:
+    """How one W4A16 GEMV is launched (w4a16_gemv.cuh).
+
+    Attributes:
+        width: one of `GEMV_WIDTHS`.
+        num_inputs: rows of the matrix.
+        num_outputs: columns of the matrix.
+        group_size: 128, 64 or 32.
+        grid: blocks, a multiple of ``cluster``.
+        splits: parts that the inputs are taken in.
+        cluster: blocks that take a part each: ``splits``, or 1 where there are no clusters.
+    """
+
+    width: int
+    num_inputs: int
+    num_outputs: int
+    group_size: int
+    grid: int
+    splits: int = 1
+    cluster: int = 1
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of a block, as w4a16_gemv.cuh lays it out."""
+        groups = UNIT_INPUTS // self.group_size
+        ring = GEMV_WARPS * GEMV_STAGES * (UNIT_INPUTS * TILE_OUTPUTS // 2 + groups * 128)
+        plan = 32 + 16 * _ceil_div(self.width, 4)
+        num_units = _ceil_div(_ceil_div(self.num_inputs, UNIT_INPUTS), self.splits)
+        numbers = (2 + groups) * self.width * 4
+        activations = 16 * _ceil_div(2 * UNIT_INPUTS * self.width + numbers, 16)
+        run = 32 * 4 * (1 if self.width == 1 else self.width)
+        return ring + plan + num_units * activations + GEMV_WARPS * self._held_runs(num_units) * run
+
+    def _held_runs(self, num_units: int) -> int:
+        if self.splits == 1:
+            return 1
+        if self.cluster == 1:
+            return 2
+        num_tiles = _ceil_div(self.num_outputs // TILE_OUTPUTS, self.grid // self.cluster)
+        longest = _ceil_div(num_tiles * num_units, GEMV_WARPS)
+        return _ceil_div(longest - 1, num_units)
+
+
+def _ceil_div(number: int, divisor: int) -> int:
+    return -(-number // divisor)
 
 
 _BY_NAME = {row.name: row for row in KERNELS}

@@ -40,25 +40,41 @@ struct QuantizedMatrix {
 template <int kGroupSize>
 constexpr int kUnitBytes = kCodeBytesPerUnit + kUnitInputs / kGroupSize * kTileOutputs * 4;
 
-// Activations of one unit, quantized: 16-byte chunks [blocks of 4 tokens][2][columns][4 lanes].
-// Column 2i holds the high digits of token i of the block, column 2i + 1 the low ones.
-template <int kTokens>
-constexpr int kActivationBytes = 2 * kTokens * kUnitInputs;
+// Activations of one unit, quantized: 16-byte chunks [blocks of 4 tokens][2][columns][4 lanes],
+// where column 2i holds the high digits of token i of the block and column 2i + 1 the low ones;
+// then float scales [kTokens], int negated sums [groups][kTokens] and float sums of squares
+// [kTokens].
+template <int kTokens, int kGroupSize>
+struct UnitActivations {
+  static constexpr int kGroups = kUnitInputs / kGroupSize;
+  static constexpr int kDigitBytes = 2 * kTokens * kUnitInputs;
+  static constexpr int kBytes = (kDigitBytes + (2 + kGroups) * kTokens * 4 + 15) / 16 * 16;
 
-// Walks the units of one warp: those of a tile, `stride` units apart, then those of the block's next
-// tile, and starts copying each to shared memory.
+  char* base;
+
+  __device__ __forceinline__ uint4* chunks() const { return reinterpret_cast<uint4*>(base); }
+  __device__ __forceinline__ float& scale(int token) const {
+    return reinterpret_cast<float*>(base + kDigitBytes)[token];
+  }
+  __device__ __forceinline__ int& negated_sum(int group, int token) const {
+    return reinterpret_cast<int*>(base + kDigitBytes)[(1 + group) * kTokens + token];
+  }
+  __device__ __forceinline__ float& square_sum(int token) const {
+    return reinterpret_cast<float*>(base + kDigitBytes)[(1 + kGroups) * kTokens + token];
+  }
+};
+
+// Where a lane's bytes of a unit lie, for one tile, unit after unit.
 template <int kGroupSize>
-struct UnitStream {
+struct UnitSource {
   static constexpr int kGroups = kUnitInputs / kGroupSize;
 
-  const char* codes;   // this lane's 16 bytes of the unit's first tile
+  const char* codes;   // this lane's 16 bytes of the unit's first 32 inputs
   const char* scales;  // this lane's 16 bytes of the unit's scales, for lane < 8 * kGroups
   int unit;
-  int tile;
 
-  __device__ __forceinline__ void seek(const QuantizedMatrix& matrix, int new_tile, int new_unit,
+  __device__ __forceinline__ void seek(const QuantizedMatrix& matrix, int tile, int new_unit,
                                        int lane) {
-    tile = new_tile;
     unit = new_unit;
     const int64_t row_bytes = static_cast<int64_t>(matrix.outputs) * 16;
     codes = reinterpret_cast<const char*>(matrix.codes) + unit * (kTilesPerUnit * row_bytes) +
@@ -66,6 +82,12 @@ struct UnitStream {
     scales = reinterpret_cast<const char*>(matrix.scales_zeros) +
              (static_cast<int64_t>(unit) * kGroups + lane / 8) * matrix.outputs * 4 + tile * 128 +
              lane % 8 * 16;
+  }
+
+  __device__ __forceinline__ void next_unit(const QuantizedMatrix& matrix) {
+    ++unit;
+    codes += kTilesPerUnit * static_cast<int64_t>(matrix.outputs) * 16;
+    scales += kGroups * static_cast<int64_t>(matrix.outputs) * 4;
   }
 
   // Inputs past the end are not copied: their activations are zero, and a group past the end gets
@@ -86,134 +108,122 @@ struct UnitStream {
                    is_inside ? scales : reinterpret_cast<const char*>(matrix.scales_zeros));
     }
   }
-
-  __device__ __forceinline__ void advance(const QuantizedMatrix& matrix, int units, int first_unit,
-                                          int stride, int lane) {
-    unit += stride;
-    codes += stride * kTilesPerUnit * static_cast<int64_t>(matrix.outputs) * 16;
-    scales += stride * kGroups * static_cast<int64_t>(matrix.outputs) * 4;
-    if (unit >= units) seek(matrix, tile + gridDim.x, first_unit, lane);
-  }
 };
 
 __device__ __forceinline__ uint32_t word_of(const uint4& words, int index) {
   return index == 0 ? words.x : index == 1 ? words.y : index == 2 ? words.z : words.w;
 }
 
-// Sums of one group of a unit, for the two sixteen-row halves of the tile:
-// sums[half][0] and [1] start as and become the high and low digit sums of row r (codes), [2] and
-// [3] those of row r + 8 (16 * codes). A lane (r = lane / 4, t = lane % 4) ends with token
-// 4 * block + t; with one token every lane of a row holds the same.
-template <int kTokens, int kFirst, int kCount>
-__device__ __forceinline__ void group_sums(int (&sums)[2][4], const uint4 (&codes)[kTilesPerUnit],
-                                           const uint4* activations, int block, int lane) {
-  constexpr int kColumns = kTokens < 4 ? 2 * kTokens : 8;
+// Tokens are taken in blocks of four, because a fragment has eight columns for two digits each.
+template <int kTokens>
+constexpr int kTokenBlocks = (kTokens + 3) / 4;
+
+template <int kTokens>
+constexpr int kColumns = kTokens < 4 ? 2 * kTokens : 8;
+
+// Adds 32 inputs x 32 outputs to the sums of a group: sums[block][half][0] and [1] become the high
+// and low digit sums of row r (codes), [2] and [3] those of row r + 8 (16 * codes). A lane
+// (r = lane / 4, t = lane % 4) holds token 4 * block + t; with one token every lane of a row holds
+// the same. `inputs_index` is the place of the 32 inputs in the unit.
+template <int kTokens>
+__device__ __forceinline__ void add_products(int (&sums)[kTokenBlocks<kTokens>][2][4],
+                                             const uint4& codes, const uint4* activations,
+                                             int inputs_index, int lane) {
 #if !TURBOJET_PLAIN
-  const int column = (lane / 4) % kColumns;
+  const int column = (lane / 4) % kColumns<kTokens>;
+  uint32_t b[kTokenBlocks<kTokens>][2];
 #pragma unroll
-  for (int j = kFirst; j < kFirst + kCount; ++j) {
-    const uint4 b = activations[((block * 2 + j / 2) * kColumns + column) * 4 + lane % 4];
-    const uint32_t b0 = word_of(b, j % 2 * 2);
-    const uint32_t b1 = word_of(b, j % 2 * 2 + 1);
+  for (int block = 0; block < kTokenBlocks<kTokens>; ++block) {
+    const uint4 words =
+        activations[((block * 2 + inputs_index / 2) * kColumns<kTokens> + column) * 4 + lane % 4];
+    b[block][0] = word_of(words, inputs_index % 2 * 2);
+    b[block][1] = word_of(words, inputs_index % 2 * 2 + 1);
+  }
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const uint32_t first = word_of(codes[j], half);
-      const uint32_t second = word_of(codes[j], 2 + half);
-      mma_u8_s8(sums[half], first & 0x0f0f0f0fu, first & 0xf0f0f0f0u, second & 0x0f0f0f0fu,
-                second & 0xf0f0f0f0u, b0, b1);
-    }
+  for (int half = 0; half < 2; ++half) {
+    const uint32_t first = word_of(codes, half);
+    const uint32_t second = word_of(codes, 2 + half);
+    const uint32_t a[4] = {first & 0x0f0f0f0fu, first & 0xf0f0f0f0u, second & 0x0f0f0f0fu,
+                           second & 0xf0f0f0f0u};
+#pragma unroll
+    for (int block = 0; block < kTokenBlocks<kTokens>; ++block)
+      mma_u8_s8(sums[block][half], a[0], a[1], a[2], a[3], b[block][0], b[block][1]);
   }
 #else
   // Each lane sums the inputs of its own t for every token, then the four lanes of a row add up.
 #pragma unroll
-  for (int token = 0; token < (kTokens < 4 ? kTokens : 4); ++token) {
-    int part[2][4] = {};
-#pragma unroll
-    for (int j = kFirst; j < kFirst + kCount; ++j) {
-#pragma unroll
-      for (int digit = 0; digit < 2; ++digit) {
-        const uint4 b =
-            activations[((block * 2 + j / 2) * kColumns + 2 * token + digit) * 4 + lane % 4];
-#pragma unroll
-        for (int k16 = 0; k16 < 2; ++k16) {
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const uint32_t word = word_of(codes[j], 2 * k16 + half);
-            const uint32_t digits = word_of(b, j % 2 * 2 + k16);
-            part[half][digit] = dot4_u8_s8(word & 0x0f0f0f0fu, digits, part[half][digit]);
-            part[half][2 + digit] = dot4_u8_s8(word & 0xf0f0f0f0u, digits, part[half][2 + digit]);
-          }
-        }
-      }
-    }
+  for (int token = 0; token < kTokens; ++token) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
+      int part[4] = {};
+#pragma unroll
+      for (int digit = 0; digit < 2; ++digit) {
+        const int column = token % 4 * 2 + digit;
+        const uint4 words = activations[((token / 4 * 2 + inputs_index / 2) * kColumns<kTokens> +
+                                         column) * 4 + lane % 4];
+#pragma unroll
+        for (int k16 = 0; k16 < 2; ++k16) {
+          const uint32_t word = word_of(codes, 2 * k16 + half);
+          const uint32_t digits = word_of(words, inputs_index % 2 * 2 + k16);
+          part[digit] = dot4_u8_s8(word & 0x0f0f0f0fu, digits, part[digit]);
+          part[2 + digit] = dot4_u8_s8(word & 0xf0f0f0f0u, digits, part[2 + digit]);
+        }
+      }
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int total = lanes_sum<4>(part[half][i]);
-        if (kTokens == 1 || lane % 4 == token) sums[half][i] += total;
+        const int total = lanes_sum<4>(part[i]);
+        if (kTokens == 1 || lane % 4 == token % 4) sums[token / 4][half][i] += total;
       }
     }
   }
 #endif
 }
 
-// The activations of one unit as the dot product needs them.
-struct UnitActivations {
-  const uint4* chunks;         // kActivationBytes<kTokens>
-  const float* scales;         // [kTokens]
-  const int* negated_sums;     // [groups of the unit][kTokens]: -sum of the fixed-point values
-};
-
 // y[block][i] += the unit's share of row (r, r + 8, r + 16, r + 24)[i] for token 4 * block + t.
 // Rows 1 and 3 are kept 16 times too large; `row_scale` undoes it once at the end.
 template <int kTokens, int kGroupSize>
-__device__ __forceinline__ void add_unit(float (&y)[(kTokens + 3) / 4][4],
-                                         const char* weights, const UnitActivations& x, int lane) {
+__device__ __forceinline__ void add_unit(float (&y)[kTokenBlocks<kTokens>][4], const char* weights,
+                                         const UnitActivations<kTokens, kGroupSize>& x,
+                                         int lane) {
   constexpr int kGroups = kUnitInputs / kGroupSize;
-  uint4 codes[kTilesPerUnit];
-#pragma unroll
-  for (int j = 0; j < kTilesPerUnit; ++j)
-    codes[j] = *reinterpret_cast<const uint4*>(weights + j * 512 + lane * 16);
   constexpr int kTilesPerGroup = kTilesPerUnit / kGroups;
 #pragma unroll
-  for (int block = 0; block < (kTokens + 3) / 4; ++block) {
-    const int token = kTokens == 1 ? 0 : block * 4 + lane % 4;
-    const float x_scale = x.scales[token];
+  for (int group = 0; group < kGroups; ++group) {
+    uint32_t pairs[4];
 #pragma unroll
-    for (int group = 0; group < kGroups; ++group) {
-      uint32_t pairs[4];
+    for (int i = 0; i < 4; ++i)
+      pairs[i] = *reinterpret_cast<const uint32_t*>(weights + kCodeBytesPerUnit + group * 128 +
+                                                    (lane / 4 + 8 * i) * 4);
+    int sums[kTokenBlocks<kTokens>][2][4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        pairs[i] = *reinterpret_cast<const uint32_t*>(weights + kCodeBytesPerUnit + group * 128 +
-                                                      (lane / 4 + 8 * i) * 4);
-      const int negated_sum = x.negated_sums[group * kTokens + token];
+    for (int block = 0; block < kTokenBlocks<kTokens>; ++block) {
+      const int token = kTokens == 1 ? 0 : block * 4 + lane % 4;
+      const int negated_sum = x.negated_sum(group, token);
       // The low half of a pair is 0x5400 + 16 * z.
-      int sums[2][4];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        sums[half][0] = 0;
-        sums[half][1] = static_cast<int>(pairs[2 * half] >> 4 & 15u) * negated_sum;
-        sums[half][2] = 0;
-        sums[half][3] = static_cast<int>(pairs[2 * half + 1] & 0xf0u) * negated_sum;
+        sums[block][half][0] = 0;
+        sums[block][half][1] = static_cast<int>(pairs[2 * half] >> 4 & 15u) * negated_sum;
+        sums[block][half][2] = 0;
+        sums[block][half][3] = static_cast<int>(pairs[2 * half + 1] & 0xf0u) * negated_sum;
       }
-      if (group == 0)
-        group_sums<kTokens, 0, kTilesPerGroup>(sums, codes, x.chunks, block, lane);
-      if (group == 1)
-        group_sums<kTokens, kTilesPerGroup % 4, kTilesPerGroup>(sums, codes, x.chunks, block, lane);
-      if (group == 2)
-        group_sums<kTokens, kTilesPerGroup * 2 % 4, kTilesPerGroup>(sums, codes, x.chunks, block,
-                                                                    lane);
-      if (group == 3)
-        group_sums<kTokens, kTilesPerGroup * 3 % 4, kTilesPerGroup>(sums, codes, x.chunks, block,
-                                                                    lane);
+    }
+#pragma unroll
+    for (int j = group * kTilesPerGroup; j < (group + 1) * kTilesPerGroup; ++j) {
+      const uint4 codes = *reinterpret_cast<const uint4*>(weights + j * 512 + lane * 16);
+      add_products<kTokens>(sums, codes, x.chunks(), j, lane);
+    }
+#pragma unroll
+    for (int block = 0; block < kTokenBlocks<kTokens>; ++block) {
+      const float x_scale = x.scale(kTokens == 1 ? 0 : block * 4 + lane % 4);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          const int total = sums[half][2 * i] * 256 + sums[half][2 * i + 1];
+          const int total = sums[block][half][2 * i] * 256 + sums[block][half][2 * i + 1];
           const float scale = high_to_float(pairs[2 * half + i]) * x_scale;
-          y[block][2 * half + i] += static_cast<float>(total) * scale;
+          y[block][2 * half + i] =
+              __fmaf_rn(static_cast<float>(total), scale, y[block][2 * half + i]);
         }
       }
     }
