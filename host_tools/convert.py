@@ -18,7 +18,7 @@ from host_tools.origin import read_origin
 from host_tools.package_facts import describe
 from host_tools.package_options import ConvertOptions
 from host_tools.progress import Progress
-from host_tools.stage import RECORD_DIR, Stage
+from host_tools.stage import RECORD_DIR, Stage, exclusive
 from host_tools.tokenizer_folder import SourceTokenizer
 from host_tools.turbomind_tensors import global_tensors, layer_tensors
 
@@ -40,7 +40,8 @@ def convert(
         ``output``.
 
     Raises:
-        UsageError: ``output`` holds something else, or the group size is not the checkpoint's.
+        UsageError: ``output`` holds something else, another process writes it, or the group size
+            is not the checkpoint's.
         PackageError: the checkpoint is damaged or cannot be laid out so.
     """
     stage = convert_stage(checkpoint_dir, output, options)
@@ -51,20 +52,21 @@ def convert(
     checkpoint = Checkpoint.open(checkpoint_dir)
     model = target_model(checkpoint, options)
     part = output.with_name(f".{output.name}{durable.PART_SUFFIX}")
-    shutil.rmtree(part, ignore_errors=True)
     source = SourceTokenizer.open(checkpoint_dir, model.vocab_size)
     manifest, config = describe(
         checkpoint, model, source, options, source_sha256=stage.input_hashes[0]
     )
-    writer = WorkspaceWriter(part, model)
-    _write_tensors(checkpoint, writer, progress)
-    for path in source.copy_to(part / names.TOKENIZER_DIR):
-        durable.sync_file(path)
-    writer.write_config(config)
-    writer.finish()
-    write_manifest(part, manifest)
-    open_package(part)
-    _replace_folder(part, output)
+    with exclusive(part):
+        shutil.rmtree(part / names.TRITON_MODELS, ignore_errors=True)
+        writer = WorkspaceWriter(part, model)
+        _write_tensors(checkpoint, writer, progress)
+        for path in source.copy_to(part / names.TOKENIZER_DIR):
+            durable.sync_file(path)
+        writer.write_config(config)
+        writer.finish()
+        write_manifest(part, manifest)
+        open_package(part)
+        _replace_folder(part, output)
     weights = output / names.WEIGHTS_DIR
     # config.ini may be edited by hand and kv-qparams changes the manifest: neither is watched.
     tensors = [path for path in weights.iterdir() if path.name != names.CONFIG_INI]

@@ -26,6 +26,7 @@ from host_tools.convert import convert
 from host_tools.origin import Origin, read_origin, write_origin
 from host_tools.package_options import ConfigValues, ConvertOptions
 from host_tools.progress import Progress
+from host_tools.stage import exclusive
 
 CONFIG_INI = """\
 [llama]
@@ -265,11 +266,20 @@ def test_the_same_input_gives_the_same_bytes(awq_dir, tmp_path):
 
 def test_leftovers_of_a_killed_run_are_swept_away(awq_dir, tmp_path):
     for name in (".tm.part", ".tm.old"):
-        (tmp_path / name / "triton_models").mkdir(parents=True)
-        (tmp_path / name / "junk").write_text("junk")
+        (tmp_path / name / "triton_models" / "weights").mkdir(parents=True)
+        (tmp_path / name / "triton_models" / "weights" / "junk").write_text("junk")
     run(awq_dir, tmp_path / "tm")
     assert {path.name for path in tmp_path.iterdir()} == {"awq", "tm"}
-    assert not (tmp_path / "tm" / "junk").exists()
+    assert not list((tmp_path / "tm").rglob("junk"))
+
+
+def test_two_converts_into_one_folder_do_not_mix(awq_dir, tmp_path):
+    with (
+        exclusive(tmp_path / ".tm.part"),
+        pytest.raises(UsageError, match=r"another turbojet-host is at work in .*\.tm\.part"),
+    ):
+        run(awq_dir, tmp_path / "tm")
+    run(awq_dir, tmp_path / "tm")
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
