@@ -22,14 +22,16 @@ class StopStrings:
         if self.found is not None:
             return ""
         buffer = self._held + text
-        first = len(buffer)
-        for stop in self._stops:
-            place = buffer.find(stop)
-            if 0 <= place < first:
-                first, self.found = place, stop
-        if self.found is not None:
+        complete = [
+            (place + len(stop), place, stop)
+            for stop in self._stops
+            if (place := buffer.find(stop)) >= 0
+        ]
+        if complete:
+            # The one that ends first: tokens that cut the text elsewhere give the same answer.
+            _, place, self.found = min(complete)
             self._held = ""
-            return buffer[:first]
+            return buffer[:place]
         undecided = max((_overlap(buffer, stop) for stop in self._stops), default=0)
         free = len(buffer) - undecided
         self._held = buffer[free:]
