@@ -25,3 +25,5 @@ uint32_t take_ticket(uint32_t* counter) { return (*counter)++; }
 float load_shared_by_blocks(const float* pointer) { return *pointer; }
 
 }  // namespace
+inline float cospif(float value) { return static_cast<float>(cos(M_PI * value)); }
+inline float sinpif(float value) { return static_cast<float>(sin(M_PI * value)); }

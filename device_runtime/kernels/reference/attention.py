@@ -109,16 +109,14 @@ def load(
     weights: AttentionWeights,
 ) -> Values:
     """Return keys and values ``[2, num_kv_heads, length, D]`` of a sequence."""
+    num_pages = -(-length // layout.page_size)
+    used = pages[page_ids[:num_pages]]
     result = np.empty((2, weights.num_kv_heads, length, layout.head_dim))
-    for position in range(length):
-        page, offset = divmod(position, layout.page_size)
-        unit, token = divmod(offset, layout.unit_tokens)
-        for head in range(weights.num_kv_heads):
-            for is_value in (False, True):
-                source = pages[page_ids[page], head, unit]
-                result[int(is_value), head, position] = kv_pages.get(
-                    source, layout, token, is_value, weights.scale(head, is_value)
-                )
+    for head in range(weights.num_kv_heads):
+        for is_value in (False, True):
+            scale = weights.scale(head, is_value)
+            vectors = kv_pages.read(used[:, head], layout, is_value, scale)
+            result[int(is_value), head] = vectors.reshape(-1, layout.head_dim)[:length]
     return result
 
 

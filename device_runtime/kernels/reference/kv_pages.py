@@ -153,22 +153,23 @@ def put(
         unit[start : start + 4] = parameters.view(np.uint8)
 
 
-def get(
-    unit: Bytes,
-    layout: KvLayout,
-    token: int,
-    is_value: bool,
-    scale: tuple[float, float] = (1.0, 0.0),
+def read(
+    units: Bytes, layout: KvLayout, is_value: bool, scale: tuple[float, float] = (1.0, 0.0)
 ) -> Values:
-    """Return the key or value ``[head_dim]`` that `put` stored."""
-    offsets = layout.value_offsets(token) if is_value else layout.key_offsets(token)
+    """Return all keys or values of units, ``[..., unit_bytes]`` to ``[..., unit_tokens, D]``."""
+    tokens = range(layout.unit_tokens)
+    find = layout.value_offsets if is_value else layout.key_offsets
+    offsets = np.stack([find(token) for token in tokens])
     if layout.quant_policy == 0:
-        halves = unit[offsets].astype(np.uint16) | unit[offsets + 1].astype(np.uint16) << 8
+        low, high = units[..., offsets], units[..., offsets + 1]
+        halves = low.astype(np.uint16) | high.astype(np.uint16) << 8
         return halves.view(np.float16).astype(np.float64)
-    codes = unit[offsets].astype(np.float64)
+    codes = units[..., offsets].astype(np.float64)
     if layout.quant_policy == QUANT_POLICY_STATIC_INT8:
         return (codes - 128.0) * np.float64(np.float32(scale[0])) + np.float64(np.float32(scale[1]))
-    start = layout.parameter_offset(token, is_value)
-    step, zero = unit[start : start + 4].copy().view(np.float16).astype(np.float64)
-    stored: Values = codes * step + zero
+    start = layout.parameter_offset(0, is_value)
+    raw = np.ascontiguousarray(units[..., start : start + layout.parameter_bytes])
+    parameters = raw.view(np.float16).astype(np.float64)
+    parameters = parameters.reshape(*units.shape[:-1], layout.unit_tokens, 2)
+    stored: Values = codes * parameters[..., :1] + parameters[..., 1:]
     return stored

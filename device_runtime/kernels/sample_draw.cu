@@ -1,0 +1,420 @@
+// Draws the next token of each row that is not greedy, after sample_top: penalty, temperature,
+// top-k, top-p, min-p, then Gumbel-max.
+//
+//   sample_draw_f32, sample_draw_f16
+//   d[i] = (top - logit[i]) / temperature, in fp32 as backends/reference/sampler.py has it (negated)
+//   top-k keeps d up to the k-th smallest; top-p the smallest of those whose weights exp(-d) reach
+//   top_p of theirs; min-p d up to -log(min_p); 19.5 at most. Every filter is a threshold on d, so
+//   equal logits stay or go together. The token is the largest of gumbel - d, the lowest index on a
+//   tie, with the noise of (seed, position of the new token, index).
+//   Float details: d, its comparison and gumbel - d are fp32 exactly as in the reference; exp and
+//   log are CUDA's (1 ulp), weights are added up in fixed point of 2^-44, so the order does not
+//   matter. The reference adds float64: the two differ where top_p falls within 1e-6 of a cut.
+//
+//   Arrays as sample_top.cu.
+// Launch: grid (num_logits_rows), block kThreads, dynamic shared memory kSharedBytes.
+// Bound by one SM reading the logits twice from L2; more often where thousands of tokens survive.
+// Checked against backends/reference/sampler.py: the same token unless two scores are within 1e-5.
+//
+// A histogram of d in steps of 1/128 finds the bucket in which each filter cuts, without sorting;
+// only the tokens of that bucket are ranked. What survives usually fits a list in shared memory.
+
+#include "philox.cuh"
+#include "sampling.cuh"
+
+namespace {
+
+constexpr int kThreads = 1024;
+constexpr int kBucketsPerUnit = 128;
+constexpr int kBuckets = 4096;  // the last one takes all from 32 on, whose weights do not count
+constexpr int kOwnBuckets = kBuckets / kThreads;
+constexpr int kListSize = 2048;
+constexpr int kEdgeSize = 512;
+constexpr float kFineSteps = 1 << 21;      // of 1 - exp(-(d - bucket start)), below 2^-7
+constexpr float kWeightOne = 17592186044416.0f;  // 2^44
+constexpr uint32_t kInfinity = 0x7f800000u;
+static_assert(kOwnBuckets * kThreads == kBuckets, "each thread scans the same number");
+
+struct Shared {
+  uint32_t counts[kBuckets];
+  uint32_t losses[kBuckets];  // sum of 1 - exp(-(d - bucket start)) in kFineSteps
+  uint32_t list_keys[kListSize];
+  int32_t list_indices[kListSize];
+  uint32_t edge_keys[kEdgeSize];
+  uint64_t warps[kThreads / kWarpSize];
+  uint64_t warps_too[kThreads / kWarpSize];
+  uint64_t found_weight;
+  uint64_t weight_before;
+  uint32_t found_count;
+  uint32_t count_before;
+  int32_t bucket;
+  int32_t num_list;
+  int32_t num_edge;
+  uint32_t threshold;
+};
+constexpr int kSharedBytes = 51752;
+static_assert(sizeof(Shared) == kSharedBytes, "as sampling_row.py has it");
+
+__device__ __forceinline__ int bucket_of(float d) {
+  // NaN cannot be here: the largest logit is finite, and -inf gives d = inf.
+  return d < static_cast<float>(kBuckets / kBucketsPerUnit)
+             ? smaller(static_cast<int>(d * kBucketsPerUnit), kBuckets - 1)
+             : kBuckets - 1;
+}
+
+__device__ __forceinline__ float bucket_start(int bucket) {
+  return static_cast<float>(bucket) * (1.0f / kBucketsPerUnit);
+}
+
+__device__ __forceinline__ uint64_t weight_of(float d) {
+  return d < static_cast<float>(kBuckets / kBucketsPerUnit)
+             ? static_cast<uint64_t>(expf(-d) * kWeightOne)
+             : 0;
+}
+
+template <typename T>
+class Draw {
+ public:
+  __device__ __forceinline__ Draw(const Logits<T>& logits, int vocab_size, float top,
+                                  const SamplingRow& row)
+      : logits_(logits), vocab_size_(vocab_size), top_(top), row_(row) {}
+
+  // Returns the token on thread 0.
+  __device__ __forceinline__ int run(int position) {
+    Shared& shared = *dynamic_shared<Shared>();
+    for (int i = threadIdx.x; i < kBuckets; i += kThreads) shared.counts[i] = shared.losses[i] = 0;
+    if (threadIdx.x == 0) shared.num_list = 0;
+    __syncthreads();
+    visit_logits([&](float d, int) {
+      const int bucket = bucket_of(d);
+      atomicAdd(&shared.counts[bucket], 1u);
+      const float loss = 1.0f - expf(bucket_start(bucket) - d);
+      if (bucket < kBuckets - 1)
+        atomicAdd(&shared.losses[bucket], static_cast<uint32_t>(rintf(loss * kFineSteps)));
+    });
+    __syncthreads();
+    scan();
+
+    const bool has_top_k = row_.top_k > 0 && row_.top_k < vocab_size_;
+    const bool has_top_p = row_.top_p < 1.0f;
+    // Nothing behind `last` survives; tokens up to it are listed if they fit.
+    int last = bucket_of(-row_.floor);
+    const uint64_t all = total_weight_;
+    if (has_top_k) {
+      find_bucket(static_cast<uint32_t>(row_.top_k), 0, true);
+      last = shared.bucket;
+    } else if (has_top_p) {
+      find_bucket(0, target(all), false);
+      last = shared.bucket;
+    }
+    const uint32_t survivors = count_up_to(last);
+    has_list_ = survivors <= kListSize;
+    if (has_list_) {
+      visit_logits([&](float d, int index) {
+        if (bucket_of(d) > last) return;
+        const int place = atomicAdd(&shared.num_list, 1);
+        shared.list_keys[place] = __float_as_uint(d);
+        shared.list_indices[place] = index;
+      });
+      __syncthreads();
+    }
+
+    uint32_t threshold = __float_as_uint(-row_.floor);
+    uint64_t kept = all;
+    if (has_top_k) {
+      uint32_t cut = kInfinity;
+      if (last < kBuckets - 1) {
+        cut = find_cut(last, row_.top_k - shared.count_before, 0, true, kInfinity);
+        threshold = cut < threshold ? cut : threshold;
+        kept = shared.weight_before + shared.found_weight;
+        __syncthreads();
+      }
+      if (has_top_p) {
+        find_bucket(0, target(kept), false);
+        // Rounding may put the target just behind what is kept: then all of it stays.
+        const bool is_inside = shared.bucket <= last;
+        const uint64_t need = is_inside ? target(kept) - shared.weight_before : ~0ull;
+        const uint32_t nucleus = find_cut(is_inside ? shared.bucket : last, 0, need, false, cut);
+        threshold = nucleus < threshold ? nucleus : threshold;
+      }
+    } else if (has_top_p) {
+      const uint32_t nucleus =
+          find_cut(last, 0, target(all) - shared.weight_before, false, kInfinity);
+      threshold = nucleus < threshold ? nucleus : threshold;
+    }
+
+    uint64_t mine = 0;
+    visit([&](float d, int index) {
+      if (__float_as_uint(d) > threshold) return;
+      const float noise =
+          gumbel(philox_word(row_.seed_low, row_.seed_high, static_cast<uint32_t>(position),
+                             static_cast<uint32_t>(index)));
+      const uint64_t candidate = to_candidate(__fadd_rn(noise, -d), index);
+      mine = candidate > mine ? candidate : mine;
+    });
+    __syncthreads();
+    return index_of(block_max<kThreads>(mine, shared.warps));
+  }
+
+ private:
+  template <typename F>
+  __device__ __forceinline__ void visit_logits(F f) const {
+#pragma unroll 2
+    for (int start = 4 * threadIdx.x; start < vocab_size_; start += 4 * kThreads) {
+      float values[4];
+      logits_.load(values, start);
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        if (start + i < vocab_size_)
+          f(__fdiv_rn(__fadd_rn(top_, -values[i]), row_.temperature), start + i);
+    }
+  }
+
+  // Over the list, or over all logits when the survivors do not fit it.
+  template <typename F>
+  __device__ __forceinline__ void visit(F f) const {
+    const Shared& shared = *dynamic_shared<Shared>();
+    if (!has_list_) {
+      visit_logits(f);
+      return;
+    }
+    for (int i = threadIdx.x; i < shared.num_list; i += kThreads)
+      f(__uint_as_float(shared.list_keys[i]), shared.list_indices[i]);
+  }
+
+  __device__ __forceinline__ uint64_t target(uint64_t weight) const {
+    return static_cast<uint64_t>(static_cast<double>(row_.top_p) * static_cast<double>(weight));
+  }
+
+  __device__ __forceinline__ uint64_t bucket_weight(int bucket) const {
+    const Shared& shared = *dynamic_shared<Shared>();
+    if (bucket == kBuckets - 1) return 0;
+    const float relative = static_cast<float>(shared.counts[bucket]) -
+                           static_cast<float>(shared.losses[bucket]) * (1.0f / kFineSteps);
+    return static_cast<uint64_t>(relative * expf(-bucket_start(bucket)) * kWeightOne);
+  }
+
+  // Each thread learns what lies before its own buckets, and the total.
+  __device__ __forceinline__ void scan() {
+    Shared& shared = *dynamic_shared<Shared>();
+    const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+    uint64_t weight = 0;
+    uint32_t count = 0;
+#pragma unroll
+    for (int i = 0; i < kOwnBuckets; ++i) {
+      count += shared.counts[kOwnBuckets * threadIdx.x + i];
+      weight += bucket_weight(kOwnBuckets * threadIdx.x + i);
+    }
+    const uint32_t own_count = count;
+    const uint64_t own_weight = weight;
+#pragma unroll
+    for (int offset = 1; offset < kWarpSize; offset *= 2) {
+      const uint32_t other_count = __shfl_up_sync(kFullMask, count, offset);
+      const uint64_t other_weight = __shfl_up_sync(kFullMask, weight, offset);
+      if (lane >= offset) {
+        count += other_count;
+        weight += other_weight;
+      }
+    }
+    if (lane == kWarpSize - 1) {
+      shared.warps[warp] = weight;
+      shared.warps_too[warp] = count;
+    }
+    __syncthreads();
+    total_weight_ = 0;
+    uint64_t before = 0;
+    uint32_t before_count = 0;
+    for (int i = 0; i < kThreads / kWarpSize; ++i) {
+      if (i < warp) {
+        before += shared.warps[i];
+        before_count += static_cast<uint32_t>(shared.warps_too[i]);
+      }
+      total_weight_ += shared.warps[i];
+    }
+    weight_before_own_ = before + weight - own_weight;
+    count_before_own_ = before_count + count - own_count;
+    __syncthreads();
+  }
+
+  // The first bucket up to which counts reach `count`, or weights `weight`; what lies before it.
+  __device__ __forceinline__ void find_bucket(uint32_t count, uint64_t weight, bool by_count) {
+    Shared& shared = *dynamic_shared<Shared>();
+    if (threadIdx.x == 0) {
+      shared.bucket = kBuckets - 1;
+      shared.count_before = 0;
+      shared.weight_before = total_weight_;
+    }
+    __syncthreads();
+    uint32_t count_before = count_before_own_;
+    uint64_t weight_before = weight_before_own_;
+    for (int i = 0; i < kOwnBuckets; ++i) {
+      const int bucket = kOwnBuckets * threadIdx.x + i;
+      const uint32_t count_here = shared.counts[bucket];
+      const uint64_t weight_here = bucket_weight(bucket);
+      const bool starts = by_count ? count_before < count : weight_before < weight;
+      const bool reaches = by_count ? count_before + count_here >= count
+                                    : weight_before + weight_here >= weight;
+      if (starts && reaches) {
+        shared.bucket = bucket;
+        shared.count_before = count_before;
+        shared.weight_before = weight_before;
+      }
+      count_before += count_here;
+      weight_before += weight_here;
+    }
+    __syncthreads();
+  }
+
+  __device__ __forceinline__ uint32_t count_up_to(int bucket) {
+    Shared& shared = *dynamic_shared<Shared>();
+    if (threadIdx.x == bucket / kOwnBuckets) {
+      uint32_t count = count_before_own_;
+      for (int i = kOwnBuckets * threadIdx.x; i <= bucket; ++i) count += shared.counts[i];
+      shared.found_count = count;
+    }
+    __syncthreads();
+    return shared.found_count;
+  }
+
+  // The key of bucket's tokens (not above `most`) at which their number reaches `count` or their
+  // weights `weight`, in ascending order of d; the largest if they do not. found_weight is what
+  // they weigh up to it.
+  __device__ __forceinline__ uint32_t find_cut(int bucket, uint32_t count, uint64_t weight,
+                                               bool by_count, uint32_t most) {
+    Shared& shared = *dynamic_shared<Shared>();
+    if (threadIdx.x == 0) {
+      shared.num_edge = 0;
+      shared.threshold = 0;
+      shared.found_weight = 0;
+    }
+    __syncthreads();
+    visit([&](float d, int) {
+      if (bucket_of(d) != bucket || __float_as_uint(d) > most) return;
+      const int place = atomicAdd(&shared.num_edge, 1);
+      if (place < kEdgeSize) shared.edge_keys[place] = __float_as_uint(d);
+    });
+    __syncthreads();
+    if (shared.num_edge > kEdgeSize) return bisect_cut(bucket, count, weight, by_count, most);
+    // Each thread ranks one token among the others of its bucket.
+    const int i = threadIdx.x;
+    uint32_t key = 0, up_to_count = 0;
+    uint64_t up_to_weight = 0;
+    bool is_cut = false, is_largest = false;
+    if (i < shared.num_edge) {
+      key = shared.edge_keys[i];
+      uint32_t below_count = 0;
+      uint64_t below_weight = 0;
+      uint32_t largest = 0;
+      for (int j = 0; j < shared.num_edge; ++j) {
+        const uint32_t other = shared.edge_keys[j];
+        const uint64_t other_weight = weight_of(__uint_as_float(other));
+        largest = other > largest ? other : largest;
+        below_count += other < key;
+        below_weight += other < key ? other_weight : 0;
+        up_to_count += other <= key;
+        up_to_weight += other <= key ? other_weight : 0;
+      }
+      is_largest = key == largest;
+      is_cut = by_count ? below_count < count && up_to_count >= count
+                        : below_weight < weight && up_to_weight >= weight;
+    }
+    const bool is_found = __syncthreads_or(is_cut);
+    if (is_cut || (!is_found && is_largest)) {
+      shared.threshold = key;
+      shared.found_weight = up_to_weight;
+    }
+    __syncthreads();
+    return shared.threshold;
+  }
+
+  // The same by bisection, for buckets that hold more tokens than can be ranked at once.
+  __device__ __forceinline__ uint32_t bisect_cut(int bucket, uint32_t count, uint64_t weight,
+                                                 bool by_count, uint32_t most) {
+    Shared& shared = *dynamic_shared<Shared>();
+    uint32_t low = __float_as_uint(bucket_start(bucket));
+    uint32_t high = bucket == kBuckets - 1 ? kInfinity : __float_as_uint(bucket_start(bucket + 1));
+    high = most < high ? most : high;
+    while (true) {
+      const uint32_t middle = low + (high - low) / 2;
+      uint64_t up_to_count = 0, up_to_weight = 0;
+      visit([&](float d, int) {
+        if (bucket_of(d) != bucket || __float_as_uint(d) > middle) return;
+        ++up_to_count;
+        up_to_weight += weight_of(d);
+      });
+      up_to_count = block_sum(up_to_count, shared.warps);
+      up_to_weight = block_sum(up_to_weight, shared.warps_too);
+      const bool reaches = by_count ? up_to_count >= count : up_to_weight >= weight;
+      if (low == high) {
+        if (threadIdx.x == 0) shared.found_weight = up_to_weight;
+        __syncthreads();
+        return low;
+      }
+      if (reaches)
+        high = middle;
+      else
+        low = middle + 1;
+    }
+  }
+
+  __device__ __forceinline__ static uint64_t block_sum(uint64_t value, uint64_t* shared) {
+    value = lanes_sum<kWarpSize>(value);
+    __syncthreads();
+    if (threadIdx.x % kWarpSize == 0) shared[threadIdx.x / kWarpSize] = value;
+    __syncthreads();
+    value = 0;
+    for (int i = 0; i < kThreads / kWarpSize; ++i) value += shared[i];
+    return value;
+  }
+
+  const Logits<T> logits_;
+  const int vocab_size_;
+  const float top_;
+  const SamplingRow row_;
+  bool has_list_ = false;
+  uint64_t total_weight_ = 0;
+  uint64_t weight_before_own_ = 0;
+  uint32_t count_before_own_ = 0;
+};
+
+template <typename T>
+__device__ __forceinline__ void run(const uint64_t* top, const StepState& state, const T* logits,
+                                    const SamplingRow* sampling, const int32_t* row_ids,
+                                    int vocab_size, int stride) {
+  let_dependents_launch();
+  wait_for_inputs();
+  const int row = row_ids == nullptr ? static_cast<int>(blockIdx.x) : row_ids[blockIdx.x];
+  const SamplingRow params = sampling[row];
+  const int position = state.positions[row];
+  if (position < 0 || params.temperature == 0.0f) return;
+  const Logits<T> source{logits + static_cast<int64_t>(blockIdx.x) * stride,
+                         state.seen + static_cast<int64_t>(row) * state.seen_words,
+                         params.penalty};
+  const float largest = from_ordered(static_cast<uint32_t>(top[blockIdx.x] >> 32));
+  const int token = Draw<T>(source, vocab_size, largest, params).run(position + 1);
+  if (threadIdx.x == 0) finish_row(state, row, token);
+}
+
+}  // namespace
+
+extern "C" __global__ void __launch_bounds__(kThreads)
+    sample_draw_f32(const uint64_t* top, int32_t* tokens, int32_t* positions, uint32_t* seen,
+                    uint64_t* ring, const float* logits, const SamplingRow* sampling,
+                    const int32_t* stop_ids, const int32_t* last_positions,
+                    const int32_t* row_ids, int32_t vocab_size, int32_t stride,
+                    int32_t seen_words, int32_t ring_size) {
+  run(top,
+      StepState{tokens, positions, seen, ring, stop_ids, last_positions, seen_words, ring_size},
+      logits, sampling, row_ids, vocab_size, stride);
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads)
+    sample_draw_f16(const uint64_t* top, int32_t* tokens, int32_t* positions, uint32_t* seen,
+                    uint64_t* ring, const fp16* logits, const SamplingRow* sampling,
+                    const int32_t* stop_ids, const int32_t* last_positions,
+                    const int32_t* row_ids, int32_t vocab_size, int32_t stride,
+                    int32_t seen_words, int32_t ring_size) {
+  run(top,
+      StepState{tokens, positions, seen, ring, stop_ids, last_positions, seen_words, ring_size},
+      logits, sampling, row_ids, vocab_size, stride);
+}
