@@ -31,6 +31,10 @@ from device_runtime.apps.sizes import format_bytes
 from device_runtime.backends.memory_plan import MemoryPlan
 from device_runtime.errors import EXIT_INTERRUPTED, RequestError, TurbojetError
 
+_ROOM_HINT = (
+    "/forget drops the oldest turns, /reset starts anew, /save keeps this conversation; "
+    "--session-len sets how long one can be"
+)
 _COMMAND = re.compile(r"/[a-z]+(\s|$)")
 
 
@@ -87,13 +91,16 @@ class Repl:
         return 0
 
     def _obey(self, text: str) -> None:
+        is_command = _COMMAND.match(text) is not None
         try:
-            if _COMMAND.match(text):
+            if is_command:
                 run_command(self, text)
             elif text.strip():
                 self.answer(text)
         except RequestError as error:
             self._warn(str(error))
+            if self.conversation.messages and not is_command:
+                self.say(_ROOM_HINT)
         except TurbojetError as error:
             self._warn(f"{error}; /save keeps the conversation")
 
@@ -117,12 +124,14 @@ class Repl:
                 self.facts = AnswerFacts.of(output)
                 view.feed(control_filter.feed(output.text))
         self._console.print()
-        note = (
-            "stopped" if stop.is_set else length_note(self.facts, self.settings, self.conversation)
-        )
-        if note:
-            self.say(Text(f"({note})", "yellow"))
         self._was_interrupted = stop.is_set
+        note = length_note(self.facts, self.settings, self.conversation)
+        if stop.is_set:
+            self._warn("(stopped)")
+        elif note:
+            self._warn(f"({note})")
+            if self.conversation.context_used >= self.conversation.session_len - 1:
+                self.say(_ROOM_HINT)
 
     def say(self, line: str | Text | Table) -> None:
         """Print something of our own, apart from what the model says."""

@@ -150,7 +150,7 @@ ENGINE_OPTIONS = (
         "cache_max_entry_count",
         positive_number,
         "X",
-        "KV cache: a share of the free memory, or a number of blocks from 1 on",
+        "KV cache: a share of the free memory, or from 1 on a number of pages",
     ),
     Option("session_len", whole_number(1), "N", "tokens of one conversation"),
     Option("max_batch_size", whole_number(1), "N", "sequences that run together"),

@@ -1,7 +1,7 @@
 """A conversation without a model, and a chat around it that a test can run in a terminal.
 
 `python fake_chat.py HISTORY DELAY_S` talks to it: "say FILE" answers with the file's text, "count"
-with numbers that never end, "long" is refused, anything else is repeated.
+with numbers until the context is full, "long" is refused, anything else is repeated.
 """
 
 from __future__ import annotations
@@ -46,9 +46,8 @@ def make_plan() -> MemoryPlan:
 class FakeConversation:
     """Repeats what it hears, one character a token."""
 
-    session_len = 1000
-
     def __init__(self, delay_s: float = 0.0) -> None:
+        self.session_len = 1000
         self.system: str | None = None
         self.messages: tuple[Message, ...] = ()
         self._is_cancelled = False
@@ -77,7 +76,8 @@ class FakeConversation:
                 time.sleep(self._delay_s)
                 said += piece
                 yield Output(1, piece, (5,), None, None, prompt, 0, number, 0.25, 20.0)
-                if self._is_cancelled or number == params.max_tokens:
+                room = self.session_len - prompt
+                if self._is_cancelled or number in (params.max_tokens, room):
                     reason = "cancelled" if self._is_cancelled else "length"
                     yield Output(1, "", (), reason, None, prompt, 0, number, 0.25, 20.0)
                     return
@@ -111,6 +111,7 @@ class FakeConversation:
 
 def main(history: str, delay_s: str, kind: str = "prompt") -> int:
     conversation = FakeConversation(float(delay_s))
+    conversation.session_len = 100_000
     names = [command.name for command in COMMANDS]
     reader = (
         PlainReader()

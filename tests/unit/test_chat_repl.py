@@ -98,6 +98,7 @@ def test_control_sequences_of_the_model_do_not_reach_the_screen() -> None:
 def test_a_conversation_that_outgrows_the_context_says_so_and_goes_on() -> None:
     talk = Talk("hello", "long", "after")
     assert "needs 1200 tokens, session_len is 1000" in talk.output
+    assert "/forget drops the oldest turns, /reset starts anew" in talk.output
     assert talk.contents == ["hello", "hello", "after", "after"]
 
 
@@ -105,6 +106,16 @@ def test_an_answer_cut_at_max_tokens_says_so() -> None:
     talk = Talk("/set max_tokens 3", "hello")
     assert "the answer was cut at max_tokens 3" in talk.output
     assert talk.contents == ["hello", "hel"]
+
+
+def test_an_answer_that_fills_the_context_says_how_to_go_on() -> None:
+    conversation = FakeConversation()
+    conversation.session_len = 9  # the question has five characters, the answer gets four
+    talk = Talk("/set max_tokens none", "hello", conversation=conversation)
+    words = " ".join(talk.output.split())
+    assert "the answer was cut where the conversation reached session_len 9 tokens" in words
+    assert "/forget drops the oldest turns" in words
+    assert talk.contents == ["hello", "hell"]
 
 
 def test_every_command_is_in_the_help() -> None:

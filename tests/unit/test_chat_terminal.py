@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import pty
 import select
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import pytest
 from terminal import Terminal
+from tiny_package import make_package
 
 HERE = Path(__file__).resolve().parent
 TIMEOUT_S = 20.0
@@ -26,13 +28,13 @@ CTRL_C, CTRL_D, ALT_ENTER = "\x03", "\x04", "\x1b\r"
 class Window:
     """A program in a terminal, driven by keys."""
 
-    def __init__(self, history: Path, delay_s: float, kind: str, environ: dict[str, str]) -> None:
+    def __init__(self, command: list[str], environ: dict[str, str]) -> None:
         self.terminal = Terminal(80, 24)
         self.raw = ""
         self._controller, inner = pty.openpty()
         fcntl.ioctl(inner, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
         self.process = subprocess.Popen(
-            [sys.executable, str(HERE / "fake_chat.py"), str(history), str(delay_s), kind],
+            [sys.executable, *command],
             stdin=inner,
             stdout=inner,
             stderr=inner,
@@ -103,8 +105,14 @@ Opener = Callable[..., Window]
 def open_window(tmp_path: Path) -> Iterator[Opener]:
     windows: list[Window] = []
 
-    def opener(delay_s: float = 0.0, kind: str = "prompt", **environ: str) -> Window:
-        windows.append(Window(tmp_path / "history", delay_s, kind, environ))
+    def opener(
+        delay_s: float = 0.0,
+        kind: str = "prompt",
+        command: list[str] | None = None,
+        **environ: str,
+    ) -> Window:
+        fake = [str(HERE / "fake_chat.py"), str(tmp_path / "history"), str(delay_s), kind]
+        windows.append(Window(command or fake, environ))
         return windows[-1]
 
     yield opener
@@ -254,3 +262,28 @@ def test_the_terminal_is_as_before_when_the_chat_ends(open_window: Opener) -> No
     assert window.finish() == 0
     assert window.terminal.is_cursor_visible
     assert window.terminal.is_wrapping
+
+
+def test_the_command_talks_to_a_package_and_keeps_its_history(
+    open_window: Opener, tmp_path: Path
+) -> None:
+    package = make_package(tmp_path / "tiny").root
+    command = ["-m", "device_runtime.cli", "chat", str(package), "--max-tokens=8", "--seed=1"]
+    window = open_window(command=command, TURBOJET_DATA_DIR=str(tmp_path / "data"))
+    window.wait_for_text("tiny · reference engine")
+    window.wait_for_prompt()
+    window.press("hello\r")
+    window.wait_for_text("the answer was cut at max_tokens 8")
+    window.wait_for_prompt()
+    window.press(f"/save {tmp_path}/talk.json\r")
+    window.wait_for_text("saved to")
+    window.press("hello " * 200 + "\r")
+    window.wait_for_text("/forget drops the oldest turns")
+    window.wait_for_prompt()
+    window.press("/exit\r")
+    assert window.finish() == 0
+    messages = json.loads((tmp_path / "talk.json").read_text())["messages"]
+    assert [message["role"] for message in messages] == ["user", "assistant"]
+    history = tmp_path / "data/chat_history"
+    assert "+hello" in history.read_text().splitlines()
+    assert history.stat().st_mode & 0o777 == 0o600
