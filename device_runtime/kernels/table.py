@@ -51,6 +51,12 @@ KERNELS = (
     Kernel("decode_attention_half", "decode_attention", "P" * 11 + "iiiiiiif", 128, 216),
     Kernel("decode_attention_static", "decode_attention", "P" * 12 + "iiiiiiif", 128, 168),
     Kernel("decode_attention_online", "decode_attention", "P" * 11 + "iiiiiiif", 128, 168),
+    Kernel("embed_f16", "embedding", "PPPPPPPPiiiff", 256, 40),
+    Kernel("embed_bf16", "embedding", "PPPPPPPPiiiff", 256, 40),
+    Kernel("sample_top_f32", "sample_top", "P" * 12 + "iiii", 256, 64),
+    Kernel("sample_top_f16", "sample_top", "P" * 12 + "iiii", 256, 64),
+    Kernel("sample_draw_f32", "sample_draw", "P" * 10 + "iiii", 1024, 64),
+    Kernel("sample_draw_f16", "sample_draw", "P" * 10 + "iiii", 1024, 64),
     Kernel("read_bandwidth", "read_bandwidth", "PPi", 512, 64),
     Kernel("sm_probe", "read_bandwidth", "PPi", 512, 64),
 )
