@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 
 from rich.console import Console
 
@@ -56,6 +57,13 @@ def test_links_and_images_show_their_address() -> None:
 
 def test_no_hyperlink_sequence_is_ever_printed() -> None:
     assert "\x1b]8" not in styled("[bank](http://evil.example) <http://a.example>")
+
+
+def test_entities_cannot_write_control_characters() -> None:
+    shown = styled("a&#27;[2J b&#x9b;2J c&#13;d &#8; [x](y&#13;z) &#x1b;]0;t&#7;")
+    shown = re.sub("\x1b\\[[0-9;]*m", "", shown)  # our own styles
+    assert all(char >= " " or char == "\n" for char in shown)
+    assert not any("\x7f" <= char <= "\x9f" for char in shown)
 
 
 def test_markup_of_rich_is_text() -> None:
