@@ -10,6 +10,8 @@ _SEQUENCE = re.compile(
     r"\x1b\[([?>]?)([0-9;]*)([A-Za-z])|\x1b[()][A-Z0-9]|\x1b[=>]|\x1b\][^\x07]*\x07"
 )
 
+_MAX_SEQUENCE = 12
+
 
 class Terminal:
     """Rows of cells with wrap, scrollback and the cursor sequences that the chat uses.
@@ -26,6 +28,7 @@ class Terminal:
         self.is_cursor_visible = True
         self.num_erased_rows = 0
         self.replies: list[str] = []
+        self._cut = ""
 
     @property
     def lines(self) -> list[str]:
@@ -38,12 +41,17 @@ class Terminal:
         return ["".join(row).rstrip() for row in self.cells]
 
     def write(self, text: str) -> None:
+        text = self._cut + text
+        self._cut = ""
         position = 0
         while position < len(text):
             match = _SEQUENCE.match(text, position)
             if match:
                 self._obey(match)
                 position = match.end()
+            elif text[position] == "\x1b" and len(text) - position < _MAX_SEQUENCE:
+                self._cut = text[position:]  # its end comes with the next write
+                return
             else:
                 assert text[position] != "\x1b", f"unknown sequence {text[position:][:12]!r}"
                 self._put(text[position])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import fcntl
 import json
 import os
@@ -31,6 +32,7 @@ class Window:
     def __init__(self, command: list[str], environ: dict[str, str]) -> None:
         self.terminal = Terminal(80, 24)
         self.raw = ""
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
         self._controller, inner = pty.openpty()
         fcntl.ioctl(inner, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
         self.process = subprocess.Popen(
@@ -82,8 +84,7 @@ class Window:
             data = os.read(self._controller, 1 << 16)
         except OSError:
             return False
-        # Characters are never cut here: the kernel's buffer is larger than any write of the chat.
-        text = data.decode(errors="replace")
+        text = self._decoder.decode(data)
         self.raw += text
         self.terminal.write(text)
         for reply in self.terminal.replies:
