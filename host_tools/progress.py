@@ -26,7 +26,11 @@ from rich.progress import Task as RichBar
 from rich.text import Text
 
 PLAIN_INTERVAL_S = 5.0
-"""Seconds between two plain lines of one task: a log stays readable, a person sees life."""
+"""Seconds between the first plain lines of one task: a person sees life."""
+
+MAX_PLAIN_INTERVAL_S = 60.0
+PLAIN_LINES = 20
+"""A line comes after a twentieth of the time so far: a log of hours stays readable."""
 
 BYTES = "bytes"
 """The unit that is shown as MB and MB/s."""
@@ -122,7 +126,7 @@ class Progress:
 
 
 class PlainTask(Task):
-    """Prints a line when it starts, at most one per interval, and one at the end."""
+    """Prints a line now and then, and one at the end."""
 
     def __init__(
         self,
@@ -146,7 +150,8 @@ class PlainTask(Task):
 
     def _show(self) -> None:
         now = self._clock()
-        if now - self._shown_s < PLAIN_INTERVAL_S:
+        interval_s = max(PLAIN_INTERVAL_S, (now - self._started_s) / PLAIN_LINES)
+        if now - self._shown_s < min(interval_s, MAX_PLAIN_INTERVAL_S):
             return
         self._shown_s = now
         line = f"{self.title}: {self._amount()}"

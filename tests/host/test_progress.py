@@ -64,6 +64,22 @@ def test_plain_lines_come_every_five_seconds_with_the_time_that_is_left():
     ]
 
 
+def test_plain_lines_become_rarer_but_never_stop():
+    stream = io.StringIO()
+    now = [0.0]
+    progress = PlainProgress(stream, clock=lambda: now[0])
+    with progress.task("quantize", total=20_000) as task:
+        for _ in range(10_000):
+            now[0] += 1
+            task.advance()
+    shown = [int(line.split()[1]) for line in stream.getvalue().splitlines()]
+    gaps = [later - earlier for earlier, later in zip(shown, shown[1:], strict=False)]
+    # 5 s up to 100 s, a twentieth of the time so far after that, a minute from 1200 s on
+    assert gaps[0] == 5
+    assert max(gaps) == 60
+    assert sorted(gaps[:-1]) == gaps[:-1]
+
+
 def test_a_task_that_fails_still_says_how_far_it_came():
     stream = io.StringIO()
     progress = PlainProgress(stream, clock=lambda: 0.0)
