@@ -1,5 +1,5 @@
 import io
-from itertools import count
+from itertools import count, pairwise
 
 import pytest
 from rich.console import Console
@@ -73,7 +73,7 @@ def test_plain_lines_become_rarer_but_never_stop():
             now[0] += 1
             task.advance()
     shown = [int(line.split()[1]) for line in stream.getvalue().splitlines()]
-    gaps = [later - earlier for earlier, later in zip(shown, shown[1:], strict=False)]
+    gaps = [later - earlier for earlier, later in pairwise(shown)]
     # 5 s up to 100 s, a twentieth of the time so far after that, a minute from 1200 s on
     assert gaps[0] == 5
     assert max(gaps) == 60
