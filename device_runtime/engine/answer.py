@@ -33,10 +33,15 @@ class Answer:
             stop_strings: texts that do, beside the request's.
         """
         self.sequence = sequence
-        ends = () if params.ignore_eos else stop_strings
-        self._stop_ids = frozenset() if params.ignore_eos else stop_ids
+        # A special token has no text, so a request that names one means the token.
+        asked = {text: tokenizer.special_id(text) for text in params.stop}
+        self._stop_ids = frozenset(i for i in asked.values() if i is not None)
+        texts = tuple(text for text, token_id in asked.items() if token_id is None)
+        if not params.ignore_eos:
+            self._stop_ids |= stop_ids
+            texts += stop_strings
         self._detokenizer = Detokenizer(tokenizer.decode, sequence.token_ids)
-        self._stops = StopStrings((*params.stop, *ends))
+        self._stops = StopStrings(texts)
         self._num_generated = 0
         self._started = time.perf_counter()
         self._first = self._last = 0.0

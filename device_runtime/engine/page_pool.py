@@ -7,7 +7,7 @@ found again by the tokens it holds, least recently used first to go) or held (on
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -34,7 +34,8 @@ class PagePool:
     def __init__(self, num_pages: int, page_size: int) -> None:
         self.num_pages = num_pages
         self.page_size = page_size
-        self._free: deque[int] = deque(range(num_pages))
+        # A stack, so that pages used before are used again and neighbours stay neighbours.
+        self._free = list(range(num_pages - 1, -1, -1))
         self._cached: OrderedDict[int, None] = OrderedDict()
         self._num_holders = [0] * num_pages
         self._digest_of: dict[int, bytes] = {}
@@ -54,7 +55,7 @@ class PagePool:
     def allocate(self) -> int | None:
         """Return a page with one holder, or None; cached pages go only when none is free."""
         if self._free:
-            page = self._free.popleft()
+            page = self._free.pop()
         elif self._cached:
             page, _ = self._cached.popitem(last=False)
             self._forget(page)

@@ -34,8 +34,8 @@ class Tokenizer:
         self._definition = definition
         self._fast = _build(definition)
         added = self._fast.get_added_tokens_decoder()
-        self._special_ids = frozenset(i for i, token in added.items() if token.special)
-        self.special_tokens = tuple(added[i].content for i in sorted(self._special_ids))
+        self._special = {added[i].content: i for i in sorted(added) if added[i].special}
+        self._special_ids = frozenset(self._special.values())
         self._continuing: FastTokenizer | None = None
 
     @classmethod
@@ -63,6 +63,15 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Tokens, added ones included."""
         return int(self._fast.get_vocab_size(with_added_tokens=True))
+
+    @property
+    def special_tokens(self) -> tuple[str, ...]:
+        """Spellings of the special tokens."""
+        return tuple(self._special)
+
+    def special_id(self, text: str) -> int | None:
+        """Return the id of the special token spelled ``text``, or None."""
+        return self._special.get(text)
 
     def encode(self, text: str, *, add_bos: bool = False) -> list[int]:
         """Return the ids of plain text; what spells a special token stays letters.

@@ -146,6 +146,15 @@ def test_eos_ends_an_answer_unless_it_is_ignored(tmp_path) -> None:
         assert 2 in tokens_of(ignoring)
 
 
+def test_a_stop_string_that_spells_a_special_token_means_the_token(tmp_path) -> None:
+    found = make_package(tmp_path / "p", tiny_model(vocab_size=259), seed=4, session_len=2048)
+    flat = SamplingParams(temperature=100.0, top_k=0, top_p=1.0)
+    with Engine.open(found.root) as engine:
+        outputs = list(engine.generate(prompt(4), params(flat, 2000, stop=("<|im_start|>",))))
+    assert (outputs[-1].finish_reason, outputs[-1].stop_reason) == ("stop", 1)
+    assert 1 not in tokens_of(outputs)
+
+
 def test_an_answer_stops_where_the_session_is_full(engine) -> None:
     outputs = list(engine.generate(prompt(250), params(max_tokens=None)))
     assert outputs[-1].finish_reason == "length"

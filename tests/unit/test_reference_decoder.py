@@ -1,12 +1,16 @@
 """The reference backend against a plain fp64 model, for every shape it has to know."""
 
+import dataclasses
+
 import numpy as np
 import plain_model
 import pytest
 from tiny_package import DEFAULT_KV_SCALE, make_package, tiny_model
 
+from device_runtime.backends.reference.backend import ReferenceBackend, available_memory_bytes
+from device_runtime.engine.batch_builder import build_evaluation_batch
 from device_runtime.engine.engine import Engine, EngineOptions
-from device_runtime.errors import OutOfMemoryError, PackageError
+from device_runtime.errors import DeviceError, InternalError, OutOfMemoryError, PackageError
 from device_runtime.package_format.model_config import RopeScaling
 
 FLOAT = {"weight_type": "fp16", "group_size": 0}
@@ -169,6 +173,39 @@ def test_too_little_memory_shows_the_arithmetic(tmp_path) -> None:
     made = make_package(tmp_path / "p")
     with pytest.raises(OutOfMemoryError, match=r"weights \d+ MiB \+ workspace \d+ MiB"):
         Engine.open(made.root, EngineOptions(memory_limit_bytes=1 << 20))
+
+
+def test_an_allocation_that_the_system_refuses_is_a_sentence(tmp_path, monkeypatch) -> None:
+    def refuse(*args):
+        raise MemoryError
+
+    monkeypatch.setattr("device_runtime.backends.reference.backend.make_kv_cache", refuse)
+    made = make_package(tmp_path / "p")
+    with pytest.raises(OutOfMemoryError, match=r"the system refuses \d+ MiB although \d+ MiB are"):
+        Engine.open(made.root)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [("MemFree: 5 kB", "has no MemAvailable"), (None, "cannot be read")]
+)
+def test_a_system_that_hides_its_memory_is_a_device_error(
+    tmp_path, monkeypatch, content, message
+) -> None:
+    path = tmp_path / "meminfo"
+    if content is not None:
+        path.write_text(content)
+    monkeypatch.setattr("device_runtime.backends.reference.backend._MEMORY_INFO", str(path))
+    with pytest.raises(DeviceError, match=message):
+        available_memory_bytes()
+
+
+def test_a_backend_without_a_package_and_chained_rows_are_our_mistake() -> None:
+    backend = ReferenceBackend()
+    batch = build_evaluation_batch([5, 6], 0, 2, [0], 1e4)
+    with pytest.raises(InternalError, match="has no package loaded"):
+        backend.submit(batch)
+    with pytest.raises(InternalError, match="no token outstanding to chain to"):
+        backend.submit(dataclasses.replace(batch, is_chained=np.ones(1, bool)))
 
 
 def test_weights_that_overflow_are_noticed_not_sampled(tmp_path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -17,7 +20,7 @@ from device_runtime.backends.reference.weights import (
     head_weight_bytes,
     layer_weight_bytes,
 )
-from device_runtime.errors import DeviceError, InternalError
+from device_runtime.errors import DeviceError, InternalError, OutOfMemoryError
 from device_runtime.package_format.model_config import ModelConfig
 from device_runtime.package_format.package import Package
 
@@ -75,9 +78,12 @@ class ReferenceBackend:
     def load(self, package: Package, plan: MemoryPlan) -> None:
         """See `Backend.load`."""
         model = package.model
-        cache = make_kv_cache(package, plan)
         num_kept = model.num_hidden_layers - plan.num_streamed_layers
-        self._weights = Weights(package, num_kept, is_head_resident=not plan.num_streamed_layers)
+        with _memory_errors(plan):
+            cache = make_kv_cache(package, plan)
+            self._weights = Weights(
+                package, num_kept, is_head_resident=not plan.num_streamed_layers
+            )
         self._decoder = Decoder(model, self._weights, cache, plan.page_size)
 
     def submit(self, batch: Batch) -> None:
@@ -143,6 +149,19 @@ class ReferenceBackend:
             else:
                 token_ids = batch.token_ids[batch.query_start[row] : batch.query_start[row + 1]]
             self._seen[sequence_id][token_ids] = True
+
+
+@contextmanager
+def _memory_errors(plan: MemoryPlan) -> Iterator[None]:
+    """Turn a failed allocation into a sentence: the plan fitted, the system says no."""
+    try:
+        yield
+    except MemoryError as error:
+        raise OutOfMemoryError(
+            f"the system refuses {plan.total_bytes // MIB} MiB although "
+            f"{plan.available_bytes // MIB} MiB are available (a limit of this process, or "
+            "vm.overcommit_memory 2); set a memory limit or a smaller cache_max_entry_count"
+        ) from error
 
 
 def available_memory_bytes() -> int:
