@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +19,7 @@ from host_tools.decoder.layer import rms_norm
 from host_tools.decoder.snapshots import Snapshots
 from host_tools.decoder.stream import Activations, LayerRunner, choose_device
 from host_tools.options import CalibrateOptions
+from host_tools.output_folder import scratch_folder
 from host_tools.progress import Progress
 from host_tools.stage import RECORD_DIR, Stage, exclusive
 from host_tools.statistics import (
@@ -81,7 +79,7 @@ def calibrate(
                 f"{checkpoint_dir} is quantized already, calibrate its floating-point original"
             )
         token_ids = _draw_windows(checkpoint, options, work_dir, progress)
-        with _scratch(work_dir, stage) as scratch:
+        with scratch_folder(work_dir / RECORD_DIR, stage) as scratch:
             snapshots = Snapshots(scratch, SNAPSHOT_INTERVAL_S)
             statistics = _run(checkpoint, token_ids, options, snapshots, progress)
         outputs = write_statistics(statistics, work_dir)
@@ -185,18 +183,6 @@ def _draw_windows(
     request = WindowRequest(options.dataset, options.num_samples, options.seqlen, options.seed)
     windows = calibration_windows(tokenizer, request, work_dir / RECORD_DIR / "datasets", progress)
     return torch.from_numpy(np.ascontiguousarray(windows))
-
-
-@contextmanager
-def _scratch(work_dir: Path, stage: Stage) -> Iterator[Path]:
-    """Give a folder for snapshots of this very stage; it is removed when the stage is done."""
-    folder = work_dir / RECORD_DIR / f"{stage.name}-{stage.fingerprint[:16]}"
-    for other in folder.parent.glob(f"{stage.name}-*"):
-        if other != folder:
-            shutil.rmtree(other)
-    folder.mkdir(parents=True, exist_ok=True)
-    yield folder
-    shutil.rmtree(folder)
 
 
 def _write_tokens(token_ids: torch.Tensor, options: CalibrateOptions, work_dir: Path) -> Path:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from device_runtime.errors import DeviceError
+from device_runtime.errors import DeviceError, PackageError
 from host_tools.checkpoint import Checkpoint
 from host_tools.decoder.free_memory import return_free_memory
 from host_tools.decoder.layer import SILENT, DecoderLayer, Observer, rms_norm
@@ -68,7 +68,17 @@ class Activations:
     def embed(
         cls, checkpoint: Checkpoint, token_ids: torch.Tensor, folder: Path | None = None
     ) -> Activations:
-        """Return the embeddings of ``token_ids`` ``[num_samples, seqlen]``; rows alone are read."""
+        """Return the embeddings of ``token_ids`` ``[num_samples, seqlen]``; rows alone are read.
+
+        Raises:
+            PackageError: a token id has no embedding.
+        """
+        vocab_size = checkpoint.model.vocab_size
+        if int(token_ids.min()) < 0 or int(token_ids.max()) >= vocab_size:
+            raise PackageError(
+                f"the windows have the token id {int(token_ids.max())}, the embedding has "
+                f"{vocab_size} rows; they are of another tokenizer"
+            )
         num_samples, seqlen = token_ids.shape
         shape = (num_samples, seqlen, checkpoint.model.hidden_size)
         activations = cls.allocate(shape, folder)
@@ -102,7 +112,7 @@ class LayerRunner:
         """Return one layer of the checkpoint, ready to run."""
         return DecoderLayer.ready(self.checkpoint.layer(index), self.checkpoint.model, self.device)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def advance(
         self, layer: DecoderLayer, activations: Activations, observer: Observer = SILENT
     ) -> None:
@@ -113,7 +123,7 @@ class LayerRunner:
         return_free_memory()
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def head_logits(checkpoint: Checkpoint, hidden: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Return the logits of last-layer states.
 

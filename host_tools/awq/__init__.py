@@ -1,0 +1,1 @@
+"""Activation-aware weight quantization, solved from Gram matrices of the linears' inputs."""

@@ -1,0 +1,192 @@
+"""Makes 4-bit weights of a calibrated checkpoint: an AWQ folder that the common engines load."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+
+from device_runtime.errors import PackageError, UsageError
+from device_runtime.package_format.manifest import Calibration
+from device_runtime.package_format.model_config import ModelConfig
+from host_tools.awq.awq_folder import LayerFiles, write_awq_folder
+from host_tools.awq.gram import GramObserver
+from host_tools.awq.layer_solver import round_layer, solve_layer
+from host_tools.calibrate import CALIBRATION_TOKENS, CalibrationTokens, read_calibration_tokens
+from host_tools.checkpoint import Checkpoint
+from host_tools.decoder.layer import DecoderLayer
+from host_tools.decoder.snapshots import Snapshots
+from host_tools.decoder.stream import Activations, LayerRunner, choose_device
+from host_tools.options import GROUP_SIZES, QuantizeOptions
+from host_tools.origin import read_origin, write_origin
+from host_tools.output_folder import check_replaceable, replace_folder, scratch_folder
+from host_tools.progress import Progress
+from host_tools.stage import RECORD_DIR, Stage, exclusive
+
+VERSION = 1
+"""Counted up when the same inputs start to give other codes."""
+
+SNAPSHOT_INTERVAL_S = 60.0
+
+
+def quantize(
+    checkpoint_dir: Path,
+    work_dir: Path,
+    output_dir: Path,
+    options: QuantizeOptions,
+    progress: Progress,
+) -> Path:
+    """Quantize the linears of every decoder layer on the windows that ``calibrate`` drew.
+
+    The layers are streamed once: each is run on the original's activations, its Gram matrices
+    give scales, clipping and codes, and they are gone before the next. A killed run goes on after
+    its last finished layer and ends with the same bytes.
+
+    Args:
+        checkpoint_dir: a checkpoint in floating point.
+        work_dir: of ``calibrate``; holds what is finished so far. Plain rounding needs no
+            calibration.
+        output_dir: the AWQ folder; one of an earlier run is replaced when this one is whole.
+        options: group size, method and device.
+        progress: hears of every layer.
+
+    Returns:
+        ``output_dir``.
+
+    Raises:
+        UsageError: the group size does not divide the model's inputs, or ``output_dir`` holds
+            something else.
+        PackageError: the checkpoint is damaged or quantized already, or not calibrated.
+        DeviceError: the device is not there.
+    """
+    stage = quantize_stage(checkpoint_dir, work_dir, output_dir, options)
+    with exclusive(work_dir):
+        if stage.is_finished():
+            progress.note(f"quantize: {output_dir} is up to date")
+            return output_dir
+        check_replaceable(output_dir, stage)
+        checkpoint = Checkpoint.open(checkpoint_dir)
+        check_quantizable(checkpoint, options.group_size)
+        tokens = None if options.method == "rtn" else read_calibration_tokens(work_dir)
+        with scratch_folder(work_dir / RECORD_DIR, stage) as scratch:
+            layers = LayerFiles(scratch, checkpoint)
+            if tokens is None:
+                _round(checkpoint, layers, options, progress)
+            else:
+                _solve(checkpoint, layers, tokens.token_ids, scratch, options, progress)
+            part = output_dir.with_name(f".{output_dir.name}.part")
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+            write_awq_folder(part, checkpoint, layers, options.group_size)
+            _write_origin(checkpoint_dir, part, tokens)
+            replace_folder(part, output_dir)
+            stage.record([output_dir])
+    return output_dir
+
+
+def quantize_stage(
+    checkpoint_dir: Path, work_dir: Path, output_dir: Path, options: QuantizeOptions
+) -> Stage:
+    """Return the record of a quantization: its inputs and what shapes its result.
+
+    Raises:
+        PackageError: there is no calibration and the method needs one.
+    """
+    tokens = work_dir / CALIBRATION_TOKENS
+    if options.method != "rtn" and not tokens.is_file():
+        raise PackageError(f"{work_dir} holds no calibration, run calibrate first")
+    return Stage(
+        name="quantize",
+        folder=output_dir,
+        inputs=(checkpoint_dir,) if options.method == "rtn" else (checkpoint_dir, tokens),
+        settings={
+            "w_bits": options.w_bits,
+            "group_size": options.group_size,
+            "method": options.method,
+        },
+        version=VERSION,
+    )
+
+
+def valid_group_sizes(model: ModelConfig) -> tuple[int, ...]:
+    """Return the group sizes that divide the inputs of every linear, largest first."""
+    inputs = (model.hidden_size, model.q_size, model.intermediate_size)
+    return tuple(size for size in GROUP_SIZES if not any(count % size for count in inputs))
+
+
+def check_quantizable(checkpoint: Checkpoint, group_size: int) -> None:
+    """Refuse what cannot be quantized so.
+
+    Raises:
+        PackageError: the checkpoint is quantized already.
+        UsageError: the group size does not divide the inputs of a linear.
+    """
+    model = checkpoint.model
+    if checkpoint.is_quantized:
+        raise PackageError(
+            f"{checkpoint.path} is quantized already, quantize its floating-point original"
+        )
+    valid = valid_group_sizes(model)
+    if group_size not in valid:
+        sizes = f"{model.hidden_size}, {model.q_size} and {model.intermediate_size}"
+        advice = f"use {' or '.join(map(str, valid))}" if valid else "no group size does"
+        raise UsageError(
+            f"w-group-size {group_size} does not divide all inputs of the linears ({sizes}), "
+            f"{advice}"
+        )
+
+
+@torch.no_grad()
+def _round(
+    checkpoint: Checkpoint, layers: LayerFiles, options: QuantizeOptions, progress: Progress
+) -> None:
+    device = choose_device(options.device)
+    num_layers, start = checkpoint.model.num_hidden_layers, layers.num_finished()
+    with progress.task(f"round on {device.type}", num_layers, "layers") as task:
+        task.move_to(start)
+        for index in range(start, num_layers):
+            layer = DecoderLayer.ready(checkpoint.layer(index), checkpoint.model, device)
+            layers.write(index, round_layer(layer.weights, options.group_size))
+            task.advance()
+
+
+@torch.no_grad()
+def _solve(
+    checkpoint: Checkpoint,
+    layers: LayerFiles,
+    token_ids: torch.Tensor,
+    scratch: Path,
+    options: QuantizeOptions,
+    progress: Progress,
+) -> None:
+    device = choose_device(options.device)
+    num_layers, num_finished = checkpoint.model.num_hidden_layers, layers.num_finished()
+    if num_finished == num_layers:
+        return
+    snapshots = Snapshots(scratch, SNAPSHOT_INTERVAL_S)
+    activations = Activations.embed(checkpoint, token_ids, scratch)
+    start = snapshots.load([activations])
+    runner = LayerRunner(checkpoint, token_ids.shape[1], device)
+    with progress.task(f"quantize on {device.type}", num_layers, "layers") as task:
+        for index in range(start, num_layers):
+            layer = runner.layer(index)
+            if index < num_finished:
+                runner.advance(layer, activations)
+            else:
+                seen = GramObserver()
+                runner.advance(layer, activations, seen)
+                solved = solve_layer(layer.weights, seen.take, checkpoint.model, options.group_size)
+                layers.write(index, solved)
+            if snapshots.is_due():
+                snapshots.save(index + 1, [activations])
+            task.move_to(index + 1)
+
+
+def _write_origin(checkpoint_dir: Path, folder: Path, tokens: CalibrationTokens | None) -> None:
+    calibration = None
+    if tokens is not None:
+        num_samples, seqlen = tokens.token_ids.shape
+        calibration = Calibration(tokens.dataset, num_samples, seqlen, tokens.seed)
+    origin = read_origin(checkpoint_dir, is_quantized=False)
+    write_origin(folder, origin.quantized("rtn" if tokens is None else "awq", calibration))

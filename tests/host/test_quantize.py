@@ -1,0 +1,248 @@
+"""Quantize writes an AWQ folder that others load, and ends with the same bytes after a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_checkpoints as tiny
+import torch
+from safetensors.torch import save_file
+from test_checkpoint import internlm2_folder
+
+from device_runtime.errors import PackageError, UsageError
+from device_runtime.package_format import int4
+from host_tools.awq.awq_folder import LayerFiles
+from host_tools.awq.grid import Grid
+from host_tools.calibrate import CALIBRATION_TOKENS, TOKEN_IDS, calibrate
+from host_tools.checkpoint import Checkpoint, QuantizedLinear
+from host_tools.checkpoint.families import LINEARS
+from host_tools.options import CalibrateOptions, QuantizeOptions
+from host_tools.origin import read_origin
+from host_tools.progress import Progress
+from host_tools.quantize import quantize, valid_group_sizes
+
+OPTIONS = QuantizeOptions(group_size=32, device="cpu")
+RTN = QuantizeOptions(group_size=32, method="rtn", device="cpu")
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def calibrated(folder: Path, work: Path) -> Path:
+    tiny.write_tokenizer(folder)
+    text = tiny.write_text(folder.parent / "words.txt")
+    options = CalibrateOptions(dataset=str(text), num_samples=6, seqlen=32, device="cpu")
+    return calibrate(folder, work, options, Progress())
+
+
+@pytest.fixture
+def checkpoint_dir(tmp_path: Path) -> Path:
+    return tiny.write_llama(tmp_path / "checkpoint", tie_word_embeddings=True)
+
+
+@pytest.fixture
+def work_dir(tmp_path: Path, checkpoint_dir: Path) -> Path:
+    return calibrated(checkpoint_dir, tmp_path / "work")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def test_the_folder_is_a_standard_awq_checkpoint(
+    tmp_path: Path, checkpoint_dir: Path, work_dir: Path
+) -> None:
+    (checkpoint_dir / "generation_config.json").write_text("{}")
+    (checkpoint_dir / "modeling_tiny.py").write_text("raise SystemExit")
+    awq = quantize(checkpoint_dir, work_dir, tmp_path / "awq", OPTIONS, Progress())
+    assert sorted(contents(awq)) == [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    ]
+    config = json.loads((awq / "config.json").read_text())
+    assert config["quantization_config"] == {
+        "quant_method": "awq",
+        "version": "gemm",
+        "bits": 4,
+        "group_size": 32,
+        "zero_point": True,
+    }
+    assert config["torch_dtype"] == "float16"
+    assert config["hidden_size"] == 64
+    tensors = tiny.read_tensors(awq)
+    module = "model.layers.1.mlp.down_proj"
+    facts = {kind: tensors[f"{module}.{kind}"] for kind in ("qweight", "qzeros", "scales")}
+    assert (facts["qweight"].dtype, facts["qweight"].shape) == (torch.int32, (96, 8))
+    assert (facts["qzeros"].dtype, facts["qzeros"].shape) == (torch.int32, (3, 8))
+    assert (facts["scales"].dtype, facts["scales"].shape) == (torch.float16, (3, 64))
+    assert "lm_head.weight" not in tensors
+    origin = read_origin(awq, is_quantized=True)
+    assert origin.method == "awq"
+    assert (origin.provenance.calibration.dataset, origin.provenance.calibration.seqlen) == (
+        "words.txt",
+        32,
+    )
+
+
+def test_the_file_dequantizes_to_the_very_values_that_were_chosen(
+    tmp_path: Path, checkpoint_dir: Path, work_dir: Path
+) -> None:
+    awq = quantize(checkpoint_dir, work_dir, tmp_path / "rtn", RTN, Progress())
+    source, stored = Checkpoint.open(checkpoint_dir), Checkpoint.open(awq)
+    for layer in range(2):
+        for name in LINEARS:
+            weight = source.layer(layer).linear(name).weight.float()
+            grid = Grid.spanning(weight, 32)
+            linear = stored.layer(layer).linear(name)
+            assert isinstance(linear, QuantizedLinear)
+            assert torch.equal(linear.weight.float(), grid.values(grid.codes(weight)))
+
+
+def test_other_parts_are_kept_in_fp16(tmp_path: Path) -> None:
+    folder = tiny.write_llama(tmp_path / "checkpoint", dtype=torch.float32)
+    awq = quantize(folder, tmp_path / "work", tmp_path / "awq", RTN, Progress())
+    source, stored = Checkpoint.open(folder), Checkpoint.open(awq)
+    assert torch.equal(stored.embedding(), source.embedding().half())
+    assert torch.equal(stored.head(), source.head().half())
+    assert torch.equal(stored.final_norm(), source.final_norm().half())
+    assert torch.equal(stored.layer(1).ffn_norm, source.layer(1).ffn_norm.half())
+
+
+def test_a_fused_module_is_fused_again(tmp_path: Path) -> None:
+    folder, _ = internlm2_folder(tmp_path / "internlm2")
+    work = calibrated(folder, tmp_path / "work")
+    awq = quantize(folder, work, tmp_path / "awq", OPTIONS, Progress())
+    stored = Checkpoint.open(awq)
+    layer = stored.layer(0)
+    words = stored.tensor("model.layers.0.attention.wqkv.qweight")
+    # The second kv head's key follows q0 q1 k0 v0 q2 q3 of 16 columns each.
+    columns = int4.unpack_awq(words.numpy())[:, 96:112]
+    assert layer.k.codes[:, 16:].numpy().tobytes() == columns.tobytes()
+    source = Checkpoint.open(folder).layer(0)
+    assert layer.o.bias.tolist() == source.o.bias.tolist()
+    scaled = source.v.bias.float() / layer.v.bias.float()
+    assert scaled.std() > 0.01
+
+
+def test_awq_is_nearer_to_the_original_than_rounding(
+    tmp_path: Path, checkpoint_dir: Path, work_dir: Path
+) -> None:
+    from test_decoder import our_logits, token_windows
+
+    expected = our_logits(checkpoint_dir, token_windows())
+    errors = {}
+    for name, options in (("awq", OPTIONS), ("rtn", RTN)):
+        folder = quantize(checkpoint_dir, work_dir, tmp_path / name, options, Progress())
+        errors[name] = float((our_logits(folder, token_windows()) - expected).pow(2).mean())
+    assert errors["awq"] < 0.9 * errors["rtn"]
+
+
+KILLED_RUN = """
+import sys
+from pathlib import Path
+from host_tools.options import QuantizeOptions
+from host_tools.progress import Progress
+from host_tools.quantize import quantize
+from host_tools.awq.awq_folder import LayerFiles
+write = LayerFiles.write
+def announced(self, layer, quantized):
+    write(self, layer, quantized)
+    print(layer, flush=True)
+    sys.stdin.readline()
+LayerFiles.write = announced
+options = QuantizeOptions(group_size=32, device="cpu")
+quantize(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), options, Progress())
+"""
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
+    tmp_path: Path, checkpoint_dir: Path, work_dir: Path, monkeypatch
+) -> None:
+    killed = tmp_path / "killed"
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED_RUN, checkpoint_dir, work_dir, killed],
+        cwd=REPOSITORY,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "0\n"
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not contents(killed)
+    written = []
+    write = LayerFiles.write
+    monkeypatch.setattr(LayerFiles, "write", lambda *args: (written.append(args[1]), write(*args)))
+    quantize(checkpoint_dir, work_dir, killed, OPTIONS, Progress())
+    assert written == [1]
+    whole = quantize(checkpoint_dir, work_dir, tmp_path / "whole", OPTIONS, Progress())
+    assert written == [1, 0, 1]
+    assert contents(killed) == contents(whole)
+    assert not list(work_dir.rglob("layer-*"))
+
+
+def test_a_finished_run_is_kept_and_changed_settings_replace_it(
+    tmp_path: Path, checkpoint_dir: Path, work_dir: Path
+) -> None:
+    awq = quantize(checkpoint_dir, work_dir, tmp_path / "awq", OPTIONS, Progress())
+    before = (awq / "model.safetensors").stat().st_mtime_ns
+    quantize(checkpoint_dir, work_dir, awq, OPTIONS, Progress())
+    assert (awq / "model.safetensors").stat().st_mtime_ns == before
+    quantize(checkpoint_dir, work_dir, awq, RTN, Progress())
+    assert (awq / "model.safetensors").stat().st_mtime_ns != before
+    assert read_origin(awq, is_quantized=True).method == "rtn"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "awq",
+        "checkpoint",
+        "words.txt",
+        "work",
+    ]
+
+
+def test_somebody_elses_folder_is_not_replaced(
+    tmp_path: Path, checkpoint_dir: Path, work_dir: Path
+) -> None:
+    (tmp_path / "awq").mkdir()
+    (tmp_path / "awq" / "thesis.tex").write_text("precious")
+    with pytest.raises(UsageError, match="awq exists and quantize did not write it"):
+        quantize(checkpoint_dir, work_dir, tmp_path / "awq", OPTIONS, Progress())
+    assert (tmp_path / "awq" / "thesis.tex").read_text() == "precious"
+
+
+def test_group_sizes_that_do_not_divide_are_refused(
+    tmp_path: Path, checkpoint_dir: Path, work_dir: Path
+) -> None:
+    options = QuantizeOptions(group_size=64, device="cpu")
+    complaint = r"w-group-size 64 does not divide all inputs .*\(64, 64 and 96\), use 32"
+    with pytest.raises(UsageError, match=complaint):
+        quantize(checkpoint_dir, work_dir, tmp_path / "awq", options, Progress())
+    assert valid_group_sizes(Checkpoint.open(checkpoint_dir).model) == (32,)
+    odd = tiny.write_llama(tmp_path / "odd", intermediate_size=80)
+    with pytest.raises(UsageError, match="no group size does"):
+        quantize(odd, work_dir, tmp_path / "awq", RTN, Progress())
+
+
+def test_quantize_needs_a_calibration_and_floats(
+    tmp_path: Path, checkpoint_dir: Path, work_dir: Path
+) -> None:
+    with pytest.raises(PackageError, match="holds no calibration, run calibrate first"):
+        quantize(checkpoint_dir, tmp_path / "empty", tmp_path / "awq", OPTIONS, Progress())
+    awq = quantize(checkpoint_dir, work_dir, tmp_path / "awq", OPTIONS, Progress())
+    with pytest.raises(PackageError, match="is quantized already, quantize its floating-point"):
+        quantize(awq, work_dir, tmp_path / "again", OPTIONS, Progress())
+
+
+def test_windows_of_another_vocabulary_are_refused(
+    tmp_path: Path, checkpoint_dir: Path, work_dir: Path
+) -> None:
+    facts = {"calibration": '{"dataset": "x", "seed": 0}'}
+    token_ids = torch.full((1, 8), 128, dtype=torch.int32)
+    save_file({TOKEN_IDS: token_ids}, work_dir / CALIBRATION_TOKENS, metadata=facts)
+    with pytest.raises(PackageError, match="token id 128, the embedding has 128 rows"):
+        quantize(checkpoint_dir, work_dir, tmp_path / "awq", OPTIONS, Progress())
