@@ -71,7 +71,10 @@ class Batch:
 
 
 class Backend(Protocol):
-    """Runs planned steps. Not thread-safe: one engine drives it."""
+    """Runs planned steps. Not thread-safe: one engine drives it.
+
+    A call that raises leaves no step outstanding.
+    """
 
     @property
     def name(self) -> str:

@@ -15,6 +15,12 @@ class SamplingParams:
     ``temperature`` 0 is greedy and ignores the other filters but the penalty. ``top_k`` 0,
     ``top_p`` 1 and ``min_p`` 0 switch a filter off. The defaults are TurboMind's REPL defaults
     (spec section 6.1).
+
+    Every filter is a threshold on the logits: what ties with the last token that stays, stays.
+    The token with the largest sum of logit over temperature and noise is drawn, the lowest index
+    of equal ones. The noise of vocabulary index i at position p is ``-log(-log(u))`` with
+    ``u = ((word >> 9) + 0.5) / 2^23`` in fp32, word ``i % 4`` of Philox4x32-10 for the counter
+    ``(i // 4, p, 0, 0)`` and the seed as key, low half first.
     """
 
     temperature: float = 0.8

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from device_runtime.engine.configure import StopRules
 from device_runtime.engine.detokenizer import Detokenizer
 from device_runtime.engine.generation import FinishReason, GenerationParams, Output
 from device_runtime.engine.sequence import Sequence
@@ -19,9 +20,7 @@ class Answer:
         sequence: Sequence,
         params: GenerationParams,
         tokenizer: Tokenizer,
-        *,
-        stop_ids: frozenset[int],
-        stop_strings: tuple[str, ...],
+        stop_rules: StopRules,
     ) -> None:
         """Start the clock of one answer.
 
@@ -29,8 +28,7 @@ class Answer:
             sequence: what is generated.
             params: of the request.
             tokenizer: to decode.
-            stop_ids: tokens that end the answer, unless eos is ignored.
-            stop_strings: texts that do, beside the request's.
+            stop_rules: what ends the answer beside the request's, unless eos is ignored.
         """
         self.sequence = sequence
         # A special token has no text, so a request that names one means the token.
@@ -38,8 +36,8 @@ class Answer:
         self._stop_ids = frozenset(i for i in asked.values() if i is not None)
         texts = tuple(text for text, token_id in asked.items() if token_id is None)
         if not params.ignore_eos:
-            self._stop_ids |= stop_ids
-            texts += stop_strings
+            self._stop_ids |= stop_rules.token_ids
+            texts += stop_rules.strings
         self._detokenizer = Detokenizer(tokenizer.decode, sequence.token_ids)
         self._stops = StopStrings(texts)
         self._num_generated = 0

@@ -191,15 +191,9 @@ class Engine:
             root=root_digest(f"rope_theta {theta!r}"),
             session=session,
         )
-        self._answers[sequence.sequence_id] = Answer(
-            sequence,
-            params,
-            self.tokenizer,
-            stop_ids=self._stop_rules.token_ids,
-            stop_strings=self._stop_rules.strings,
-        )
+        self._answers[sequence_id] = Answer(sequence, params, self.tokenizer, self._stop_rules)
         self._scheduler.add(sequence)
-        return sequence.sequence_id
+        return sequence_id
 
     def step(self) -> list[Output]:
         """Plan and submit steps, then collect the oldest; return what became known.
@@ -243,8 +237,7 @@ class Engine:
             RequestError: see `add`; raised at once, not at the first output.
         """
         self._check_request(prompt_ids, session)
-        request = Request(tuple(prompt_ids), params, session)
-        return self._stream_one(request)
+        return self._stream_one(Request(tuple(prompt_ids), params, session))
 
     def generate_many(self, requests: Items[Request]) -> Generator[tuple[int, Output], None, None]:
         """Return the outputs of several prompts that run together, each with its request's index.
@@ -279,8 +272,9 @@ class Engine:
             raise RequestError(f"{len(self._answers)} generations are running, finish them first")
         while self._in_flight:  # steps that ran ahead of an answer's end
             self._collect(self._in_flight.popleft())
-        model = self.package.model
-        return evaluate(self._backend, self._scheduler, self.plan, model, list(token_ids))
+        return evaluate(
+            self._backend, self._scheduler, self.plan, self.package.model, list(token_ids)
+        )
 
     def cancel(self, sequence_id: int) -> None:
         """Ask for the end of a generation; its last output says "cancelled". Never blocks."""
@@ -353,14 +347,8 @@ class Engine:
             self._scheduler.finish(answer.sequence)
 
     def _collect(self, rows: tuple[Row, ...]) -> list[Output]:
-        drawn = self._backend.collect()
-        expected = [row.sequence.sequence_id for row in rows if row.is_sampled]
-        if [sequence_id for sequence_id, _ in drawn] != expected:
-            raise InternalError(
-                f"the backend drew for {[i for i, _ in drawn][:8]}, expected {expected[:8]}"
-            )
         outputs = []
-        for sequence, token_id in self._scheduler.collect(rows, [token for _, token in drawn]):
+        for sequence, token_id in self._scheduler.collect(rows, self._backend.collect()):
             output = self._answers[sequence.sequence_id].take(token_id)
             if output.finish_reason is not None:
                 del self._answers[sequence.sequence_id]

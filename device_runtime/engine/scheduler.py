@@ -60,19 +60,29 @@ class Scheduler:
             _commit(row)
         return tuple(rows)
 
-    def collect(self, rows: Items[Row], token_ids: Items[int]) -> list[tuple[Sequence, int]]:
+    def collect(
+        self, rows: Items[Row], drawn: Items[tuple[int, int]]
+    ) -> list[tuple[Sequence, int]]:
         """Take in a finished step; return the sequences that got a token they still want.
 
         Args:
             rows: of the step.
-            token_ids: one for each row with ``is_sampled``.
+            drawn: (sequence_id, token_id) for each row with ``is_sampled``, in order.
+
+        Raises:
+            InternalError: the tokens are those of another step.
         """
-        drawn = deque(token_ids)
+        expected = [row.sequence.sequence_id for row in rows if row.is_sampled]
+        if [sequence_id for sequence_id, _ in drawn] != expected:
+            raise InternalError(
+                f"the backend drew for {[i for i, _ in drawn][:8]}, expected {expected[:8]}"
+            )
+        token_ids = deque(token_id for _, token_id in drawn)
         news = []
         for row in rows:
             sequence = row.sequence
             sequence.num_in_flight -= 1
-            token_id = drawn.popleft() if row.is_sampled else None
+            token_id = token_ids.popleft() if row.is_sampled else None
             if sequence.is_finished:
                 continue
             if row.num_preemptions == sequence.num_preemptions:

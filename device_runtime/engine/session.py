@@ -19,7 +19,6 @@ class Session:
         rope_theta: rotary base, decided by the first turn (spec section 3); 0.0 before it.
         sequence_id: of the newest generation, running or not; None before the first.
         is_busy: a generation of this session is running.
-        is_closed: given back to the engine.
     """
 
     session_id: int
@@ -28,7 +27,6 @@ class Session:
     rope_theta: float = 0.0
     sequence_id: int | None = None
     is_busy: bool = False
-    is_closed: bool = False
 
     @property
     def num_tokens(self) -> int:

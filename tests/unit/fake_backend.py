@@ -54,6 +54,7 @@ class FakeBackend:
     def submit(self, batch):
         assert len(self.outstanding) <= self.max_steps_ahead, "ran too far ahead"
         if self.fails_at == len(self.steps):
+            self.outstanding.clear()
             raise RuntimeError("the device is lost")
         self.steps.append(batch)
         assert batch.num_tokens <= self.plan.max_tokens_per_step

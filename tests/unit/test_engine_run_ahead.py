@@ -208,6 +208,10 @@ def test_a_failing_step_ends_every_generation_and_keeps_the_books(package) -> No
     engine.check_integrity()
     assert engine.num_unfinished == 0
     assert not session.is_busy
+    backend.fails_at = None
+    again = engine.generate([5, 6], GenerationParams(max_tokens=20), session)
+    assert answer_of(again)[0] == expected_answer([5, 6], 20, stops=False)
+    engine.check_integrity()
 
 
 def test_a_backend_that_answers_for_others_is_caught(package) -> None:

@@ -26,7 +26,8 @@ def sequence(number, length, *, max_tokens=100, session=None, first_token=0):
 
 def run(plan, rows, token=7):
     """Collect a step at once, with the same token for everyone."""
-    return plan.collect(rows, [token for row in rows if row.is_sampled])
+    drawn = [(row.sequence.sequence_id, token) for row in rows if row.is_sampled]
+    return plan.collect(rows, drawn)
 
 
 def shape(rows):

@@ -110,7 +110,7 @@ class ReferenceBackend:
             if seen is not None:
                 seen[token_id] = True
             drawn.append((sequence_id, token_id))
-        self._finished.append(drawn)
+        self._finished = [drawn]
 
     def collect(self) -> list[tuple[int, int]]:
         """See `Backend.collect`."""
