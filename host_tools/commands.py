@@ -21,6 +21,7 @@ from host_tools.progress import format_bytes, make_progress
 
 if TYPE_CHECKING:
     from host_tools.build import BuildReport
+    from host_tools.evaluate import EvaluationReport
 
 
 def run_fetch(args: argparse.Namespace) -> int:
@@ -96,9 +97,14 @@ def run_build(args: argparse.Namespace) -> int:
 
 def run_evaluate(args: argparse.Namespace) -> int:
     """Measure perplexity of each target and print them side by side."""
-    from host_tools.evaluate import perplexity
+    from host_tools.evaluate import evaluate
 
-    raise NotImplementedError(perplexity)
+    report = evaluate(args.targets, evaluate_options(args), make_progress())
+    if args.json:
+        print(json.dumps(asdict(report), indent=1))
+    else:
+        _print_evaluation(report)
+    return 0
 
 
 def fetch_options(args: argparse.Namespace) -> FetchOptions:
@@ -154,7 +160,7 @@ def build_options(args: argparse.Namespace) -> BuildOptions:
 
 def evaluate_options(args: argparse.Namespace) -> EvaluateOptions:
     """Return what perplexity is measured on."""
-    return EvaluateOptions(args.dataset, args.samples, args.seqlen, args.device)
+    return EvaluateOptions(args.dataset, args.samples, args.seqlen, args.device, args.quant_policy)
 
 
 def config_values(args: argparse.Namespace) -> ConfigValues:
@@ -195,4 +201,31 @@ def _print_summary(report: BuildReport) -> None:
             format_bytes(stage.size_bytes),
             "kept" if stage.is_kept else "",
         )
+    Console(file=sys.stdout, highlight=False).print(table)
+
+
+def _print_evaluation(report: EvaluationReport) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        title=f"{report.num_samples} windows of {report.seqlen} tokens of {report.dataset}",
+        title_justify="left",
+    )
+    table.add_column("target", overflow="fold")
+    table.add_column("kind", min_width=10)
+    titles = ["perplexity", "seconds"]
+    if report.comparisons:
+        titles += ["vs first", "KL", "top-1"]
+    for title in titles:
+        table.add_column(title, justify="right", no_wrap=True)
+    for result, comparison in zip(report.results, (None, *report.comparisons), strict=True):
+        row = [result.target, result.kind, f"{result.perplexity:.3f}", f"{result.seconds_s:.1f}"]
+        if comparison is not None:
+            row += [
+                f"{100 * comparison.perplexity_increase:+.2f}%",
+                f"{comparison.kl_divergence:.4f}",
+                f"{100 * comparison.top1_agreement:.1f}%",
+            ]
+        table.add_row(*row)
     Console(file=sys.stdout, highlight=False).print(table)

@@ -80,23 +80,31 @@ class EvaluateOptions:
         num_samples: windows from the start of the text, one after another.
         seqlen: tokens of one window.
         device: where a checkpoint runs; a package runs through the device engine.
+        quant_policy: KV format of packages: 0 fp16, 4 static int8, 8 online int8; None for
+            config.ini's.
     """
 
     dataset: str = "wikitext2"
     num_samples: int = 16
     seqlen: int = 1024
     device: str = "auto"
+    quant_policy: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse what cannot be.
 
         Raises:
-            UsageError: a count below 1, a window of one token, or an unknown device.
+            UsageError: a count below 1, a window of one token, an unknown device or KV format.
         """
         check_at_least_one("samples", self.num_samples)
         if self.seqlen < 2:
             raise UsageError(f"seqlen is {self.seqlen}, a prediction needs at least 2 tokens")
         check_choice("device", self.device, DEVICES)
+        if self.quant_policy not in (None, 0, 4, 8):
+            raise UsageError(
+                f"quant-policy is {self.quant_policy}, choose 0 (fp16), 4 (static int8) or "
+                f"8 (online int8)"
+            )
 
 
 def check_at_least_one(name: str, value: int) -> None:
