@@ -1,8 +1,11 @@
-"""How the attention kernels are launched: splits, shared memory and workspace."""
+"""How the attention kernels are launched: splits, tiles, shared memory and workspace."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
 
 from device_runtime.kernels.reference.kv_pages import KvLayout
 
@@ -59,3 +62,53 @@ class DecodeAttentionShape:
         """Floats that the blocks of a head exchange."""
         per_split = self.group * (self.layout.head_dim + 2)
         return self.rows * self.num_kv_heads * self.max_splits * per_split
+
+
+PREFILL_ROWS = 128
+"""Rows of a block of prefill_attention.cu, a query head of a token each (kPrefillRows)."""
+PREFILL_SLOTS = 3
+"""Units that its ring holds (kPrefillSlots)."""
+SPAN_TOKENS = 64
+"""Positions of a block of store_kv.cu (kSpanTokens)."""
+
+
+def prefill_shared_bytes(layout: KvLayout) -> int:
+    """Return the dynamic shared memory of a block of prefill_attention.cu."""
+    return PREFILL_SLOTS * layout.unit_bytes
+
+
+def prefill_tiles(
+    query_start: NDArray[np.int32], positions: NDArray[np.int32], group: int
+) -> NDArray[np.int32]:
+    """Return (sequence, first row) of each block of prefill_attention.cu, the longest first.
+
+    Args:
+        query_start: ``[num_sequences + 1]``, as `Batch` has it.
+        positions: ``[num_tokens]``, consecutive within a sequence.
+        group: query heads that share a kv head.
+    """
+    tiles: list[tuple[int, int, int]] = []
+    for sequence, (start, end) in enumerate(zip(query_start[:-1], query_start[1:], strict=True)):
+        num_rows = (int(end) - int(start)) * group
+        for row in range(0, num_rows, PREFILL_ROWS):
+            last = (min(row + PREFILL_ROWS, num_rows) - 1) // group
+            tiles.append((-int(positions[start]) - last, sequence, row))
+    return np.array([tile[1:] for tile in sorted(tiles)], np.int32).reshape(-1, 2)
+
+
+def store_spans(query_start: NDArray[np.int32], positions: NDArray[np.int32]) -> NDArray[np.int32]:
+    """Return (sequence, index) of each block of store_kv.cu.
+
+    Args:
+        query_start: ``[num_sequences + 1]``, as `Batch` has it.
+        positions: ``[num_tokens]``, consecutive within a sequence.
+    """
+    spans = [
+        (sequence, span)
+        for sequence, (start, end) in enumerate(zip(query_start[:-1], query_start[1:], strict=True))
+        if end > start
+        for span in range(
+            int(positions[start]) // SPAN_TOKENS, int(positions[end - 1]) // SPAN_TOKENS + 1
+        )
+    ]
+    return np.array(spans, np.int32).reshape(-1, 2)
