@@ -1,0 +1,406 @@
+// y[t,m] = sum_k w[k,m] x[t,k] for many tokens: the part that all matrix formats share.
+//
+// A block computes a tile of kTileOutputs x kTileTokens. Its inputs come through a ring of kStages
+// slots in shared memory, kStageInputs at a time, by asynchronous copies. Weights are the A operand
+// of the tensor core (16 outputs), tokens the B operand (8 tokens), sums are fp32. How weights lie
+// in memory and become A fragments is up to the Weights class (w4a16_gemm.cuh, f16_gemm.cuh).
+//
+// The first `stream_tiles` tiles are cut, as one row of steps, into equal runs, one for each block;
+// the others are taken whole, block after block. A tile of which several blocks have a part is
+// finished by the block that comes last: it adds all parts in the order of their inputs, so that
+// the result does not depend on who was last. This keeps every SM busy whatever the shape.
+#ifndef TURBOJET_GEMM_CUH
+#define TURBOJET_GEMM_CUH
+
+#include "fragments.cuh"
+#include "load_matrix.cuh"
+
+namespace {
+
+enum class Output { kHalf, kSilu, kAdd };
+
+template <int kWarpsOut_, int kWarpsTokens_, int kWarpOutputs_, int kWarpTokens_,
+          int kStageInputs_, int kStages_, int kBlocksPerSm_>
+struct Tile {
+  static constexpr int kWarpsOut = kWarpsOut_;
+  static constexpr int kWarpsTokens = kWarpsTokens_;
+  static constexpr int kWarpOutputs = kWarpOutputs_;
+  static constexpr int kWarpTokens = kWarpTokens_;
+  static constexpr int kStageInputs = kStageInputs_;
+  static constexpr int kStages = kStages_;
+  static constexpr int kBlocksPerSm = kBlocksPerSm_;
+  static constexpr int kThreads = kWarpsOut * kWarpsTokens * kWarpSize;
+  static constexpr int kOutputs = kWarpsOut * kWarpOutputs;
+  static constexpr int kTokens = kWarpsTokens * kWarpTokens;
+  static constexpr int kRowTiles = kWarpOutputs / 16;   // A fragments of a warp
+  static constexpr int kTokenTiles = kWarpTokens / 8;   // B fragments of a warp
+  static constexpr int kSubSteps = kStageInputs / 16;
+  static constexpr int kRowBytes = kStageInputs * 2;    // of the activations of one token
+  static constexpr int kActivationBytes = kTokens * kRowBytes;
+  static_assert(kWarpOutputs % 32 == 0 && kWarpTokens % 8 == 0, "whole fragments");
+  static_assert(kTokenTiles == 1 || kTokenTiles % 2 == 0, "fragments are loaded in pairs");
+  static_assert(kStageInputs % 64 == 0, "eight chunks of a row are swizzled");
+};
+
+struct Shape {
+  int num_tokens;
+  int inputs;
+  int outputs;
+};
+
+struct Destination {
+  fp16* out;           // kHalf: [num_tokens][outputs], kSilu: [num_tokens][outputs / 2]
+  float* residual;     // kAdd: [num_tokens][outputs]
+  const fp16* bias;    // [outputs] or null
+  float* workspace;    // two tiles of sums for each block
+  uint32_t* tickets;   // one for each of the stream_tiles, zero before and after
+};
+
+// Which steps of which tile a block takes.
+struct Schedule {
+  int steps;         // of one tile
+  int tiles;
+  int stream_tiles;
+  int token_tiles;
+
+  template <class T>
+  static __device__ __forceinline__ Schedule make(const Shape& shape, int stream_tiles) {
+    const int token_tiles = (shape.num_tokens + T::kTokens - 1) / T::kTokens;
+    const int output_tiles = (shape.outputs + T::kOutputs - 1) / T::kOutputs;
+    return Schedule{(shape.inputs + T::kStageInputs - 1) / T::kStageInputs,
+                    token_tiles * output_tiles, stream_tiles, token_tiles};
+  }
+  // First step of a block's run through the streamed tiles.
+  __device__ __forceinline__ int begin(int block) const {
+    return static_cast<int>(static_cast<int64_t>(stream_tiles) * steps * block / gridDim.x);
+  }
+  __device__ __forceinline__ int block_of(int step) const {
+    return static_cast<int>((static_cast<int64_t>(step + 1) * gridDim.x - 1) /
+                            (stream_tiles * steps));
+  }
+};
+
+// A part of one tile: steps first .. first + count - 1 of it.
+struct Segment {
+  int tile;
+  int first;
+  int count;
+};
+
+template <class T, class Weights>
+struct Pipeline {
+  static constexpr int kSlotBytes = T::kActivationBytes + Weights::kStageBytes;
+  static constexpr int kRingBytes = kSlotBytes * T::kStages;
+
+  const Weights& weights;
+  const fp16* x;
+  const Shape& shape;
+  char* ring;
+  int first_token;
+  int first_output;
+
+  __device__ __forceinline__ char* slot(int index) const { return ring + index * kSlotBytes; }
+
+  // Rows past the last token repeat it: what they give is not stored. Inputs past the end are zero.
+  __device__ __forceinline__ void copy_step(int slot_index, int step) const {
+    constexpr int kChunks = T::kRowBytes / 16;
+    constexpr int kRows = T::kThreads / kChunks;
+    const int chunk = threadIdx.x % kChunks;
+    const int row = threadIdx.x / kChunks;
+    const int input = step * T::kStageInputs + chunk * 8;
+    const bool is_inside = input < shape.inputs;
+    const char* const source = reinterpret_cast<const char*>(
+        x + static_cast<int64_t>(first_token) * shape.inputs + (is_inside ? input : 0));
+    const int last = smaller(shape.num_tokens - first_token, T::kTokens) - 1;
+    char* const target = slot(slot_index);
+#pragma unroll
+    for (int i = 0; i < (T::kTokens + kRows - 1) / kRows; ++i) {
+      const int own = row + i * kRows;
+      if (T::kTokens % kRows == 0 || own < T::kTokens)
+        copy16_or_zeros_async(target + own * T::kRowBytes + ((chunk ^ (own & 7)) << 4),
+                              source + static_cast<uint32_t>(smaller(own, last) * shape.inputs * 2),
+                              is_inside);
+    }
+    weights.copy_step(target + T::kActivationBytes, step, first_output);
+  }
+
+  // sums += the products of one segment.
+  __device__ __forceinline__ void multiply_segment(
+      float (&sums)[T::kRowTiles][T::kTokenTiles][4], const Segment& segment) const {
+    const int lane = threadIdx.x % kWarpSize;
+    const int warp = threadIdx.x / kWarpSize;
+    const int warp_output = warp % T::kWarpsOut * T::kWarpOutputs;
+    const int warp_token = warp / T::kWarpsOut * T::kWarpTokens;
+    // Row and chunk of the activations that this lane points ldmatrix to.
+    const int row = warp_token + (T::kTokenTiles == 1 ? lane % 8 : lane / 16 * 8 + lane % 8);
+    const int offset = row * T::kRowBytes + ((lane / 8 % 2 ^ lane % 8) << 4);
+
+#pragma unroll
+    for (int stage = 0; stage < T::kStages - 1; ++stage) {
+      if (stage < segment.count) copy_step(stage, segment.first + stage);
+      commit_copies();
+    }
+    wait_copies<T::kStages - 2>();
+    __syncthreads();
+
+    uint32_t b[2][T::kTokenTiles][2];
+    typename Weights::Fragments a(warp_output, lane);
+    load_tokens(b[0], slot(0) + offset);
+    a.load(slot(0) + T::kActivationBytes, 0);
+
+    int read_slot = 0;
+    int write_slot = T::kStages - 1;
+#pragma unroll 1
+    for (int step = 0; step < segment.count; ++step) {
+#pragma unroll
+      for (int k = 0; k < T::kSubSteps; ++k) {
+        if (k == 0) {
+          // Its last readers were before the barrier of the turn before.
+          if (step + T::kStages - 1 < segment.count)
+            copy_step(write_slot, segment.first + step + T::kStages - 1);
+          commit_copies();
+          write_slot = write_slot == T::kStages - 1 ? 0 : write_slot + 1;
+        }
+        if (k == T::kSubSteps - 1) {
+          wait_copies<T::kStages - 2>();
+          __syncthreads();
+          read_slot = read_slot == T::kStages - 1 ? 0 : read_slot + 1;
+        }
+        a.begin(k);
+        const int next = (k + 1) % T::kSubSteps;
+        load_tokens(b[(k + 1) % 2], slot(read_slot) + (offset ^ next * 32));
+        a.load(slot(read_slot) + T::kActivationBytes, next);
+#pragma unroll
+        for (int i = 0; i < T::kRowTiles; ++i) {
+          uint32_t fragment[4];
+          a.fragment(fragment, i, k);
+#pragma unroll
+          for (int j = 0; j < T::kTokenTiles; ++j)
+            multiply(sums[i][j], fragment[0], fragment[1], fragment[2], fragment[3], b[k % 2][j][0],
+                     b[k % 2][j][1]);
+        }
+      }
+    }
+    wait_copies<0>();
+    __syncthreads();
+  }
+
+  static __device__ __forceinline__ void load_tokens(uint32_t (&b)[T::kTokenTiles][2],
+                                                     const char* row) {
+    if (T::kTokenTiles == 1) {
+      load_two_matrices(b[0], row);
+    } else {
+#pragma unroll
+      for (int j = 0; j < T::kTokenTiles; j += 2) {
+        uint32_t words[4];
+        load_matrices(words, row + j * 8 * T::kRowBytes);
+        b[j][0] = words[0];
+        b[j][1] = words[1];
+        if (j + 1 < T::kTokenTiles) {
+          b[j + 1][0] = words[2];
+          b[j + 1][1] = words[3];
+        }
+      }
+    }
+  }
+};
+
+// Leaves a part of a tile in the workspace; on the block that comes last adds up all parts and
+// returns true. A block begins at most one part that is not the start of its run.
+template <class T>
+__device__ __forceinline__ bool combine_parts(float (&sums)[T::kRowTiles][T::kTokenTiles][4],
+                                              const Schedule& schedule, const Segment& segment,
+                                              const Destination& destination, int* shared_flag) {
+  constexpr int kQuads = T::kRowTiles * T::kTokenTiles;
+  constexpr int kPartQuads = kQuads * T::kThreads;
+  float4* const parts = reinterpret_cast<float4*>(destination.workspace);
+  const int tile_begin = segment.tile * schedule.steps;
+  const int first_block = schedule.block_of(tile_begin);
+  const int last_block = schedule.block_of(tile_begin + schedule.steps - 1);
+  const auto part_of = [&](int block) -> float4* {
+    const bool is_start = schedule.begin(block) >= tile_begin;
+    return parts + (static_cast<int64_t>(2 * block + is_start) * kPartQuads + threadIdx.x);
+  };
+
+  float4* const own = part_of(blockIdx.x);
+#pragma unroll
+  for (int q = 0; q < kQuads; ++q) {
+    const float(&c)[4] = sums[q / T::kTokenTiles][q % T::kTokenTiles];
+    own[q * T::kThreads] = float4{c[0], c[1], c[2], c[3]};
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    const uint32_t before = take_ticket(destination.tickets + segment.tile);
+    const bool is_last = before == static_cast<uint32_t>(last_block - first_block);
+    if (is_last) destination.tickets[segment.tile] = 0;
+    *shared_flag = is_last;
+  }
+  __syncthreads();
+  const bool is_last = *shared_flag != 0;
+  __syncthreads();
+  if (!is_last) return false;
+
+#pragma unroll
+  for (int q = 0; q < kQuads; ++q) {
+    float(&c)[4] = sums[q / T::kTokenTiles][q % T::kTokenTiles];
+    c[0] = c[1] = c[2] = c[3] = 0.0f;
+  }
+#pragma unroll 1
+  for (int block = first_block; block <= last_block; ++block) {
+    const float4* const part = part_of(block);
+#pragma unroll
+    for (int q = 0; q < kQuads; ++q) {
+      float(&c)[4] = sums[q / T::kTokenTiles][q % T::kTokenTiles];
+      const float4 value = load_quad_shared_by_blocks(part + q * T::kThreads);
+      c[0] += value.x;
+      c[1] += value.y;
+      c[2] += value.z;
+      c[3] += value.w;
+    }
+  }
+  return true;
+}
+
+__device__ __forceinline__ float silu(float value) { return value / (1.0f + __expf(-value)); }
+
+// fp16 results, laid out token by token in shared memory and stored in 16-byte chunks.
+template <class T, Output kOutput>
+__device__ __forceinline__ void store_half(const float (&sums)[T::kRowTiles][T::kTokenTiles][4],
+                                           const Shape& shape, const Destination& destination,
+                                           int first_token, int first_output, char* shared) {
+  constexpr int kWidth = kOutput == Output::kSilu ? T::kOutputs / 2 : T::kOutputs;
+  constexpr int kPitch = kWidth * 2 + 16;  // tokens on different banks
+  const int lane = threadIdx.x % kWarpSize;
+  const int warp = threadIdx.x / kWarpSize;
+  const bool is_odd = lane / 4 % 2;
+#pragma unroll
+  for (int i = 0; i < T::kRowTiles; ++i) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      // This lane's pair of outputs, after rows r and r ^ 1 have exchanged a token.
+      const int output = warp % T::kWarpsOut * T::kWarpOutputs + i * 16 + half * 8 + (lane / 4 & ~1);
+      uint32_t biases = 0;
+      if (kOutput == Output::kHalf && destination.bias != nullptr &&
+          first_output + output < shape.outputs)
+        biases = *reinterpret_cast<const uint32_t*>(destination.bias + first_output + output);
+#pragma unroll
+      for (int j = 0; j < T::kTokenTiles; ++j) {
+        const float first = sums[i][j][2 * half];
+        const float second = sums[i][j][2 * half + 1];
+        const float mine = is_odd ? second : first;
+        const float sent = is_odd ? first : second;
+        const float received = __shfl_xor_sync(kFullMask, sent, 4);
+        const float low = is_odd ? received : mine;
+        const float high = is_odd ? mine : received;
+        const int token = warp / T::kWarpsOut * T::kWarpTokens + j * 8 + lane % 4 * 2 + is_odd;
+        char* const row = shared + token * kPitch;
+        if (kOutput == Output::kSilu)
+          reinterpret_cast<fp16*>(row)[output / 2] = to_fp16(silu(low) * high);
+        else
+          reinterpret_cast<uint32_t*>(row)[output / 2] =
+              pack_fp16(low + low_to_float(biases), high + high_to_float(biases));
+      }
+    }
+  }
+  __syncthreads();
+  constexpr int kChunks = kWidth * 2 / 16;
+  const int width = kOutput == Output::kSilu ? shape.outputs / 2 : shape.outputs;
+  const int first_column = kOutput == Output::kSilu ? first_output / 2 : first_output;
+#pragma unroll 4
+  for (int index = threadIdx.x; index < T::kTokens * kChunks; index += T::kThreads) {
+    const int token = index / kChunks;
+    const int column = first_column + index % kChunks * 8;
+    if (first_token + token < shape.num_tokens && column < width)
+      *reinterpret_cast<uint4*>(destination.out +
+                                static_cast<int64_t>(first_token + token) * width + column) =
+          *reinterpret_cast<const uint4*>(shared + token * kPitch + index % kChunks * 16);
+  }
+}
+
+// residual += sums: eight lanes share 32 bytes of a token's row.
+template <class T>
+__device__ __forceinline__ void add_residual(const float (&sums)[T::kRowTiles][T::kTokenTiles][4],
+                                             const Shape& shape, const Destination& destination,
+                                             int first_token, int first_output) {
+  const int lane = threadIdx.x % kWarpSize;
+  const int warp = threadIdx.x / kWarpSize;
+  const int token = first_token + warp / T::kWarpsOut * T::kWarpTokens + lane % 4 * 2;
+  const int output = first_output + warp % T::kWarpsOut * T::kWarpOutputs + lane / 4;
+#pragma unroll
+  for (int i = 0; i < T::kRowTiles; ++i) {
+    float old[T::kTokenTiles][4];
+    float bias[2] = {};
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int own = output + i * 16 + half * 8;
+      if (destination.bias != nullptr && own < shape.outputs)
+        bias[half] = to_float(destination.bias[own]);
+    }
+    // All loads before the first store: the compiler cannot know that they do not overlap.
+#pragma unroll
+    for (int part = 0; part < 2; ++part) {
+#pragma unroll
+      for (int j = 0; j < T::kTokenTiles; ++j) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          const int own_token = token + j * 8 + c % 2;
+          const int own = output + i * 16 + c / 2 * 8;
+          float* const place =
+              destination.residual + static_cast<int64_t>(own_token) * shape.outputs + own;
+          if (own_token < shape.num_tokens && own < shape.outputs) {
+            if (part == 0)
+              old[j][c] = *place;
+            else
+              *place = old[j][c] + (sums[i][j][c] + bias[c / 2]);
+          }
+        }
+      }
+    }
+  }
+}
+
+template <class T, class Weights, Output kOutput>
+__device__ __forceinline__ void run_gemm(const Weights& weights, const fp16* x, const Shape& shape,
+                                         const Destination& destination, int stream_tiles) {
+  char* const shared = dynamic_shared_bytes();
+  let_dependents_launch();
+  wait_for_inputs();
+  const Schedule schedule = Schedule::make<T>(shape, stream_tiles);
+  int unit = schedule.begin(blockIdx.x);
+  const int end = schedule.begin(blockIdx.x + 1);
+  int whole_tile = stream_tiles + blockIdx.x;
+#pragma unroll 1
+  for (;;) {
+    Segment segment;
+    if (unit < end) {
+      segment.tile = unit / schedule.steps;
+      segment.first = unit - segment.tile * schedule.steps;
+      segment.count = smaller(schedule.steps - segment.first, end - unit);
+      unit += segment.count;
+    } else if (whole_tile < schedule.tiles) {
+      segment = Segment{whole_tile, 0, schedule.steps};
+      whole_tile += gridDim.x;
+    } else {
+      return;
+    }
+    const int output_tile = segment.tile / schedule.token_tiles;
+    const int token_tile = segment.tile - output_tile * schedule.token_tiles;
+    const int first_output = output_tile * T::kOutputs;
+    const int first_token = token_tile * T::kTokens;
+    float sums[T::kRowTiles][T::kTokenTiles][4] = {};
+    Pipeline<T, Weights>{weights, x, shape, shared, first_token, first_output}.multiply_segment(
+        sums, segment);
+    if (segment.count != schedule.steps &&
+        !combine_parts<T>(sums, schedule, segment, destination, reinterpret_cast<int*>(shared)))
+      continue;
+    if (kOutput == Output::kAdd)
+      add_residual<T>(sums, shape, destination, first_token, first_output);
+    else
+      store_half<T, kOutput>(sums, shape, destination, first_token, first_output, shared);
+    __syncthreads();
+  }
+}
+
+}  // namespace
+
+#endif

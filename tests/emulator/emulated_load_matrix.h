@@ -1,0 +1,55 @@
+// What load_matrix.cuh has as PTX, on the CPU. Included by cuda_emulator.h.
+#pragma once
+
+namespace {
+
+template <int kCount>
+void emulated_load_matrices(uint32_t (&r)[kCount], const void* row, bool is_transposed) {
+  const uint64_t mine = reinterpret_cast<uint64_t>(row);
+  if (mine % 16) emulator::fail("a row of a matrix is not aligned");
+  const emulator::Slot* slots = emulator::exchange(&mine, 8, kOpLoadMatrix);
+  const int lane = emulator::my_lane();
+  for (int j = 0; j < kCount; ++j) {
+    uint16_t pair[2];
+    for (int i = 0; i < 2; ++i) {
+      const int fast = lane % 4 * 2 + i, slow = lane / 4;
+      const int matrix_row = is_transposed ? fast : slow, column = is_transposed ? slow : fast;
+      memcpy(&pair[i], reinterpret_cast<const uint16_t*>(slots[8 * j + matrix_row].words[0]) + column, 2);
+    }
+    memcpy(&r[j], pair, 4);
+  }
+}
+void load_matrices(uint32_t (&r)[4], const void* row) { emulated_load_matrices(r, row, false); }
+void load_two_matrices(uint32_t (&r)[2], const void* row) { emulated_load_matrices(r, row, false); }
+void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
+  emulated_load_matrices(r, row, true);
+}
+
+uint32_t flushed_pair(float low, float high) {
+  const float values[2] = {low, high};
+  uint32_t result = 0;
+  for (int i = 0; i < 2; ++i) {
+    uint16_t bits = emulated_to_bits(values[i]);
+    if ((bits & 0x7c00) == 0) bits &= 0x8000;
+    result |= static_cast<uint32_t>(bits) << 16 * i;
+  }
+  return result;
+}
+uint32_t subtract_pairs(uint32_t a, uint32_t b) {
+  return flushed_pair(emulated_to_float(a & 0xffff) - emulated_to_float(b & 0xffff),
+                      emulated_to_float(a >> 16) - emulated_to_float(b >> 16));
+}
+uint32_t multiply_pairs(uint32_t a, uint32_t b) {
+  return flushed_pair(emulated_to_float(a & 0xffff) * emulated_to_float(b & 0xffff),
+                      emulated_to_float(a >> 16) * emulated_to_float(b >> 16));
+}
+void copy16_or_zeros_async(void* shared, const void* global, bool has_data) {
+  alignas(16) static const char zeros[16] = {};
+  copy16_async(shared, has_data ? global : zeros);
+}
+
+template <uint32_t kMask, uint32_t kBits>
+uint32_t mask_and_set(uint32_t word) { return (word & kMask) | kBits; }
+float4 load_quad_shared_by_blocks(const float4* pointer) { return *pointer; }
+
+}  // namespace
