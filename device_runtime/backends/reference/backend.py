@@ -12,6 +12,7 @@ from device_runtime.backends.base import Batch
 from device_runtime.backends.kv_format import KvFormat, kv_page_bytes
 from device_runtime.backends.memory_plan import MIB, CacheRequest, MemoryPlan, MemorySurvey
 from device_runtime.backends.reference.attention import MAX_SCORES
+from device_runtime.backends.reference.blas_threads import make_governor
 from device_runtime.backends.reference.decoder import Decoder
 from device_runtime.backends.reference.kv_cache import make_kv_cache, read_kv_scales
 from device_runtime.backends.reference.sampler import sample
@@ -36,6 +37,7 @@ class ReferenceBackend:
     def __init__(self) -> None:
         self._weights: Weights | None = None
         self._decoder: Decoder | None = None
+        self._threads = make_governor()
         self._seen: dict[int, NDArray[np.bool_]] = {}
         self._finished: list[list[tuple[int, int]]] = []
 
@@ -97,7 +99,8 @@ class ReferenceBackend:
             raise InternalError("the reference backend has no token outstanding to chain to")
         decoder, weights = self._loaded()
         self._learn(batch)
-        hidden = decoder.run(batch)
+        with self._threads.step():
+            hidden = decoder.run(batch)
         rows = np.flatnonzero(batch.is_sampled)
         last = batch.query_start[rows + 1] - 1
         logits = weights.logits(hidden[last])
@@ -119,7 +122,8 @@ class ReferenceBackend:
     def logits(self, batch: Batch) -> NDArray[np.float32]:
         """See `Backend.logits`."""
         decoder, weights = self._loaded()
-        return weights.logits(decoder.run(batch))
+        with self._threads.step():
+            return weights.logits(decoder.run(batch))
 
     def forget(self, sequence_id: int) -> None:
         """See `Backend.forget`."""
