@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
+from jinja2 import Template
 from jinja2.exceptions import TemplateError
 
 from device_runtime.errors import PackageError, RequestError
@@ -36,6 +38,11 @@ class JinjaTemplate:
     source: str
     variables: Mapping[str, str]
     special_tokens: tuple[str, ...]
+
+    @cached_property
+    def _compiled(self) -> tuple[GuardedEnvironment, Template]:
+        environment = GuardedEnvironment()
+        return environment, environment.compiled(self.source)
 
     @property
     def writes_bos(self) -> bool:
@@ -76,7 +83,8 @@ class JinjaTemplate:
 
     def _run(self, variables: dict[str, object]) -> str:
         try:
-            return GuardedEnvironment().run(self.source, variables)
+            environment, template = self._compiled
+            return environment.run(template, variables)
         except TemplateRaised as error:
             raise RequestError(f"the model's chat template refuses: {error}") from error
         except TemplateLimitError as error:

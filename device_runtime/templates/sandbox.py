@@ -18,7 +18,7 @@ from datetime import datetime
 from types import FrameType
 from typing import Any
 
-from jinja2 import nodes
+from jinja2 import Template, nodes
 from jinja2.compiler import CodeGenerator, Frame
 from jinja2.exceptions import SecurityError, TemplateError
 from jinja2.ext import Extension, loopcontrols
@@ -142,19 +142,30 @@ class GuardedEnvironment(ImmutableSandboxedEnvironment):
         }
         self._spent = 0
 
-    def run(self, source: str, variables: dict[str, Any]) -> str:
-        """Compile and render one template within the limits.
+    def compiled(self, source: str) -> Template:
+        """Return a template of this environment.
+
+        Raises:
+            TemplateLimitError: compiling it, constants folded, does too much.
+            TemplateError: it is no template.
+            Exception: whatever wrong constants raise.
+        """
+        self._spent = 0
+        with _deadline(MAX_SECONDS):
+            return self.from_string(source)
+
+    def run(self, template: Template, variables: dict[str, Any]) -> str:
+        """Render a template of this environment within the limits.
 
         Raises:
             TemplateLimitError: it does too much.
             TemplateRaised: it refuses the messages.
-            TemplateError: it is no template, or touches what it must not.
+            TemplateError: it touches what it must not.
             Exception: whatever wrong code raises.
         """
         self._spent = 0
         with _deadline(MAX_SECONDS):
-            text: str = self.from_string(source).render(variables)
-        return text
+            return template.render(variables)
 
     def pay(self, value: Any) -> Any:
         """Return ``value`` once its size is taken off the budget.
