@@ -174,13 +174,15 @@ class ChatSession:
     ) -> Generator[Output, None, None]:
         answer_ids: list[int] = []
         answer = ""
+        is_first = True
         last: Output | None = None
         try:
             for output in outputs:
                 answer_ids.extend(output.token_ids)
-                if not answer:
+                if is_first and output.text:
                     # The blank that SentencePiece puts before a first word is not the model's.
                     output = replace(output, text=output.text.removeprefix(" "))
+                    is_first = False
                 answer += output.text
                 last = output
                 yield output

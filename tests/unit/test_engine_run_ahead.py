@@ -222,6 +222,20 @@ def test_a_backend_that_answers_for_others_is_caught(package) -> None:
         list(engine.generate([5, 6]))
 
 
+def test_sequences_that_nothing_can_run_are_our_mistake(package, monkeypatch) -> None:
+    engine = make_engine(package, FakeBackend())
+    monkeypatch.setattr(engine._scheduler, "schedule", lambda: ())
+    with pytest.raises(InternalError, match="1 sequences wait and none can run"):
+        list(engine.generate([5, 6]))
+
+
+def test_an_evaluation_without_pages_is_our_mistake(package) -> None:
+    engine = make_engine(package, FakeBackend(), pages=1)
+    assert engine._scheduler.take_page() is not None
+    with pytest.raises(InternalError, match="no page is free for token 2 although nothing runs"):
+        engine.logits([5, 6])
+
+
 def test_what_cannot_be_asked_is_refused_at_once(package) -> None:
     engine = make_engine(package, FakeBackend(), pages=2, session_len=100)
     with pytest.raises(RequestError, match="the prompt has no tokens"):
