@@ -10,7 +10,7 @@ from tiny_package import make_package
 from device_runtime.backends.sampling_params import SamplingParams
 from device_runtime.engine.chat_session import ChatSession
 from device_runtime.engine.engine import Engine
-from device_runtime.engine.generation import GenerationParams
+from device_runtime.engine.generation import GenerationParams, Output
 from device_runtime.errors import DeviceError, RequestError
 from device_runtime.package_format.manifest import TemplateChoice
 from device_runtime.package_format.package import open_package
@@ -179,6 +179,27 @@ def test_a_running_answer_keeps_the_session_from_being_reset(engine) -> None:
     with pytest.raises(RequestError, match=r"session \d+ is busy"):
         chat.reset()
     stream.close()
+
+
+@pytest.mark.parametrize(
+    ("pieces", "expected"),
+    [
+        (["", " Paris", " is"], "Paris is"),
+        (["Paris", " is"], "Paris is"),
+        ([" ", " x"], " x"),
+        (["  indented"], " indented"),
+    ],
+)
+def test_the_one_blank_before_a_first_word_is_not_shown(engine, pieces, expected) -> None:
+    def outputs():
+        for number, text in enumerate(pieces):
+            reason = "length" if number == len(pieces) - 1 else None
+            yield Output(7, text, (5,), reason, None, 3, 0, number + 1, 0.1, 10.0)
+
+    chat = ChatSession(engine)
+    shown = [output.text for output in chat._answer("hello", [9], "prompt", outputs())]
+    assert "".join(shown) == expected
+    assert chat.messages[1].content == expected
 
 
 def test_the_package_decides_how_to_sample_when_nobody_does(engine) -> None:
