@@ -64,7 +64,8 @@ class ContentHasher:
         """Read the memory; one that is damaged or absent is an empty one.
 
         Args:
-            memory: the JSON file, made when first needed.
+            memory: the JSON file, made when first needed; the folder above its own may move
+                together with the files in it.
         """
         self._memory = memory
         self._known: dict[str, list[object]] = {}
@@ -81,7 +82,7 @@ class ContentHasher:
         stamps = [_stamp(path) for path in targets]
         digests: list[str | None] = []
         for path, stamp in zip(targets, stamps, strict=True):
-            known = self._known.get(str(path.absolute()))
+            known = self._known.get(self._key(path))
             digests.append(str(known[-1]) if known is not None and known[:-1] == stamp else None)
         missing = [index for index, digest in enumerate(digests) if digest is None]
         if missing:
@@ -105,12 +106,18 @@ class ContentHasher:
             digest.update(f"{content}  {name}\n".encode())
         return digest.hexdigest()
 
+    def _key(self, path: Path) -> str:
+        """Return a name that stays when the folder of the memory moves with its files."""
+        home = self._memory.parent.parent.absolute()
+        place = path.absolute()
+        return place.relative_to(home).as_posix() if place.is_relative_to(home) else str(place)
+
     def _remember(self, path: Path, stamp: list[object], digest: str, started_ns: int) -> None:
         changed_ns = int(str(stamp[1]))
         if started_ns - changed_ns > SETTLE_S * 1e9 and stamp == _stamp(path):
-            self._known[str(path.absolute())] = [*stamp, digest]
+            self._known[self._key(path)] = [*stamp, digest]
         else:
-            self._known.pop(str(path.absolute()), None)
+            self._known.pop(self._key(path), None)
 
 
 def _stamp(path: Path) -> list[object]:

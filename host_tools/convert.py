@@ -15,6 +15,7 @@ from device_runtime.package_format.package import open_package
 from device_runtime.package_format.workspace import WorkspaceWriter
 from host_tools.checkpoint import Checkpoint
 from host_tools.origin import read_origin
+from host_tools.output_folder import replace_folder
 from host_tools.package_facts import describe
 from host_tools.package_options import ConvertOptions
 from host_tools.progress import Progress
@@ -66,11 +67,11 @@ def convert(
         writer.finish()
         write_manifest(part, manifest)
         open_package(part)
-        _replace_folder(part, output)
-    weights = output / names.WEIGHTS_DIR
-    # config.ini may be edited by hand and kv-qparams changes the manifest: neither is watched.
-    tensors = [path for path in weights.iterdir() if path.name != names.CONFIG_INI]
-    stage.record([*tensors, output / names.TOKENIZER_DIR])
+        # config.ini may be edited by hand and kv-qparams changes the manifest: neither is watched.
+        weights = (part / names.WEIGHTS_DIR).iterdir()
+        tensors = [path for path in weights if path.name != names.CONFIG_INI]
+        stage.record([*tensors, part / names.TOKENIZER_DIR], part)
+        replace_folder(part, output)
     return output
 
 
@@ -151,14 +152,3 @@ def _check_replaceable(output: Path) -> None:
         raise UsageError(
             f"{output} exists and is not a workspace of ours, name another output or remove it"
         )
-
-
-def _replace_folder(part: Path, output: Path) -> None:
-    """Put the finished folder in place of the old one; a kill leaves one of them whole."""
-    old = output.with_name(f".{output.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if output.is_dir():
-        output.rename(old)
-    part.rename(output)
-    durable.sync_folder(output.parent)
-    shutil.rmtree(old, ignore_errors=True)

@@ -80,8 +80,8 @@ def quantize(
             part.mkdir(parents=True)
             write_awq_folder(part, checkpoint, layers, options.group_size)
             _write_origin(checkpoint_dir, part, tokens)
+            stage.record([part], part)
             replace_folder(part, output_dir)
-            stage.record([output_dir])
     return output_dir
 
 

@@ -52,7 +52,7 @@ class Stage:
         Raises:
             PackageError: an input is not there.
         """
-        hasher = self._hasher()
+        hasher = _hasher(self.folder)
         return [hasher.hash_tree(path) for path in self.inputs]
 
     @cached_property
@@ -79,46 +79,49 @@ class Stage:
             return False
         if fingerprint != self.fingerprint:
             return False
-        paths = [self._output_path(name) for name in outputs]
+        paths = [self.folder / name for name in outputs]
         if not all(path.is_file() for path in paths):
             return False
-        return self._hasher().hash_files(paths) == list(outputs.values())
+        return _hasher(self.folder).hash_files(paths) == list(outputs.values())
 
-    def record(self, outputs: Sequence[Path]) -> None:
-        """Write down that the stage is finished; call it when every output is in its place.
+    def record(self, outputs: Sequence[Path], folder: Path | None = None) -> None:
+        """Write down that the stage is finished; call it when every output is whole.
 
         Args:
             outputs: files and folders the stage wrote. A file that a later stage may change is
                 left out.
+            folder: where they are now, when that is not yet the stage's folder: the record then
+                lies beside them and takes its place together with them, in one rename.
         """
+        place = self.folder if folder is None else folder
         paths = [path for output in outputs for _, path in content_files(output)]
-        hashes = self._hasher().hash_files(paths)
+        hashes = _hasher(place).hash_files(paths)
         facts = {
             "stage": self.name,
             "fingerprint": self.fingerprint,
             "settings": dict(self.settings),
             "outputs": {
-                self._output_name(path): content
+                _output_name(path, place): content
                 for path, content in zip(paths, hashes, strict=True)
             },
         }
-        self.record_path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.record_path, json.dumps(facts, indent=2, sort_keys=True).encode())
+        record_path = place / RECORD_DIR / self.record_path.name
+        record_path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(record_path, json.dumps(facts, indent=2, sort_keys=True).encode())
 
     def forget(self) -> None:
         """Drop the record before outputs are replaced, so that a kill leaves no false claim."""
         self.record_path.unlink(missing_ok=True)
 
-    def _hasher(self) -> ContentHasher:
-        return ContentHasher(self.folder / RECORD_DIR / "hashes.json")
 
-    def _output_name(self, path: Path) -> str:
-        if path.is_relative_to(self.folder):
-            return path.relative_to(self.folder).as_posix()
-        return path.absolute().as_posix()
+def _hasher(folder: Path) -> ContentHasher:
+    return ContentHasher(folder / RECORD_DIR / "hashes.json")
 
-    def _output_path(self, name: str) -> Path:
-        return self.folder / name
+
+def _output_name(path: Path, folder: Path) -> str:
+    if path.is_relative_to(folder):
+        return path.relative_to(folder).as_posix()
+    return path.absolute().as_posix()
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 
 import pytest
 
@@ -181,3 +182,31 @@ def test_a_record_can_be_read_for_a_report(folders):
 def test_locks_of_different_names_do_not_exclude_each_other(tmp_path):
     with exclusive(tmp_path, "build-lock"), exclusive(tmp_path):
         pass
+
+
+def test_a_record_takes_its_place_together_with_the_result(folders):
+    source, output = folders
+    stage = Stage("copy", output / "result", (source,), {"bits": 4})
+    assert not stage.is_finished()
+    part = output / ".result.part"
+    part.mkdir()
+    (part / "b.txt").write_text("result")
+    age(part / "b.txt")
+    stage.record([part / "b.txt"], part)
+    assert not stage.is_finished()
+    shutil.rmtree(output / "result", ignore_errors=True)
+    part.rename(output / "result")
+    assert Stage("copy", output / "result", (source,), {"bits": 4}).is_finished()
+
+
+def test_hashes_are_remembered_when_their_folder_moves(folders, monkeypatch):
+    _, output = folders
+    (output / "one" / ".turbojet").mkdir(parents=True)
+    (output / "one" / "a.txt").write_text("abc")
+    age(output / "one" / "a.txt")
+    memory = ".turbojet/hashes.json"
+    ContentHasher(output / "one" / memory).hash_files([output / "one" / "a.txt"])
+    (output / "one").rename(output / "two")
+    monkeypatch.setattr("host_tools.content_hash.file_sha256", lambda path: "read again")
+    hasher = ContentHasher(output / "two" / memory)
+    assert hasher.hash_files([output / "two" / "a.txt"]) == [ABC_SHA256]

@@ -1,0 +1,203 @@
+"""The whole pipeline on a tiny checkpoint: what comes out, what is kept, what a kill leaves."""
+
+import multiprocessing
+import random
+import time
+from pathlib import Path
+
+import pytest
+from test_convert_bytes import GQA_64, int4_tensors
+from tiny_checkpoints import llama_tensors, write_checkpoint
+from tiny_tokenizer import write_tokenizer
+
+from device_runtime.errors import UsageError
+from device_runtime.package_format.archive_reader import extract_archive
+from device_runtime.package_format.package import verify_package
+from host_tools.build import build
+from host_tools.options import CalibrateOptions
+from host_tools.package_options import BuildOptions, ConfigValues
+from host_tools.progress import Progress
+
+NUM_KILLS = 12
+
+
+class Notes(Progress):
+    """Keeps what the stages say."""
+
+    def __init__(self):
+        self.lines = []
+
+    def note(self, text):
+        self.lines.append(text)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A float checkpoint and a text to calibrate on."""
+    folder = tmp_path_factory.mktemp("build")
+    write_checkpoint(folder / "tiny-llama", GQA_64.config(), llama_tensors(GQA_64.config()))
+    write_tokenizer(folder / "tiny-llama")
+    letters = random.Random(0).choices("abcdefgh \n", k=4000)
+    (folder / "text.txt").write_text("".join(letters))
+    return folder / "tiny-llama"
+
+
+def options(source, **changes):
+    text = str(source.parent / "text.txt")
+    calibration = CalibrateOptions(text, num_samples=2, seqlen=64, device="cpu")
+    return BuildOptions(**{"calibrate": calibration, "target": "orin-nano-8gb", **changes})
+
+
+def run(source, folder, progress=None, **changes):
+    return build(
+        str(source), folder / "x.tgz", folder / "work", options(source, **changes),
+        progress or Progress(),
+    )  # fmt: skip
+
+
+def test_every_stage_runs_in_order_and_the_package_installs(source, tmp_path):
+    notes = Notes()
+    report = run(source, tmp_path, notes)
+    assert [stage.name for stage in report.stages] == [
+        "fetch", "calibrate", "quantize", "convert", "kv-qparams", "pack",
+    ]  # fmt: skip
+    assert report.archive == tmp_path / "x.tgz"
+    assert report.name == "tiny-llama"
+    extract_archive(report.archive, tmp_path / "installed")
+    package = verify_package(tmp_path / "installed")
+    manifest = package.manifest
+    assert package.has_kv_scales
+    assert manifest.quantization.method == "awq"
+    assert manifest.quantization.kv_scales == "asymmetric"
+    assert manifest.provenance.source == "tiny-llama"
+    assert manifest.provenance.calibration.num_samples == 2
+    assert manifest.provenance.calibration.dataset == "text.txt"
+    assert manifest.memory == report.memory
+    # 128 divides hidden 128, 512 attention outputs and 256 inner
+    assert manifest.model.group_size == 128
+    # online int8 unless told; the whole context; pages of one kernel tile
+    assert (package.config.quant_policy, package.config.session_len) == (8, 256)
+    assert package.config.cache_block_seq_len == 64
+    assert any(line.startswith("build: w-group-size 128") for line in notes.lines)
+    assert any(line.startswith("plan for orin-nano-8gb: ") for line in notes.lines)
+    for stage in report.stages:
+        assert stage.seconds_s > 0
+        assert stage.peak_anon_bytes > 1 << 20
+        assert stage.size_bytes > 0
+        assert not stage.is_kept
+
+
+def test_a_second_build_keeps_every_stage_and_the_bytes(source, tmp_path):
+    first = run(source, tmp_path)
+    data, made_ns = first.archive.read_bytes(), first.archive.stat().st_mtime_ns
+    second = run(source, tmp_path)
+    # a folder is used where it lies, so there is nothing to keep of fetch
+    assert [stage.name for stage in second.stages if not stage.is_kept] == ["fetch"]
+    assert first.archive.read_bytes() == data
+    assert first.archive.stat().st_mtime_ns == made_ns
+
+
+def test_a_changed_setting_repeats_only_what_depends_on_it(source, tmp_path):
+    run(source, tmp_path)
+    report = run(source, tmp_path, config=ConfigValues(session_len=100))
+    kept = [stage.name for stage in report.stages if stage.is_kept]
+    assert kept == ["calibrate", "quantize"]
+
+
+def test_two_builds_elsewhere_give_the_same_bytes(source, tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    first, second = run(source, tmp_path / "a"), run(source, tmp_path / "b")
+    assert first.archive.read_bytes() == second.archive.read_bytes()
+
+
+def test_float_weights_need_no_calibration(source, tmp_path):
+    report = run(source, tmp_path, method="none")
+    assert [stage.name for stage in report.stages] == ["fetch", "convert", "pack"]
+
+
+def test_round_to_nearest_needs_no_calibration(source, tmp_path):
+    report = run(source, tmp_path, method="rtn", group_size=64)
+    assert [stage.name for stage in report.stages] == ["fetch", "quantize", "convert", "pack"]
+    extract_archive(report.archive, tmp_path / "installed")
+    package = verify_package(tmp_path / "installed")
+    assert package.manifest.quantization.method == "rtn"
+    assert package.model.group_size == 64
+
+
+def test_the_static_kv_cache_calibrates_float_weights_too(source, tmp_path):
+    report = run(source, tmp_path, method="none", config=ConfigValues(quant_policy=4))
+    assert [stage.name for stage in report.stages] == [
+        "fetch", "calibrate", "convert", "kv-qparams", "pack",
+    ]  # fmt: skip
+
+
+def test_a_quantized_source_is_converted_as_it_is(tmp_path):
+    awq = tmp_path / "awq"
+    write_checkpoint(awq, GQA_64.config(), int4_tensors(GQA_64, 64))
+    write_tokenizer(awq)
+    (tmp_path / "text.txt").write_text("x")
+    notes = Notes()
+    report = run(awq, tmp_path, notes)
+    assert [stage.name for stage in report.stages] == ["fetch", "convert", "pack"]
+    assert any("is quantized already, in groups of 64" in line for line in notes.lines)
+    with pytest.raises(UsageError, match="quant-policy 4 needs statistics of the floating-point"):
+        run(awq, tmp_path, config=ConfigValues(quant_policy=4))
+
+
+def test_a_model_too_large_for_its_board_stops_before_the_long_stages(source, tmp_path):
+    with pytest.raises(UsageError, match="session-len 99999999 does not fit on orin-nano-8gb"):
+        run(source, tmp_path, config=ConfigValues(session_len=99999999))
+    assert not (tmp_path / "work" / "key_stats.pth").exists()
+
+
+def test_an_unknown_board_stops_before_anything(source, tmp_path):
+    with pytest.raises(UsageError, match="no board is called 'nano'"):
+        run(source, tmp_path, target="nano")
+    assert not (tmp_path / "work").exists()
+
+
+def test_a_folder_as_output_is_refused(source, tmp_path):
+    with pytest.raises(UsageError, match="is a folder, name the archive to write in it"):
+        build(str(source), tmp_path, tmp_path / "work", options(source), Progress())
+
+
+def build_in_child(source, folder):
+    import torch
+
+    torch.set_num_threads(1)
+    run(Path(source), Path(folder))
+
+
+def test_a_build_killed_at_any_moment_resumes_and_ends_with_the_same_bytes(source, tmp_path):
+    # A server that has torch loaded forks the children: a kill then falls into the build itself.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_build"])
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+
+    def start(folder):
+        child = context.Process(target=build_in_child, args=(str(source), str(folder)))
+        child.start()
+        return child
+
+    start(tmp_path / "warm").join()
+    started_s = time.monotonic()
+    child = start(whole)
+    child.join()
+    assert child.exitcode == 0
+    whole_s = time.monotonic() - started_s
+    draw = random.Random(1)
+    num_killed = 0
+    for _ in range(NUM_KILLS):
+        child = start(killed)
+        child.join(draw.uniform(0.0, 0.7 * whole_s))
+        num_killed += child.exitcode is None
+        child.kill()
+        child.join()
+    assert num_killed
+    child = start(killed)
+    child.join()
+    assert child.exitcode == 0
+    assert (killed / "x.tgz").read_bytes() == (whole / "x.tgz").read_bytes()
+    names = {path.name for path in killed.iterdir()}
+    assert names == {"x.tgz", "work"}
