@@ -6,7 +6,6 @@ import argparse
 import json
 import sys
 from dataclasses import asdict
-from typing import TYPE_CHECKING
 
 from host_tools.fetch.options import FetchOptions
 from host_tools.options import CalibrateOptions, EvaluateOptions, QuantizeOptions
@@ -18,10 +17,7 @@ from host_tools.package_options import (
     PackOptions,
 )
 from host_tools.progress import format_bytes, make_progress
-
-if TYPE_CHECKING:
-    from host_tools.build import BuildReport
-    from host_tools.evaluate import EvaluationReport
+from host_tools.reports import plain_summary, print_evaluation, print_summary
 
 
 def run_fetch(args: argparse.Namespace) -> int:
@@ -85,12 +81,11 @@ def run_build(args: argparse.Namespace) -> int:
     from host_tools.build_choices import default_work_dir
 
     work_dir = args.work_dir or default_work_dir(args.output)
-
     report = build(args.source, args.output, work_dir, build_options(args), make_progress())
     if args.json:
-        print(json.dumps(_plain(report), indent=1))
+        print(json.dumps(plain_summary(report), indent=1))
     else:
-        _print_summary(report)
+        print_summary(report)
         print(report.archive)
     return 0
 
@@ -103,7 +98,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(asdict(report), indent=1))
     else:
-        _print_evaluation(report)
+        print_evaluation(report)
     return 0
 
 
@@ -173,59 +168,3 @@ def config_values(args: argparse.Namespace) -> ConfigValues:
         session_len=args.session_len,
         max_batch_size=args.max_batch_size,
     )
-
-
-def _plain(report: BuildReport) -> dict[str, object]:
-    """Return the report with paths as text, for JSON."""
-    facts = asdict(report)
-    facts["archive"] = str(report.archive)
-    for stage in facts["stages"]:
-        stage["result"] = str(stage["result"])
-    return facts
-
-
-def _print_summary(report: BuildReport) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"build of {report.name}", title_justify="left")
-    table.add_column("stage")
-    for title in ("seconds", "peak memory", "size"):
-        table.add_column(title, justify="right")
-    table.add_column("")
-    for stage in report.stages:
-        table.add_row(
-            stage.name,
-            f"{stage.seconds_s:.1f}",
-            format_bytes(stage.peak_anon_bytes),
-            format_bytes(stage.size_bytes),
-            "kept" if stage.is_kept else "",
-        )
-    Console(file=sys.stdout, highlight=False).print(table)
-
-
-def _print_evaluation(report: EvaluationReport) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(
-        title=f"{report.num_samples} windows of {report.seqlen} tokens of {report.dataset}",
-        title_justify="left",
-    )
-    table.add_column("target", overflow="fold")
-    table.add_column("kind", min_width=10)
-    titles = ["perplexity", "seconds"]
-    if report.comparisons:
-        titles += ["vs first", "KL", "top-1"]
-    for title in titles:
-        table.add_column(title, justify="right", no_wrap=True)
-    for result, comparison in zip(report.results, (None, *report.comparisons), strict=True):
-        row = [result.target, result.kind, f"{result.perplexity:.3f}", f"{result.seconds_s:.1f}"]
-        if comparison is not None:
-            row += [
-                f"{100 * comparison.perplexity_increase:+.2f}%",
-                f"{comparison.kl_divergence:.4f}",
-                f"{100 * comparison.top1_agreement:.1f}%",
-            ]
-        table.add_row(*row)
-    Console(file=sys.stdout, highlight=False).print(table)

@@ -1,0 +1,68 @@
+"""Shows what a build or an evaluation found: tables for people, plain values for JSON."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from host_tools.progress import format_bytes
+
+if TYPE_CHECKING:
+    from host_tools.build import BuildReport
+    from host_tools.evaluate import EvaluationReport
+
+
+def plain_summary(report: BuildReport) -> dict[str, object]:
+    """Return the report with paths as text, for JSON."""
+    facts = asdict(report)
+    facts["archive"] = str(report.archive)
+    for stage in facts["stages"]:
+        stage["result"] = str(stage["result"])
+    return facts
+
+
+def print_summary(report: BuildReport) -> None:
+    """Print what each stage of a build took."""
+    table = Table(title=f"build of {report.name}", title_justify="left")
+    table.add_column("stage")
+    for title in ("seconds", "peak memory", "size"):
+        table.add_column(title, justify="right")
+    table.add_column("")
+    for stage in report.stages:
+        table.add_row(
+            stage.name,
+            f"{stage.seconds_s:.1f}",
+            format_bytes(stage.peak_anon_bytes),
+            format_bytes(stage.size_bytes),
+            "kept" if stage.is_kept else "",
+        )
+    Console(file=sys.stdout, highlight=False).print(table)
+
+
+def print_evaluation(report: EvaluationReport) -> None:
+    """Print each target's perplexity, and how far it is from the first one."""
+    table = Table(
+        title=f"{report.num_samples} windows of {report.seqlen} tokens of {report.dataset}",
+        title_justify="left",
+    )
+    table.add_column("target", overflow="fold")
+    table.add_column("kind", min_width=10)
+    titles = ["perplexity", "seconds"]
+    if report.comparisons:
+        titles += ["vs first", "KL", "top-1"]
+    for title in titles:
+        table.add_column(title, justify="right", no_wrap=True)
+    for result, comparison in zip(report.results, (None, *report.comparisons), strict=True):
+        row = [result.target, result.kind, f"{result.perplexity:.3f}", f"{result.seconds_s:.1f}"]
+        if comparison is not None:
+            row += [
+                f"{100 * comparison.perplexity_increase:+.2f}%",
+                f"{comparison.kl_divergence:.4f}",
+                f"{100 * comparison.top1_agreement:.1f}%",
+            ]
+        table.add_row(*row)
+    Console(file=sys.stdout, highlight=False).print(table)
