@@ -22,7 +22,7 @@ def plan_here(package: Package, options: EngineOptions) -> MemoryPlan:
         PackageError: the package asks for a KV format that it or this turbojet does not have.
         DeviceError: the model does not fit, or the backend does not run here.
     """
-    with closing(create_backend(options.backend)) as backend:
+    with closing(create_backend(options.backend, package)) as backend:
         request = cache_request(package, options)
         survey = backend.survey(package, request, options.memory_limit_bytes)
         return plan_memory(package.model, request, survey)

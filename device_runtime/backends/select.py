@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from device_runtime.backends.base import Backend
 from device_runtime.errors import DeviceError, UsageError
+from device_runtime.package_format.package import Package
 
 BACKEND_NAMES = ("auto", "reference", "cuda")
 
 
-def create_backend(name: str) -> Backend:
+def create_backend(name: str, package: Package) -> Backend:
     """Return a backend with nothing loaded.
 
     Args:
-        name: one of `BACKEND_NAMES`; "auto" takes the fastest that runs here.
+        name: one of `BACKEND_NAMES`; "auto" takes cuda where there is a GPU with kernels that fit
+            the package, else reference.
+        package: what it shall run.
 
     Raises:
         UsageError: there is no backend of this name.
@@ -20,8 +23,25 @@ def create_backend(name: str) -> Backend:
     """
     if name not in BACKEND_NAMES:
         raise UsageError(f"backend is {name!r}, expected one of {', '.join(BACKEND_NAMES)}")
-    if name == "cuda":
-        raise DeviceError("this turbojet has no cuda backend, use the backend reference")
     from device_runtime.backends.reference.backend import ReferenceBackend
 
-    return ReferenceBackend()
+    if name == "reference":
+        return ReferenceBackend()
+    try:
+        return _cuda_backend(package)
+    except DeviceError:
+        if name == "cuda":
+            raise
+        return ReferenceBackend()
+
+
+def _cuda_backend(package: Package) -> Backend:
+    from device_runtime.backends.cuda.backend import CudaBackend
+
+    backend = CudaBackend()
+    try:
+        backend.check(package)
+    except BaseException:
+        backend.close()
+        raise
+    return backend

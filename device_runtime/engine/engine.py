@@ -104,11 +104,11 @@ class Engine:
         package = path if isinstance(path, Package) else open_package(path)
         tokenizer = Tokenizer.open(package)
         template = package_template(package, tokenizer)
-        backend = create_backend(options.backend)
-        request = cache_request(package, options)
-        survey = backend.survey(package, request, options.memory_limit_bytes)
-        plan = plan_memory(package.model, request, survey)
+        backend = create_backend(options.backend, package)
         try:
+            request = cache_request(package, options)
+            survey = backend.survey(package, request, options.memory_limit_bytes)
+            plan = plan_memory(package.model, request, survey)
             backend.load(package, plan)
             return cls(package, tokenizer, template, plan, backend)
         except BaseException:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from ctypes import POINTER, byref, c_int, c_uint, c_ulonglong, c_void_p
 from dataclasses import dataclass
 from types import TracebackType
+from typing import TypeAlias
 
 from device_runtime.errors import DeviceError
 from device_runtime.kernels.libcuda import Driver, Stream
@@ -14,6 +15,9 @@ from device_runtime.kernels.libcuda import Driver, Stream
 _CAPTURE_MODE_THREAD_LOCAL = 1
 _LAUNCH_CLUSTER_DIMENSION = 4  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
 _LAUNCH_PROGRAMMATIC_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+
+
+_ONE = c_uint(1)
 
 
 class _LaunchAttribute(ctypes.Structure):
@@ -51,41 +55,84 @@ class LaunchShape:
     cluster: int = 1
 
 
+Argument: TypeAlias = "ctypes._SimpleCData[int] | ctypes._SimpleCData[float]"
+"""A ctypes value, of the type of the kernel's parameter."""
+
+
+class Launch:
+    """A kernel, its shape and its arguments, laid out once for any number of launches.
+
+    The driver copies the arguments in `enqueue`, so `resize` may change them between two launches.
+    """
+
+    def __init__(
+        self,
+        driver: Driver,
+        function: c_void_p,
+        shape: LaunchShape,
+        arguments: Sequence[Argument],
+    ) -> None:
+        self._driver = driver
+        self._function = function
+        self._arguments = tuple(arguments)
+        self._pointers = (c_void_p * len(arguments))(
+            *(ctypes.cast(ctypes.pointer(value), c_void_p) for value in arguments)
+        )
+        self._grid = tuple(c_uint(size) for size in shape.grid)
+        self._block = c_uint(shape.block)
+        self._shared_bytes = c_uint(shape.shared_bytes)
+        attributes = _attributes(shape)
+        self._config: _LaunchConfig | None = None
+        if attributes:
+            self._config = _LaunchConfig(
+                (c_uint * 3)(*shape.grid),
+                (c_uint * 3)(shape.block, 1, 1),
+                shape.shared_bytes,
+                None,
+                (_LaunchAttribute * len(attributes))(*attributes),
+                len(attributes),
+            )
+
+    def resize(self, grid: tuple[int, int, int], values: Mapping[int, int]) -> None:
+        """Change the blocks and some whole-number arguments, by their place, of later launches."""
+        for place, value in values.items():
+            self._arguments[place].value = value
+        for size, wanted in zip(self._grid, grid, strict=True):
+            size.value = wanted
+        if self._config is not None:
+            self._config.grid[0:3] = grid
+
+    def enqueue(self, stream: Stream) -> None:
+        """Launch it once."""
+        if self._config is None:
+            self._driver.call(
+                "cuLaunchKernel",
+                self._function,
+                *self._grid,
+                self._block,
+                _ONE,
+                _ONE,
+                self._shared_bytes,
+                stream.pointer,
+                self._pointers,
+                None,
+            )
+            return
+        self._config.stream = stream.pointer
+        self._driver.call(
+            "cuLaunchKernelEx", byref(self._config), self._function, self._pointers, None
+        )
+
+
 def launch(
     driver: Driver,
     function: c_void_p,
     shape: LaunchShape,
     stream: Stream,
-    arguments: Sequence[ctypes._SimpleCData[int] | ctypes._SimpleCData[float]],
+    arguments: Sequence[Argument],
 ) -> None:
     """Enqueue a kernel; the arguments are ctypes values in the order of its parameters."""
-    pointers = (c_void_p * len(arguments))(
-        *(ctypes.cast(ctypes.pointer(value), c_void_p) for value in arguments)
-    )
-    attributes = _attributes(shape)
-    if not attributes:
-        driver.call(
-            "cuLaunchKernel",
-            function,
-            *(c_uint(size) for size in shape.grid),
-            c_uint(shape.block),
-            c_uint(1),
-            c_uint(1),
-            c_uint(shape.shared_bytes),
-            stream.pointer,
-            pointers,
-            None,
-        )
-        return
-    config = _LaunchConfig(
-        (c_uint * 3)(*shape.grid),
-        (c_uint * 3)(shape.block, 1, 1),
-        shape.shared_bytes,
-        stream.pointer,
-        (_LaunchAttribute * len(attributes))(*attributes),
-        len(attributes),
-    )
-    driver.call("cuLaunchKernelEx", byref(config), function, pointers, None)
+    Launch(driver, function, shape, arguments).enqueue(stream)
 
 
 def _attributes(shape: LaunchShape) -> list[_LaunchAttribute]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from device_runtime.backends.sampling_params import SamplingParams
 from device_runtime.engine.engine import Engine, EngineOptions
 from device_runtime.engine.generation import GenerationParams, Request
 from device_runtime.errors import DeviceError, PackageError, RequestError, UsageError
+from device_runtime.kernels import libcuda
 from device_runtime.package_format.model_config import RopeScaling
 
 GREEDY = SamplingParams(temperature=0.0)
@@ -233,10 +235,15 @@ def test_options_that_mean_nothing_are_refused(name) -> None:
         EngineOptions(**{name: 0})
 
 
-def test_backends_that_are_not_there_are_refused(made) -> None:
+def test_backends_that_are_not_there_are_refused(made, monkeypatch) -> None:
+    def no_library() -> object:
+        raise DeviceError("no CUDA driver was found (libcuda.so.1)")
+
+    monkeypatch.setattr(libcuda, "_load", no_library)
+    monkeypatch.setitem(sys.modules, "pycuda.driver", None)
     with pytest.raises(UsageError, match="backend is 'tpu', expected one of auto, reference, cuda"):
         Engine.open(made.root, EngineOptions(backend="tpu"))
-    with pytest.raises(DeviceError, match="no cuda backend"):
+    with pytest.raises(DeviceError, match="no CUDA driver was found"):
         Engine.open(made.root, EngineOptions(backend="cuda"))
 
 

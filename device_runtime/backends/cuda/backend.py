@@ -1,0 +1,149 @@
+"""The `Backend` interface over CUDA: graphs for decode steps, passes for prompts, run ahead."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import numpy as np
+from numpy.typing import NDArray
+
+from device_runtime.backends.base import Batch
+from device_runtime.backends.cuda.kernel_set import find_cubins, kernel_folders
+from device_runtime.backends.cuda.runner import Runner
+from device_runtime.backends.cuda.sizes import step_limits, upload_bytes
+from device_runtime.backends.cuda.support import check_model, sources_for
+from device_runtime.backends.cuda.survey import LAUNCH_BYTES, OpenDevice, open_device
+from device_runtime.backends.cuda.weights import weight_layout
+from device_runtime.backends.kv_format import KvFormat
+from device_runtime.backends.memory_plan import MIB, CacheRequest, MemoryPlan, MemorySurvey
+from device_runtime.backends.reference.kv_cache import read_kv_scales
+from device_runtime.errors import InternalError
+from device_runtime.package_format.package import Package
+
+MAX_STEPS_AHEAD = 3
+
+
+class CudaBackend:
+    """Runs on one NVIDIA GPU; opens it when it is made."""
+
+    name = "cuda"
+    max_steps_ahead = MAX_STEPS_AHEAD
+
+    def __init__(self) -> None:
+        """Open the device.
+
+        Raises:
+            DeviceError: there is no CUDA driver or no device.
+        """
+        self._device: OpenDevice | None = open_device()
+        self._runner: Runner | None = None
+        self._pending: deque[list[tuple[int, int, int]]] = deque()
+
+    def check(self, package: Package) -> None:
+        """Refuse a package that this device cannot run.
+
+        Raises:
+            DeviceError: the model is not supported, or there are no kernels for the device.
+        """
+        check_model(package.model)
+        folders = kernel_folders(package.kernels_dir)
+        group_size = package.model.group_size
+        find_cubins(folders, sources_for(package.model), group_size, self._open().driver)
+
+    def survey(
+        self, package: Package, request: CacheRequest, memory_limit_bytes: int | None
+    ) -> MemorySurvey:
+        """See `Backend.survey`."""
+        self.check(package)
+        if request.kv_format is KvFormat.INT8_STATIC:
+            read_kv_scales(package)
+        device = self._open()
+        num_sms = device.driver.attribute("multiprocessor_count")
+        limits = step_limits(package.model, request, num_sms)
+        workspace = limits.num_bytes + LAUNCH_BYTES
+        available = device.free_bytes + device.context_bytes
+        notes = []
+        if device.driver.attribute("integrated"):
+            workspace += upload_bytes(limits) * (MAX_STEPS_AHEAD + 2) + limits.ring_bytes
+        if memory_limit_bytes is not None and memory_limit_bytes < available:
+            available = memory_limit_bytes
+        elif memory_limit_bytes is not None:
+            notes.append(
+                f"the memory limit of {memory_limit_bytes // MIB} MiB is more than the "
+                f"{available // MIB} MiB that are available"
+            )
+        return MemorySurvey(
+            backend=self.name,
+            available_bytes=available,
+            weight_bytes=weight_layout(package.model).num_bytes,
+            workspace_bytes=workspace,
+            context_bytes=device.context_bytes,
+            is_capped_at_use=True,
+            notes=tuple(notes),
+        )
+
+    def load(self, package: Package, plan: MemoryPlan) -> None:
+        """See `Backend.load`."""
+        driver = self._open().driver
+        self._runner = Runner(driver, package, plan, MAX_STEPS_AHEAD)
+
+    def submit(self, batch: Batch) -> None:
+        """See `Backend.submit`."""
+        runner = self._loaded()
+        try:
+            self._pending.append(runner.submit(batch))
+        except BaseException:
+            self._fail()
+            raise
+
+    def collect(self) -> list[tuple[int, int]]:
+        """See `Backend.collect`."""
+        state = self._loaded().state
+        try:
+            return [
+                (sequence_id, state.take_token(slot, position))
+                for sequence_id, slot, position in self._pending.popleft()
+            ]
+        except BaseException:
+            self._fail()
+            raise
+
+    def logits(self, batch: Batch) -> NDArray[np.float32]:
+        """See `Backend.logits`."""
+        return self._loaded().logits(batch)
+
+    def forget(self, sequence_id: int) -> None:
+        """See `Backend.forget`."""
+        if self._runner is not None:
+            self._runner.forget(sequence_id)
+
+    def release(self, pages: list[int]) -> None:
+        """Nothing to do: pages are overwritten in place."""
+
+    def close(self) -> None:
+        """See `Backend.close`."""
+        runner, self._runner = self._runner, None
+        device, self._device = self._device, None
+        self._pending.clear()
+        try:
+            if runner is not None:
+                runner.close()
+        finally:
+            if device is not None:
+                device.driver.close()
+
+    def _fail(self) -> None:
+        """Leave nothing outstanding after a failure."""
+        self._pending.clear()
+        if self._runner is not None:
+            self._runner.reset()
+
+    def _open(self) -> OpenDevice:
+        if self._device is None:
+            raise InternalError("the cuda backend is closed")
+        return self._device
+
+    def _loaded(self) -> Runner:
+        if self._runner is None:
+            raise InternalError("the cuda backend has no package loaded")
+        return self._runner

@@ -1,0 +1,164 @@
+"""Loaded cubins: an entry point by its name, its arguments checked against the table."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from ctypes import c_float, c_int32, c_uint64, c_void_p
+from pathlib import Path
+
+from device_runtime.backends.cuda.driver import CudaDriver
+from device_runtime.errors import DeviceError, InternalError, PackageError
+from device_runtime.kernels.cubins import Cubin, choose_cubins, has_group_size, read_record
+from device_runtime.kernels.graphs import Argument, Launch, LaunchShape
+from device_runtime.kernels.libcuda import Module
+from device_runtime.kernels.table import Kernel, kernel
+
+VARIABLE = "TURBOJET_KERNELS"
+"""Folder of cubins that takes the place of the package's."""
+PLAIN_VARIABLE = "TURBOJET_PLAIN_KERNELS"
+"""When set, the plain variant of the kernels runs: what sm_72 gets, on a newer GPU."""
+_STATIC_SHARED_LIMIT = 48 << 10
+
+
+def kernel_folders(package_folder: Path) -> tuple[Path, ...]:
+    """Return where cubins may be, the first that has some wins."""
+    override = os.environ.get(VARIABLE)
+    if override:
+        return (Path(override),)
+    return (package_folder, Path(__file__).parents[2] / "kernels" / "cubins")
+
+
+def find_cubins(
+    folders: Sequence[Path], sources: Sequence[str], group_size: int, driver: CudaDriver
+) -> dict[str, Path]:
+    """Return the file of each source for this device.
+
+    Args:
+        folders: see `kernel_folders`.
+        sources: that are needed.
+        group_size: of the package's 4-bit matrices, or 0.
+        driver: of the device.
+
+    Raises:
+        DeviceError: no folder has what this device needs.
+        PackageError: a record is damaged.
+    """
+    sm, version = driver.sm, driver.version
+    is_plain = bool(os.environ.get(PLAIN_VARIABLE))
+    found: tuple[Cubin, ...] = ()
+    for folder in folders:
+        found = read_record(folder)
+        if found:
+            break
+    chosen = choose_cubins(found, sm, version, is_plain)
+    wanted = {source: group_size if has_group_size(source) else 0 for source in sources}
+    missing = [source for source, group in wanted.items() if (source, group) not in chosen]
+    if missing:
+        built = sorted({f"sm_{cubin.sm} by CUDA {cubin.cuda}" for cubin in found})
+        raise DeviceError(
+            f"no kernels for sm_{sm} and a driver of CUDA {version[0]}.{version[1]} in "
+            f"{' or '.join(str(folder) for folder in folders)} (missing {missing[0]}"
+            f"{f', group size {group_size}' if group_size else ''}; there are "
+            f"{', '.join(built) or 'none'}); pack for this board, set {VARIABLE} to a folder of "
+            "them or use the reference backend"
+        )
+    return {source: folder / chosen[source, group].file for source, group in wanted.items()}
+
+
+class KernelSet:
+    """Modules of one device; close it, or what it loaded stays."""
+
+    def __init__(self, driver: CudaDriver, files: dict[str, Path]) -> None:
+        """Load cubins.
+
+        Raises:
+            DeviceError: the driver refuses one.
+            PackageError: a file cannot be read.
+        """
+        self._driver = driver
+        self._functions: dict[str, c_void_p] = {}
+        self._modules: dict[str, Module] = {}
+        self.is_programmatic = driver.sm >= 90 and driver.has("cuLaunchKernelEx")
+        self.num_sms = driver.attribute("multiprocessor_count")
+        self.max_shared_bytes = driver.attribute("max_shared_memory_per_block")
+        self.sm_shared_bytes = driver.attribute("max_shared_memory_per_multiprocessor")
+        try:
+            for source, path in files.items():
+                self._modules[source] = Module(driver, path.read_bytes())
+        except OSError as error:
+            self.close()
+            raise PackageError(f"kernels cannot be read: {error}; install again") from error
+        except DeviceError:
+            self.close()
+            raise
+
+    def launch(
+        self,
+        name: str,
+        grid: tuple[int, int, int],
+        arguments: Sequence[int | float | None],
+        *,
+        shared_bytes: int = 0,
+    ) -> Launch:
+        """Return a launch of an entry point, ready to be enqueued.
+
+        Args:
+            name: as in the table.
+            grid: blocks, each at least 1.
+            arguments: addresses (None is null), whole numbers and floats, as the table's letters.
+            shared_bytes: dynamic shared memory.
+
+        Raises:
+            InternalError: the arguments do not fit the table's row.
+            DeviceError: the device has too little shared memory.
+        """
+        row = kernel(name)
+        if shared_bytes > self.max_shared_bytes:
+            raise DeviceError(
+                f"{name} needs {shared_bytes} bytes of shared memory, the device gives a block "
+                f"{self.max_shared_bytes}; use the reference backend"
+            )
+        if min(grid) < 1:
+            raise InternalError(f"{name} is launched with the grid {grid}")
+        shape = LaunchShape(grid, row.block, shared_bytes, self.is_programmatic)
+        return Launch(self._driver, self._function(row), shape, to_arguments(row, arguments))
+
+    def close(self) -> None:
+        """Unload everything; a second call does nothing."""
+        self._functions.clear()
+        for module in self._modules.values():
+            module.close()
+        self._modules.clear()
+
+    def _function(self, row: Kernel) -> c_void_p:
+        if row.name not in self._functions:
+            if row.source not in self._modules:
+                raise InternalError(f"{row.name} was not among the kernels that were asked for")
+            # Static and dynamic shared memory share the limit of a block.
+            room = self.max_shared_bytes - (1 << 10)
+            self._functions[row.name] = self._modules[row.source].function(row.name, room)
+        return self._functions[row.name]
+
+
+def to_arguments(row: Kernel, values: Sequence[int | float | None]) -> list[Argument]:
+    """Return ctypes values in the types of a table row.
+
+    Raises:
+        InternalError: their number or a type does not fit.
+    """
+    if len(values) != len(row.arguments):
+        raise InternalError(
+            f"{row.name} takes {len(row.arguments)} arguments, {len(values)} are given"
+        )
+    arguments: list[Argument] = []
+    for index, (letter, value) in enumerate(zip(row.arguments, values, strict=True)):
+        if letter == "f" and isinstance(value, float):
+            arguments.append(c_float(value))
+        elif letter == "i" and isinstance(value, int) and -(1 << 31) <= value < 1 << 31:
+            arguments.append(c_int32(value))
+        elif letter == "P" and (value is None or isinstance(value, int)):
+            arguments.append(c_uint64(value or 0))
+        else:
+            raise InternalError(f"argument {index} of {row.name} is {value!r}, expected {letter!r}")
+    return arguments

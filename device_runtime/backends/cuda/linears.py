@@ -1,0 +1,258 @@
+"""The linear layers of 4-bit models as launches: GEMV up to 8 tokens, norm and GEMM beyond."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from device_runtime.backends.cuda.kernel_set import KernelSet
+from device_runtime.backends.cuda.weights import layer_name
+from device_runtime.errors import InternalError
+from device_runtime.kernels.gemm_shape import W4A16_TILES, GemmShape
+from device_runtime.kernels.gemv_shape import GemvShape, plan_gemv
+from device_runtime.kernels.graphs import Launch
+from device_runtime.kernels.table import GEMM_TILES, GEMV_STAGES
+from device_runtime.package_format import names
+from device_runtime.package_format.model_config import ModelConfig
+
+MAX_GEMV_TOKENS = max(GEMV_STAGES)
+_RESERVED_SHARED_BYTES = 1 << 10
+"""What the system takes of an SM's shared memory for each block (CUDA programming guide)."""
+
+
+Resized = tuple[tuple[int, int, int], dict[int, int]]
+"""The grid of a launch, and its whole-number arguments that change, by their place."""
+
+
+@dataclass(frozen=True)
+class PassSize:
+    """What differs from one pass over prompts to the next.
+
+    Attributes:
+        num_tokens: new tokens of all its sequences.
+        num_tiles: blocks of the attention, times kv heads.
+        num_spans: blocks of the store, times kv heads.
+    """
+
+    num_tokens: int
+    num_tiles: int
+    num_spans: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """A launch, and how it fits passes of another size; None where it always fits."""
+
+    launch: Launch
+    resized: Callable[[PassSize], Resized] | None
+
+    def resize(self, size: PassSize) -> None:
+        """Make the launch fit a pass."""
+        if self.resized is not None:
+            self.launch.resize(*self.resized(size))
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One 4-bit matrix in device memory, joined over ranks.
+
+    Attributes:
+        codes: address of its words.
+        scales_zeros: address of its groups' (zero, scale) words.
+        bias: address or None.
+        num_inputs: rows.
+        num_outputs: columns.
+    """
+
+    codes: int
+    scales_zeros: int
+    bias: int | None
+    num_inputs: int
+    num_outputs: int
+
+
+@dataclass(frozen=True)
+class LayerMatrices:
+    """The matrices and norms of a layer, by address."""
+
+    attention_norm: int
+    ffn_norm: int
+    qkv: Matrix
+    wo: Matrix
+    gate_up: Matrix
+    down: Matrix
+
+
+def layer_matrices(model: ModelConfig, places: Mapping[str, int], layer: int) -> LayerMatrices:
+    """Return where a layer's matrices are."""
+
+    def matrix(module: str, num_inputs: int, num_outputs: int) -> Matrix:
+        return Matrix(
+            places[layer_name(layer, module, names.QWEIGHT)],
+            places[layer_name(layer, module, names.SCALES_ZEROS)],
+            places.get(layer_name(layer, module, names.BIAS)),
+            num_inputs,
+            num_outputs,
+        )
+
+    hidden, inner = model.hidden_size, model.intermediate_size
+    return LayerMatrices(
+        attention_norm=places[layer_name(layer, names.ATTENTION_NORM, names.WEIGHT)],
+        ffn_norm=places[layer_name(layer, names.FFN_NORM, names.WEIGHT)],
+        qkv=matrix(names.W_QKV, hidden, model.qkv_size),
+        wo=matrix(names.WO, model.q_size, hidden),
+        gate_up=matrix(names.W13, hidden, 2 * inner),
+        down=matrix(names.W2, inner, hidden),
+    )
+
+
+class Linears:
+    """Builds launches of one model's linear layers over one workspace."""
+
+    def __init__(self, model: ModelConfig, kernels: KernelSet, buffers: Mapping[str, int]) -> None:
+        self._model = model
+        self._kernels = kernels
+        self._buffers = buffers
+
+    def normed(
+        self, out: int, matrix: Matrix, norm: int, num_tokens: int, *, is_silu: bool
+    ) -> list[Step]:
+        """Return ``out = matrix @ norm(residual)``, through silu(gate) * up where asked."""
+        eps = float(self._model.rms_norm_eps)
+        buffers = self._buffers
+        if num_tokens <= MAX_GEMV_TOKENS:
+            shape = self._gemv(matrix, num_tokens)
+            name = (
+                f"w4a16_gemv_norm_silu_{shape.width}"
+                if is_silu
+                else (f"w4a16_gemv_norm_{shape.width}")
+            )
+            bias = () if is_silu else (matrix.bias,)
+            arguments = (
+                out,
+                buffers["gemv_sums"],
+                buffers["residual"],
+                norm,
+                *bias,
+                matrix.codes,
+                matrix.scales_zeros,
+                num_tokens,
+                matrix.num_inputs,
+                matrix.num_outputs,
+                shape.phase_units,
+                shape.held_tiles,
+                eps,
+            )
+            return [self._launch_gemv(name, shape, arguments)]
+        norm_step = Step(
+            self._kernels.launch(
+                "rms_norm_f16",
+                (num_tokens, 1, 1),
+                (buffers["normed"], buffers["residual"], norm, matrix.num_inputs, eps),
+            ),
+            lambda size: ((size.num_tokens, 1, 1), {}),
+        )
+        tile = gemm_tile(num_tokens)
+        name = f"w4a16_gemm_silu_{tile}" if is_silu else f"w4a16_gemm_{tile}"
+        bias = () if is_silu else (matrix.bias,)
+        return [norm_step, self._gemm(name, out, buffers["normed"], bias, matrix, num_tokens)]
+
+    def added(self, x: int, matrix: Matrix, num_tokens: int) -> list[Step]:
+        """Return ``residual += matrix @ x``."""
+        buffers = self._buffers
+        if num_tokens <= MAX_GEMV_TOKENS:
+            shape = self._gemv(matrix, num_tokens)
+            arguments = (
+                buffers["residual"],
+                buffers["gemv_sums"],
+                x,
+                matrix.bias,
+                matrix.codes,
+                matrix.scales_zeros,
+                num_tokens,
+                matrix.num_inputs,
+                matrix.num_outputs,
+                shape.phase_units,
+                shape.held_tiles,
+            )
+            return [self._launch_gemv(f"w4a16_gemv_add_{shape.width}", shape, arguments)]
+        name = f"w4a16_gemm_add_{gemm_tile(num_tokens)}"
+        return [self._gemm(name, buffers["residual"], x, (matrix.bias,), matrix, num_tokens)]
+
+    def _gemv(self, matrix: Matrix, num_tokens: int) -> GemvShape:
+        width = min(width for width in GEMV_STAGES if width >= num_tokens)
+        kernels = self._kernels
+        # Half of an SM each, so that one kernel reads ahead while its predecessor drains.
+        half = min(kernels.sm_shared_bytes // 2, kernels.max_shared_bytes) - _RESERVED_SHARED_BYTES
+        for most in (half, kernels.max_shared_bytes - _RESERVED_SHARED_BYTES):
+            try:
+                return plan_gemv(
+                    width=width,
+                    num_inputs=matrix.num_inputs,
+                    num_outputs=matrix.num_outputs,
+                    group_size=self._model.group_size,
+                    num_sms=kernels.num_sms,
+                    max_shared_bytes=most,
+                )
+            except InternalError as error:
+                failure = error
+        raise failure
+
+    def _launch_gemv(
+        self, name: str, shape: GemvShape, arguments: tuple[int | float | None, ...]
+    ) -> Step:
+        grid = (shape.grid, 1, 1)
+        return Step(
+            self._kernels.launch(name, grid, arguments, shared_bytes=shape.shared_bytes), None
+        )
+
+    def _gemm_shape(self, matrix: Matrix, num_tokens: int) -> GemmShape:
+        return GemmShape(
+            W4A16_TILES[gemm_tile(num_tokens)],
+            num_tokens,
+            matrix.num_inputs,
+            matrix.num_outputs,
+            self._kernels.num_sms,
+        )
+
+    def _gemm(
+        self,
+        name: str,
+        out: int,
+        x: int,
+        bias: tuple[int | None, ...],
+        matrix: Matrix,
+        num_tokens: int,
+    ) -> Step:
+        shape = self._gemm_shape(matrix, num_tokens)
+        arguments = (
+            out,
+            self._buffers["gemm_sums"],
+            self._buffers["gemm_tickets"],
+            x,
+            *bias,
+            matrix.codes,
+            matrix.scales_zeros,
+            num_tokens,
+            matrix.num_inputs,
+            matrix.num_outputs,
+            shape.stream_tiles,
+        )
+        shared_bytes = shape.tile.shared_bytes(self._model.group_size)
+        first_number = 6 + len(bias)
+
+        def resized(size: PassSize) -> Resized:
+            wanted = self._gemm_shape(matrix, size.num_tokens)
+            numbers = {first_number: size.num_tokens, first_number + 3: wanted.stream_tiles}
+            return (wanted.grid, 1, 1), numbers
+
+        return Step(
+            self._kernels.launch(name, (shape.grid, 1, 1), arguments, shared_bytes=shared_bytes),
+            resized,
+        )
+
+
+def gemm_tile(num_tokens: int) -> int:
+    """Return the tokens of the tile for a pass: the smallest that holds it, at most the largest."""
+    fitting = [tile for tile in GEMM_TILES if tile >= num_tokens]
+    return min(fitting, default=max(GEMM_TILES))

@@ -1,0 +1,193 @@
+"""Weight files to GPU memory through two pinned buffers, read by several threads at once.
+
+Host memory never holds more than the two buffers of them, and what was read is taken out of the
+page cache, which on a board is the same memory (jetson facts D.1).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from device_runtime.backends.cuda.driver import CudaDriver, PinnedMemory
+from device_runtime.backends.cuda.weights import Piece
+from device_runtime.errors import PackageError
+from device_runtime.kernels.libcuda import Event, Stream
+from device_runtime.package_format.files import check_file
+
+STAGING_BYTES = 32 << 20
+"""Of each of the two buffers."""
+READ_BYTES = 4 << 20
+"""What one thread reads at a time."""
+NUM_READERS = 8
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of a piece that fit into a staging buffer.
+
+    Attributes:
+        piece: what they belong to.
+        first_byte: in the file.
+        num_bytes: whole rows, or any bytes of a piece that has one row.
+        staged: place in the staging buffer.
+    """
+
+    piece: Piece
+    first_byte: int
+    num_bytes: int
+    staged: int
+
+
+def plan_fills(pieces: Iterable[Piece], staging_bytes: int = STAGING_BYTES) -> Iterator[list[Part]]:
+    """Yield what each fill of a staging buffer holds, in order."""
+    parts: list[Part] = []
+    used = 0
+    for piece in pieces:
+        done = 0
+        while done < piece.spec.size_bytes:
+            room = staging_bytes - used
+            left = piece.spec.size_bytes - done
+            size = min(room, left)
+            if piece.num_rows > 1:
+                size = size // piece.row_bytes * piece.row_bytes
+            if size == 0:
+                yield parts
+                parts, used = [], 0
+                continue
+            parts.append(Part(piece, done, size, used))
+            # Reads and copies start at multiples of 64 bytes.
+            used = min(staging_bytes, -(-(used + size) // 64) * 64)
+            done += size
+    if parts:
+        yield parts
+
+
+def load_weights(
+    driver: CudaDriver,
+    stream: Stream,
+    root: Path,
+    pieces: tuple[Piece, ...],
+    places: dict[str, int],
+) -> None:
+    """Copy weight files to their places; returns when they are there.
+
+    Args:
+        driver: with a current context.
+        stream: for the copies.
+        root: of the package.
+        pieces: of `weight_layout`.
+        places: address of each tensor.
+
+    Raises:
+        PackageError: a file is missing, was changed or cannot be read.
+        DeviceError: a copy failed.
+    """
+    with ExitStack() as stack:
+        buffers, events = [], []
+        for _ in range(2):
+            buffers.append(driver.allocate_pinned(STAGING_BYTES))
+            stack.callback(driver.free_pinned, buffers[-1])
+            events.append(Event(driver))
+            stack.callback(events[-1].close)
+        stack.callback(stream.synchronize)
+        readers = stack.enter_context(ThreadPoolExecutor(NUM_READERS))
+        files = stack.enter_context(_Files(root))
+        for index, parts in enumerate(plan_fills(pieces)):
+            turn = index % 2
+            if index >= 2:
+                events[turn].synchronize()
+            _fill(readers, files, buffers[turn], parts)
+            for part in parts:
+                _copy(driver, stream, buffers[turn], part, places)
+            events[turn].record(stream)
+
+
+def _fill(
+    readers: ThreadPoolExecutor, files: _Files, buffer: PinnedMemory, parts: list[Part]
+) -> None:
+    view = memoryview(buffer.bytes)  # type: ignore[arg-type]
+    jobs = []
+    for part in parts:
+        files.open(part.piece)
+        for start in range(0, part.num_bytes, READ_BYTES):
+            size = min(READ_BYTES, part.num_bytes - start)
+            target = view[part.staged + start : part.staged + start + size]
+            jobs.append(readers.submit(files.read, part.piece, part.first_byte + start, target))
+    for job in jobs:
+        job.result()
+    for part in parts:
+        if part.first_byte + part.num_bytes == part.piece.spec.size_bytes:
+            files.close(part.piece)
+
+
+def _copy(
+    driver: CudaDriver, stream: Stream, buffer: PinnedMemory, part: Part, places: dict[str, int]
+) -> None:
+    piece = part.piece
+    source = buffer.address + part.staged
+    base = places[piece.tensor] + piece.offset
+    if piece.num_rows == 1:
+        driver.copy_to_device(base + part.first_byte, source, part.num_bytes, stream)
+        return
+    first_row = part.first_byte // piece.row_bytes
+    driver.copy_rows(
+        base + first_row * piece.pitch,
+        piece.pitch,
+        source,
+        row_bytes=piece.row_bytes,
+        num_rows=part.num_bytes // piece.row_bytes,
+        stream=stream,
+    )
+
+
+class _Files:
+    """Open weight files; each is dropped from the page cache when it is closed."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._open: dict[str, int] = {}
+
+    def __enter__(self) -> _Files:
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        for descriptor in self._open.values():
+            os.close(descriptor)
+        self._open.clear()
+
+    def open(self, piece: Piece) -> int:
+        """Return the descriptor of a piece's file."""
+        path = piece.spec.path
+        if path not in self._open:
+            check_file(self._root, path, piece.spec.size_bytes)
+            self._open[path] = os.open(self._root / path, os.O_RDONLY | os.O_CLOEXEC)
+        return self._open[path]
+
+    def read(self, piece: Piece, first_byte: int, target: memoryview) -> None:
+        """Read bytes of a file; any thread."""
+        descriptor = self._open[piece.spec.path]
+        done = 0
+        try:
+            while done < len(target):
+                count = os.preadv(descriptor, [target[done:]], first_byte + done)
+                if count == 0:
+                    raise PackageError(
+                        f"{piece.spec.path} ends at byte {first_byte + done}, expected "
+                        f"{piece.spec.size_bytes}; verify the package"
+                    )
+                done += count
+        except OSError as error:
+            raise PackageError(f"{piece.spec.path} cannot be read: {error}") from error
+
+    def close(self, piece: Piece) -> None:
+        """Close a file and let the page cache forget it."""
+        descriptor = self._open.pop(piece.spec.path)
+        try:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)

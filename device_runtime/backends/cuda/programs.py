@@ -1,0 +1,331 @@
+"""The launches of one pass through the model: a decode step of some width, or new prompt tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from device_runtime.backends.cuda.kernel_set import KernelSet
+from device_runtime.backends.cuda.linears import (
+    MAX_GEMV_TOKENS,
+    LayerMatrices,
+    Linears,
+    PassSize,
+    Step,
+    gemm_tile,
+    layer_matrices,
+)
+from device_runtime.backends.cuda.weights import layer_name, padded_rows
+from device_runtime.backends.cuda.workspace import RING_SIZE, StepLimits
+from device_runtime.kernels.attention_shape import prefill_shared_bytes
+from device_runtime.kernels.graphs import Launch
+from device_runtime.kernels.head_shape import MAX_ROWS, HeadShape
+from device_runtime.kernels.sampling_row import DRAW_SHARED_BYTES
+from device_runtime.package_format import names
+
+LOG2_E = math.log2(math.e)
+_KV_NAMES = {0: "half", 4: "static", 8: "online"}
+_TOP_BLOCKS = 64
+"""Blocks that look for the largest logit of a row."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Addresses of everything that a pass touches.
+
+    Attributes:
+        weights: of each joined tensor.
+        buffers: of each buffer of `StepLimits.buffers`.
+        kv: of each layer's pages.
+        ring: of the pinned ring, as the device sees it.
+    """
+
+    weights: Mapping[str, int]
+    buffers: Mapping[str, int]
+    kv: Sequence[int]
+    ring: int
+
+
+class Programs:
+    """Builds launches over one model's memory; keeps none."""
+
+    def __init__(self, kernels: KernelSet, limits: StepLimits, memory: Memory) -> None:
+        self._kernels = kernels
+        self._limits = limits
+        self._model = limits.model
+        self._memory = memory
+        self._buffers = memory.buffers
+        self._linears = Linears(limits.model, kernels, memory.buffers)
+        self._layers: list[LayerMatrices] = [
+            layer_matrices(limits.model, memory.weights, index)
+            for index in range(limits.model.num_hidden_layers)
+        ]
+
+    def decode(self, width: int, *, is_greedy: bool) -> list[Launch]:
+        """Return one token for each of the first slots, from embedding to sampler.
+
+        Args:
+            width: slots.
+            is_greedy: no slot draws at random.
+        """
+        b = self._buffers
+        launches = [self._embed(width, b["tokens"], b["positions"], None)]
+        for index, layer in enumerate(self._layers):
+            launches += self._layer(index, layer, width, [self._decode_attention(index, width)])
+        for start in range(0, width, MAX_ROWS):
+            launches.append(self._head(start, min(MAX_ROWS, width - start), None))
+        return launches + self.sample(width, None, is_greedy=is_greedy)
+
+    def prompt(self, num_tokens: int) -> list[Step]:
+        """Return a pass over new tokens of prompts, without the head.
+
+        With more tokens than a GEMV takes, it can be resized to any number of the same GEMM tile.
+        """
+        b = self._buffers
+        embed = Step(
+            self._embed(num_tokens, b["prompt_tokens"], b["prompt_positions"], b["prompt_slots"]),
+            lambda size: ((self._embed_blocks, size.num_tokens, 1), {}),
+        )
+        steps = [embed]
+        for index, layer in enumerate(self._layers):
+            steps += self._layer_steps(index, layer, num_tokens, self._prompt_attention(index))
+        return steps
+
+    def head(self, num_rows: int) -> list[Launch]:
+        """Return the logits of the tokens that ``head_rows`` names, 8 at a time."""
+        rows = self._buffers["head_rows"]
+        return [
+            self._head(start, min(MAX_ROWS, num_rows - start), rows + 4 * start)
+            for start in range(0, num_rows, MAX_ROWS)
+        ]
+
+    def sample(self, num_rows: int, slots: int | None, *, is_greedy: bool) -> list[Launch]:
+        """Return the choice of a token for rows of logits.
+
+        Args:
+            num_rows: of logits.
+            slots: address of each row's slot; None where row i is slot i.
+            is_greedy: no row draws at random.
+        """
+        b, vocab_size = self._buffers, self._model.vocab_size
+        state = (b["tokens"], b["positions"], b["seen"], self._memory.ring, b["logits"])
+        rules = (b["sampling"], b["stop_ids"], b["last_positions"], slots)
+        sizes = (vocab_size, padded_rows(self._model), self._limits.seen_words, RING_SIZE)
+        blocks = max(1, min(_TOP_BLOCKS, vocab_size // 1024))
+        top = self._kernels.launch(
+            "sample_top_f32",
+            (blocks, num_rows, 1),
+            (b["top"], b["best"], b["sample_tickets"], *state, *rules, *sizes),
+        )
+        if is_greedy:
+            return [top]
+        draw = self._kernels.launch(
+            "sample_draw_f32",
+            (num_rows, 1, 1),
+            (b["top"], *state, *rules, *sizes),
+            shared_bytes=DRAW_SHARED_BYTES,
+        )
+        return [top, draw]
+
+    def mark_seen(self, num_tokens: int) -> Launch:
+        """Return the note that the prompt's tokens were seen."""
+        b = self._buffers
+        return self._kernels.launch(
+            "mark_seen",
+            (max(1, min(64, num_tokens // 256)), 1, 1),
+            (b["seen"], b["prompt_tokens"], b["prompt_slots"], num_tokens, self._limits.seen_words),
+        )
+
+    @property
+    def _embed_blocks(self) -> int:
+        return max(1, min(4, self._model.hidden_size // 1024))
+
+    def _embed(self, num_tokens: int, tokens: int, positions: int, slots: int | None) -> Launch:
+        model, b = self._model, self._buffers
+        trained = model.max_position_embeddings
+        has_log_n = model.use_logn_attn and trained > 1
+        return self._kernels.launch(
+            "embed_f16",
+            (self._embed_blocks, num_tokens, 1),
+            (
+                b["residual"],
+                b["rotation"],
+                b["query_scale"],
+                self._memory.weights[names.TOK_EMBEDDINGS],
+                tokens,
+                positions,
+                slots,
+                b["turns"],
+                model.hidden_size,
+                model.head_dim // 2,
+                trained,
+                LOG2_E / math.sqrt(model.head_dim),
+                1 / math.log(trained) if has_log_n else 0.0,
+            ),
+        )
+
+    def _layer(
+        self, index: int, layer: LayerMatrices, num_tokens: int, attention: list[Launch]
+    ) -> list[Launch]:
+        steps = [Step(launch, None) for launch in attention]
+        return [step.launch for step in self._layer_steps(index, layer, num_tokens, steps)]
+
+    def _layer_steps(
+        self, index: int, layer: LayerMatrices, num_tokens: int, attention: list[Step]
+    ) -> list[Step]:
+        b, linears = self._buffers, self._linears
+        return [
+            *linears.normed(b["qkv"], layer.qkv, layer.attention_norm, num_tokens, is_silu=False),
+            *attention,
+            *linears.added(b["mixed"], layer.wo, num_tokens),
+            *linears.normed(b["inner"], layer.gate_up, layer.ffn_norm, num_tokens, is_silu=True),
+            *linears.added(b["inner"], layer.down, num_tokens),
+        ]
+
+    def _norms(self, index: int) -> tuple[int | None, int | None]:
+        weights = self._memory.weights
+        return (
+            weights.get(layer_name(index, names.Q_NORM, names.WEIGHT)),
+            weights.get(layer_name(index, names.K_NORM, names.WEIGHT)),
+        )
+
+    def _kv_scales(self, index: int) -> tuple[int, ...]:
+        if self._limits.layout.quant_policy != 4:
+            return ()
+        return (self._buffers["kv_scales"] + 16 * self._model.num_kv_heads * index,)
+
+    @property
+    def _kv_kind(self) -> str:
+        return _KV_NAMES[self._limits.layout.quant_policy]
+
+    @property
+    def _attention_sizes(self) -> tuple[int, ...]:
+        model, limits = self._model, self._limits
+        return (
+            model.num_attention_heads,
+            model.num_kv_heads,
+            model.head_dim,
+            model.tensor_para_size,
+            limits.layout.page_size,
+            limits.max_pages,
+        )
+
+    def _decode_attention(self, index: int, width: int) -> Launch:
+        b = self._buffers
+        shape = self._limits.attention(width)
+        return self._kernels.launch(
+            f"decode_attention_{self._kv_kind}",
+            shape.grid,
+            (
+                b["mixed"],
+                self._memory.kv[index],
+                b["partials"],
+                b["attention_tickets"],
+                b["qkv"],
+                *self._norms(index),
+                b["rotation"],
+                b["query_scale"],
+                *self._kv_scales(index),
+                b["positions"],
+                b["page_table"],
+                *self._attention_sizes,
+                shape.split_units,
+                float(self._model.rms_norm_eps),
+            ),
+            shared_bytes=shape.shared_bytes,
+        )
+
+    def _prompt_attention(self, index: int) -> list[Step]:
+        b, heads = self._buffers, self._model.num_kv_heads
+        q_norm, k_norm = self._norms(index)
+        eps = float(self._model.rms_norm_eps)
+        store = self._kernels.launch(
+            f"store_kv_{self._kv_kind}",
+            (heads, 1, 1),
+            (
+                self._memory.kv[index],
+                b["qkv"],
+                k_norm,
+                b["rotation"],
+                *self._kv_scales(index),
+                b["prompt_positions"],
+                b["prompt_start"],
+                b["prompt_spans"],
+                b["prompt_pages"],
+                *self._attention_sizes,
+                eps,
+            ),
+        )
+        attend = self._kernels.launch(
+            f"prefill_attention_{self._kv_kind}",
+            (heads, 1, 1),
+            (
+                b["mixed"],
+                self._memory.kv[index],
+                b["qkv"],
+                q_norm,
+                b["rotation"],
+                b["query_scale"],
+                *self._kv_scales(index),
+                b["prompt_positions"],
+                b["prompt_start"],
+                b["prompt_tiles"],
+                b["prompt_pages"],
+                *self._attention_sizes,
+                eps,
+            ),
+            shared_bytes=prefill_shared_bytes(self._limits.layout),
+        )
+        return [
+            Step(store, lambda size: ((heads, size.num_spans, 1), {})),
+            Step(attend, lambda size: ((heads, size.num_tiles, 1), {})),
+        ]
+
+    def _head(self, start: int, num_rows: int, rows: int | None) -> Launch:
+        """Logits ``start`` and on: of the tokens that ``rows`` names, else of the same numbers."""
+        model, b, weights = self._model, self._buffers, self._memory.weights
+        is_int8 = model.head_type == "int8"
+        shape = HeadShape(num_rows, model.hidden_size, is_int8)
+        if is_int8:
+            table: tuple[int, ...] = (weights[names.OUTPUT_QWEIGHT], weights[names.OUTPUT_SCALES])
+        else:
+            tied = model.tie_word_embeddings
+            table = (weights[names.TOK_EMBEDDINGS if tied else names.OUTPUT],)
+        first_row = 0 if rows is not None else 4 * start * model.hidden_size
+        return self._kernels.launch(
+            shape.kernel,
+            (self._kernels.num_sms, 1, 1),
+            (
+                b["logits"] + 4 * start * padded_rows(model),
+                b["residual"] + first_row,
+                rows,
+                weights[names.FINAL_NORM],
+                *table,
+                num_rows,
+                model.hidden_size,
+                padded_rows(model),
+                float(model.rms_norm_eps),
+            ),
+            shared_bytes=shape.shared_bytes,
+        )
+
+
+class PromptPrograms:
+    """Passes over prompts, built when first needed and fitted to each pass."""
+
+    def __init__(self, programs: Programs) -> None:
+        self._programs = programs
+        self._built: dict[int, list[Step]] = {}
+
+    def fitted(self, size: PassSize) -> list[Step]:
+        """Return the steps of a pass of this size."""
+        count = size.num_tokens
+        # Below the largest GEMV every number of tokens has its own launches.
+        key = count if count <= MAX_GEMV_TOKENS else 1000 * gemm_tile(count)
+        if key not in self._built:
+            self._built[key] = self._programs.prompt(count)
+        steps = self._built[key]
+        for step in steps:
+            step.resize(size)
+        return steps

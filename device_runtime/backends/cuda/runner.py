@@ -1,0 +1,171 @@
+"""One loaded package on the device: turns planned steps into graphs, passes and small uploads."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, suppress
+
+import numpy as np
+from numpy.typing import NDArray
+
+from device_runtime.backends.base import Batch
+from device_runtime.backends.cuda.driver import CudaDriver
+from device_runtime.backends.cuda.graph_set import GraphSet
+from device_runtime.backends.cuda.loading import LoadedMemory, load_memory
+from device_runtime.backends.cuda.prompt import PromptRunner, single_rows
+from device_runtime.backends.cuda.sizes import upload_bytes
+from device_runtime.backends.cuda.slots import IDLE, Slot
+from device_runtime.backends.cuda.state import StepState
+from device_runtime.backends.cuda.uploads import Uploads
+from device_runtime.backends.memory_plan import MemoryPlan
+from device_runtime.errors import DeviceError, InternalError
+from device_runtime.package_format.package import Package
+
+Chosen = tuple[int, int, int]
+"""A sequence, its slot, and the position that a step chooses a token for."""
+
+
+class Runner:
+    """Owns everything on the device but the context; close it before the driver."""
+
+    def __init__(
+        self, driver: CudaDriver, package: Package, plan: MemoryPlan, max_steps_ahead: int
+    ) -> None:
+        """Load the package.
+
+        Raises:
+            OutOfMemoryError: the plan does not fit after all.
+            DeviceError: the device cannot run it.
+            PackageError: a file cannot be read.
+        """
+        self._exits = ExitStack()
+        try:
+            memory: LoadedMemory = load_memory(driver, package, plan, self._exits)
+            self._stream = memory.stream
+            self._limits = memory.limits
+            parts = max_steps_ahead + 2
+            self._uploads = Uploads(driver, self._stream, parts, upload_bytes(self._limits))
+            self._exits.callback(self._uploads.close)
+            self.state = StepState(
+                driver, self._stream, self._limits, memory.buffers, self._uploads
+            )
+            self._exits.callback(self.state.close)
+            programs = memory.programs(self.state.ring_address)
+            self._graphs = GraphSet(driver, self._stream, programs, plan.max_batch_size)
+            self._exits.callback(self._graphs.close)
+            self._prompts = PromptRunner(
+                driver, self._stream, self._limits, programs, memory.buffers, self._uploads
+            )
+            self._stream.synchronize()
+        except BaseException:
+            self.close()
+            raise
+
+    def submit(self, batch: Batch) -> list[Chosen]:
+        """Enqueue a step; return what tokens it will choose, in the batch's order."""
+        self._uploads.begin()
+        slots = [self._slot(batch, row) for row in range(batch.num_sequences)]
+        lengths = np.diff(batch.query_start)
+        last = batch.positions[batch.query_start[1:] - 1]
+        is_decoding = np.array(
+            [
+                bool(batch.is_sampled[row])
+                and lengths[row] == 1
+                and self.state.slots.chosen[slot.index] == last[row]
+                for row, slot in enumerate(slots)
+            ]
+        )
+        if (batch.is_chained & ~is_decoding).any():
+            raise InternalError("a row is chained to a token that the device did not choose")
+        decoding = np.flatnonzero(is_decoding)
+        if len(decoding):
+            self._decode(batch, [slots[row] for row in decoding], decoding, last)
+        prompts = np.flatnonzero(~is_decoding)
+        if len(prompts):
+            self._run_prompts(batch, slots, prompts, last)
+        self._uploads.end()
+        return [
+            (batch.sequence_ids[row], slots[row].index, int(last[row]) + 1)
+            for row in np.flatnonzero(batch.is_sampled)
+        ]
+
+    def logits(self, batch: Batch) -> NDArray[np.float32]:
+        """Return ``[num_tokens, vocab_size]``; waits for everything."""
+        self._uploads.begin()
+        slots = [self._slot(batch, row) for row in range(batch.num_sequences)]
+        try:
+            rows = np.arange(batch.num_sequences)
+            self._prompts.run(batch, rows, [slot.index for slot in slots])
+            result = self._prompts.read_logits(batch.num_tokens)
+            self._uploads.end()
+        finally:
+            for sequence_id in batch.sequence_ids:
+                self.forget(sequence_id)
+        return result
+
+    def forget(self, sequence_id: int) -> None:
+        """Free a sequence's slot."""
+        self.state.slots.drop(sequence_id)
+
+    def reset(self) -> None:
+        """Wait for what is enqueued and make every slot idle; a lost device is left alone."""
+        with suppress(DeviceError):
+            self._stream.synchronize()
+            self.state.reset()
+
+    def close(self) -> None:
+        """Free everything; a second call does nothing."""
+        if hasattr(self, "_stream"):
+            with suppress(DeviceError):  # a lost device cannot be waited for
+                self._stream.synchronize()
+        self._exits.close()
+
+    def _slot(self, batch: Batch, row: int) -> Slot:
+        sequence_id = batch.sequence_ids[row]
+        slot = self.state.slots.get(sequence_id)
+        if slot is None:
+            slot = self.state.open_slot(
+                sequence_id, batch.sampling[row], float(batch.rope_theta[row])
+            )
+            if slot.sampling.repetition_penalty != 1.0:
+                self._prompts.mark(slot.index, batch.history[row])
+        return slot
+
+    def _decode(
+        self, batch: Batch, slots: list[Slot], rows: NDArray[np.int64], last: NDArray[np.int32]
+    ) -> None:
+        state = self.state
+        active = {slot.index for slot in slots}
+        for index in np.flatnonzero(state.slots.positions != IDLE):
+            if int(index) not in active:
+                state.set_position(int(index), IDLE)
+        for slot, row in zip(slots, rows, strict=True):
+            state.set_pages(slot, batch.page_table[row])
+            state.set_position(slot.index, int(last[row]))
+        is_greedy = all(slot.sampling.temperature == 0.0 for slot in slots)
+        for slot, row in zip(slots, rows, strict=True):
+            state.expect(slot.index, int(last[row]) + 1)
+        self._graphs.launch(max(active) + 1, is_greedy=is_greedy)
+
+    def _run_prompts(
+        self,
+        batch: Batch,
+        slots: list[Slot],
+        rows: NDArray[np.int64],
+        last: NDArray[np.int32],
+    ) -> None:
+        self._prompts.run(batch, rows, [slots[row].index for row in rows])
+        penalized = [row for row in rows if slots[row].sampling.repetition_penalty != 1.0]
+        for row in penalized:
+            if not len(batch.history[row]):
+                self._prompts.mark(slots[row].index, single_rows(batch, row))
+        sampled = [int(row) for row in rows if batch.is_sampled[row]]
+        if not sampled:
+            return
+        for row in sampled:
+            self.state.set_position(slots[row].index, int(last[row]))
+            self.state.expect(slots[row].index, int(last[row]) + 1)
+        is_greedy = all(slots[row].sampling.temperature == 0.0 for row in sampled)
+        places = [rows.tolist().index(row) for row in sampled]
+        self._prompts.sample(
+            batch, rows, places, [slots[row].index for row in sampled], is_greedy=is_greedy
+        )

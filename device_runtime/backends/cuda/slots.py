@@ -1,0 +1,79 @@
+"""Which row of the device's state belongs to which sequence, and what that row holds.
+
+The host plans every position, so it knows the state without asking: what differs from a plan is
+all that has to be written before a step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from device_runtime.backends.sampling_params import SamplingParams
+from device_runtime.errors import InternalError
+
+IDLE = -1
+"""Position of a slot that takes no part in a step."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """What stays the same in one row while a sequence has it.
+
+    Attributes:
+        index: of the row.
+        sampling: how its tokens are drawn.
+        rope_theta: of its rotary angles.
+    """
+
+    index: int
+    sampling: SamplingParams
+    rope_theta: float
+
+
+class Slots:
+    """The books: a free row for a new sequence, the lowest first.
+
+    Attributes:
+        positions: ``[num_slots]``, what the device holds after all that was enqueued.
+        chosen: ``[num_slots]``, position of the newest token that the device chose for a row and
+            will feed next; `IDLE` where there is none.
+        pages: ``[num_slots, max_pages]`` int32, the device's page table.
+    """
+
+    def __init__(self, num_slots: int, max_pages: int) -> None:
+        self.positions = np.full(num_slots, IDLE, np.int64)
+        self.chosen = np.full(num_slots, IDLE, np.int64)
+        self.pages = np.zeros((num_slots, max_pages), np.int32)
+        self._free = list(range(num_slots - 1, -1, -1))
+        self._by_sequence: dict[int, Slot] = {}
+
+    def get(self, sequence_id: int) -> Slot | None:
+        """Return a sequence's slot, None where it has none."""
+        return self._by_sequence.get(sequence_id)
+
+    def take(self, sequence_id: int, sampling: SamplingParams, rope_theta: float) -> Slot:
+        """Give a sequence the lowest free slot.
+
+        Raises:
+            InternalError: all are taken.
+        """
+        if not self._free:
+            raise InternalError(f"all {len(self.positions)} slots of the device are taken")
+        slot = Slot(self._free.pop(), sampling, rope_theta)
+        self._by_sequence[sequence_id] = slot
+        self.chosen[slot.index] = IDLE
+        return slot
+
+    def drop(self, sequence_id: int) -> None:
+        """Free a sequence's slot, if it has one."""
+        slot = self._by_sequence.pop(sequence_id, None)
+        if slot is not None:
+            self._free.append(slot.index)
+            self._free.sort(reverse=True)
+
+    @property
+    def num_taken(self) -> int:
+        """Sequences with a slot."""
+        return len(self._by_sequence)

@@ -1,0 +1,153 @@
+"""The step state in device memory: uploads what a plan changes, reads what the sampler chose."""
+
+from __future__ import annotations
+
+import time
+from ctypes import c_size_t, c_uint, c_ulonglong
+
+import numpy as np
+from numpy.typing import NDArray
+
+from device_runtime.backends.cuda.driver import CudaDriver, PinnedMemory
+from device_runtime.backends.cuda.slots import IDLE, Slot, Slots
+from device_runtime.backends.cuda.uploads import Uploads
+from device_runtime.backends.cuda.workspace import RING_SIZE, StepLimits
+from device_runtime.backends.rope import inverse_frequencies
+from device_runtime.backends.sampling_params import SamplingParams
+from device_runtime.errors import InternalError, PackageError
+from device_runtime.kernels.libcuda import Stream
+from device_runtime.kernels.reference.embedding import turns
+from device_runtime.kernels.sampling_row import sampling_row
+
+_EMPTY = np.uint64(2**64 - 1)
+_NO_TOKEN = 0xFFFFFFFF
+"""What the sampler writes where the logits are not finite."""
+_NEVER = 1 << 30
+"""A last position that no sequence reaches: the engine itself ends sequences."""
+_SPINS = 200
+_NAP_S = 50e-6
+_CHECK_EVERY = 2000
+
+
+class StepState:
+    """Rows of state, one a sequence, on the device; their books on the host."""
+
+    def __init__(
+        self,
+        driver: CudaDriver,
+        stream: Stream,
+        limits: StepLimits,
+        buffers: dict[str, int],
+        uploads: Uploads,
+    ) -> None:
+        self._driver = driver
+        self._stream = stream
+        self._limits = limits
+        self._buffers = buffers
+        self._uploads = uploads
+        self.slots = Slots(limits.num_slots, limits.max_pages)
+        self._ring_memory: PinnedMemory = driver.allocate_pinned(limits.ring_bytes)
+        self._ring: NDArray[np.uint64] = self._ring_memory.bytes.view(np.uint64).reshape(
+            limits.num_slots, RING_SIZE
+        )
+        self._ring[:] = _EMPTY
+        self._fill(buffers["positions"], IDLE, limits.num_slots)
+        self._fill(buffers["last_positions"], _NEVER, limits.num_slots)
+        self._fill(buffers["stop_ids"], -1, 8 * limits.num_slots)
+
+    @property
+    def ring_address(self) -> int:
+        """Where kernels write tokens."""
+        return self._ring_memory.device_address
+
+    def open_slot(self, sequence_id: int, sampling: SamplingParams, rope_theta: float) -> Slot:
+        """Give a new sequence a row and write what stays the same in it."""
+        slot = self.slots.take(sequence_id, sampling, rope_theta)
+        record = sampling_row(
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
+            penalty=sampling.repetition_penalty,
+            seed=sampling.seed,
+        )
+        self._uploads.put(self._buffers["sampling"] + record.nbytes * slot.index, record)
+        angles = turns(inverse_frequencies(self._limits.model, rope_theta))
+        self._uploads.put(self._buffers["turns"] + angles.nbytes * slot.index, angles)
+        if sampling.repetition_penalty != 1.0:
+            words = self._limits.seen_words
+            self._fill(self._buffers["seen"] + 4 * words * slot.index, 0, words)
+        return slot
+
+    def set_pages(self, slot: Slot, pages: NDArray[np.int32]) -> None:
+        """Write the entries of a row's page table that differ."""
+        row = self.slots.pages[slot.index]
+        width = len(pages)
+        different = np.flatnonzero(row[:width] != pages)
+        if not len(different):
+            return
+        base = self._buffers["page_table"] + 4 * self._limits.max_pages * slot.index
+        first, end = int(different[0]), int(different[-1]) + 1
+        if end - first == 1:
+            self._fill(base + 4 * first, int(pages[first]), 1)
+        else:
+            self._uploads.put(base + 4 * first, pages[first:end])
+        row[:width] = pages
+
+    def set_position(self, slot: int, position: int) -> None:
+        """Let a row stand at a position, or be idle."""
+        if self.slots.positions[slot] != position:
+            self._fill(self._buffers["positions"] + 4 * slot, position, 1)
+            self.slots.positions[slot] = position
+
+    def expect(self, slot: int, position: int) -> None:
+        """Prepare the ring for the token that a step will choose for a position."""
+        self._ring[slot, position % RING_SIZE] = _EMPTY
+        self.slots.positions[slot] = self.slots.chosen[slot] = position
+
+    def reset(self) -> None:
+        """Make every row idle after a failure."""
+        self._fill(self._buffers["positions"], IDLE, self._limits.num_slots)
+        self.slots.positions[:] = self.slots.chosen[:] = IDLE
+
+    def take_token(self, slot: int, position: int) -> int:
+        """Wait for the token that a step chose for a position.
+
+        Raises:
+            DeviceError: the device failed.
+            PackageError: the logits were not finite.
+        """
+        ring = self._ring[slot]
+        place = position % RING_SIZE
+        num_waits = 0
+        while True:
+            word = int(ring[place])
+            if word >> 32 == position:
+                break
+            num_waits += 1
+            if num_waits > _SPINS:
+                time.sleep(_NAP_S)
+            if num_waits % _CHECK_EVERY == 0:
+                is_done = self._driver.check(self._stream)
+                if is_done and int(ring[place]) >> 32 != position:
+                    raise InternalError(f"the device chose no token for position {position}")
+        token_id = word & _NO_TOKEN
+        if token_id == _NO_TOKEN:
+            raise PackageError(
+                f"the logits at position {position} are not finite; verify the package or "
+                "convert it again"
+            )
+        return token_id
+
+    def close(self) -> None:
+        """Free the ring; the stream must be idle."""
+        self._driver.free_pinned(self._ring_memory)
+
+    def _fill(self, address: int, value: int, num_words: int) -> None:
+        self._driver.call(
+            "cuMemsetD32Async",
+            c_ulonglong(address),
+            c_uint(value & 0xFFFFFFFF),
+            c_size_t(num_words),
+            self._stream.pointer,
+        )

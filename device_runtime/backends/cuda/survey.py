@@ -1,0 +1,88 @@
+"""What the device has and what a package takes there, before anything is allocated."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+from device_runtime.backends.cuda.driver import CudaDriver, open_driver
+from device_runtime.backends.cuda.loader import STAGING_BYTES
+from device_runtime.backends.reference.backend import available_memory_bytes
+from device_runtime.errors import DeviceError
+
+LAUNCH_BYTES = 48 << 20
+"""What modules and graphs take of the device, measured with all widths of a 32-layer model."""
+CONTEXT_GUESS_BYTES = 384 << 20
+"""Taken for the context where nothing can be compared before and after."""
+
+
+@dataclass(frozen=True)
+class OpenDevice:
+    """A driver and what its context took.
+
+    Attributes:
+        driver: open.
+        context_bytes: of the context, measured or guessed.
+        free_bytes: what can be allocated now.
+    """
+
+    driver: CudaDriver
+    context_bytes: int
+    free_bytes: int
+
+
+def open_device() -> OpenDevice:
+    """Open the first device and measure what its context takes.
+
+    Raises:
+        DeviceError: there is no CUDA driver or no device.
+    """
+    used_before = device_used_bytes()
+    available_before = _host_available()
+    driver = open_driver()
+    try:
+        if driver.attribute("integrated"):
+            # cuMemGetInfo counts the page cache as taken (jetson facts D.1).
+            available = available_memory_bytes()
+            taken = max(0, available_before - available)
+            return OpenDevice(driver, taken, available)
+        free, total = driver.memory_info()
+        taken = CONTEXT_GUESS_BYTES
+        if used_before is not None:
+            taken = max(0, total - free - used_before)
+        return OpenDevice(driver, taken, free)
+    except BaseException:
+        driver.close()
+        raise
+
+
+def pinned_bytes(ring_bytes: int, upload_bytes: int) -> int:
+    """Return the host memory that is pinned, which a board shares with the GPU."""
+    return 2 * STAGING_BYTES + ring_bytes + upload_bytes
+
+
+def device_used_bytes() -> int | None:
+    """Return what all processes use of the first device, by NVML; None where it does not say."""
+    try:
+        library = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return None
+    if library.nvmlInit_v2():
+        return None
+    try:
+        handle = ctypes.c_void_p()
+        if library.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(0), ctypes.byref(handle)):
+            return None
+        memory = (ctypes.c_ulonglong * 3)()  # nvmlMemory_t: total, free, used
+        if library.nvmlDeviceGetMemoryInfo(handle, memory):
+            return None
+        return int(memory[2])
+    finally:
+        library.nvmlShutdown()
+
+
+def _host_available() -> int:
+    try:
+        return available_memory_bytes()
+    except DeviceError:
+        return 0
