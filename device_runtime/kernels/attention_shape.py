@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,7 +67,7 @@ class DecodeAttentionShape:
 
 PREFILL_ROWS = 128
 """Rows of a block of prefill_attention.cu, a query head of a token each (kPrefillRows)."""
-PREFILL_SLOTS = 3
+PREFILL_SLOTS = 2
 """Units that its ring holds (kPrefillSlots)."""
 SPAN_TOKENS = 64
 """Positions of a block of store_kv.cu (kSpanTokens)."""
@@ -74,7 +75,8 @@ SPAN_TOKENS = 64
 
 def prefill_shared_bytes(layout: KvLayout) -> int:
     """Return the dynamic shared memory of a block of prefill_attention.cu."""
-    return PREFILL_SLOTS * layout.unit_bytes
+    queries = PREFILL_ROWS * (2 * layout.head_dim + 16)
+    return PREFILL_SLOTS * layout.unit_bytes + queries
 
 
 def prefill_tiles(
@@ -88,7 +90,7 @@ def prefill_tiles(
         group: query heads that share a kv head.
     """
     tiles: list[tuple[int, int, int]] = []
-    for sequence, (start, end) in enumerate(zip(query_start[:-1], query_start[1:], strict=True)):
+    for sequence, (start, end) in enumerate(pairwise(query_start)):
         num_rows = (int(end) - int(start)) * group
         for row in range(0, num_rows, PREFILL_ROWS):
             last = (min(row + PREFILL_ROWS, num_rows) - 1) // group
@@ -105,7 +107,7 @@ def store_spans(query_start: NDArray[np.int32], positions: NDArray[np.int32]) ->
     """
     spans = [
         (sequence, span)
-        for sequence, (start, end) in enumerate(zip(query_start[:-1], query_start[1:], strict=True))
+        for sequence, (start, end) in enumerate(pairwise(query_start))
         if end > start
         for span in range(
             int(positions[start]) // SPAN_TOKENS, int(positions[end - 1]) // SPAN_TOKENS + 1

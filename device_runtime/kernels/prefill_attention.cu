@@ -14,16 +14,17 @@
 //   [num_sequences + 1] int32; tiles [num_tiles] (sequence, first row) int32, the longest first;
 //   page_table [num_sequences][max_pages] int32.
 //   A row is a query head of a token: of token row / group, head row % group of the kv head.
-// Launch: grid (num_kv_heads, num_tiles), block kThreads, dynamic shared memory as
+// Launch: grid (num_kv_heads, num_tiles), block kPrefillThreads, dynamic shared memory as
 // attention_shape.py's prefill_shared_bytes. head_dim 64 or 128; num_heads / num_kv_heads 1 to 8;
 // page_size a multiple of 64.
 // Bound by MACs: 2 * head_dim per query head, token and token before it.
 // Checked against reference/attention.py prefill_attention, relative error 2e-3.
 //
-// A warp keeps 16 rows; the block streams units of keys and values through a ring. The cache's order
+// A warp keeps 32 rows; the block streams units of keys and values through a ring. The cache's order
 // is that of operand B: a lane's 16 bytes of keys are four steps of 16 dimensions, its 16 bytes of
 // values the tokens whose weights it has just computed. Codes are widened to fp16 without rounding;
-// scales are applied to scores and to weights.
+// scales are applied to scores and to weights. Sums are scaled anew only when a score is far above
+// the largest before it.
 
 #include "prefill_tile.cuh"
 
@@ -41,7 +42,7 @@ __device__ __forceinline__ void run(const PrefillArguments& arguments, int32_t h
 
 }  // namespace
 
-extern "C" __global__ void __launch_bounds__(kPrefillThreads)
+extern "C" __global__ void __launch_bounds__(kPrefillThreads, 2)
     prefill_attention_half(fp16* out, const char* pages, const fp16* qkv, const fp16* q_norm,
                            const float2* rotation, const float* query_scale,
                            const int32_t* positions, const int32_t* query_start,
@@ -55,7 +56,7 @@ extern "C" __global__ void __launch_bounds__(kPrefillThreads)
       head_dim);
 }
 
-extern "C" __global__ void __launch_bounds__(kPrefillThreads)
+extern "C" __global__ void __launch_bounds__(kPrefillThreads, 2)
     prefill_attention_static(fp16* out, const char* pages, const fp16* qkv, const fp16* q_norm,
                              const float2* rotation, const float* query_scale,
                              const float* kv_scale, const int32_t* positions,
@@ -70,7 +71,7 @@ extern "C" __global__ void __launch_bounds__(kPrefillThreads)
       head_dim);
 }
 
-extern "C" __global__ void __launch_bounds__(kPrefillThreads)
+extern "C" __global__ void __launch_bounds__(kPrefillThreads, 2)
     prefill_attention_online(fp16* out, const char* pages, const fp16* qkv, const fp16* q_norm,
                              const float2* rotation, const float* query_scale,
                              const int32_t* positions, const int32_t* query_start,

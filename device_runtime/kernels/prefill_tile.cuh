@@ -9,11 +9,13 @@
 
 namespace {
 
-constexpr int kPrefillWarps = 8;
+constexpr int kPrefillWarps = 4;
 constexpr int kPrefillThreads = kPrefillWarps * kWarpSize;
-constexpr int kPrefillRows = 16 * kPrefillWarps;
-constexpr int kPrefillSlots = 3;
+constexpr int kPrefillWarpRows = 32;
+constexpr int kPrefillRows = kPrefillWarpRows * kPrefillWarps;
+constexpr int kPrefillSlots = 2;
 constexpr float kBelowAll = -1e30f;  // below every score; unlike -inf its differences are numbers
+constexpr float kHeadroom = 8.0f;    // weights up to 2^8 before the sums are scaled anew
 
 struct PrefillArguments {
   fp16* out;
@@ -43,11 +45,15 @@ template <Kv kKv, int kHeadDim>
 class PrefillTile {
   using Layout = Unit<kKv, kHeadDim>;
   static constexpr bool kIsHalf = kKv == Kv::kHalf;
-  static constexpr int kKeyTiles = Layout::kTokens / 8;
+  static constexpr int kRowTiles = kPrefillWarpRows / 16;
+  static constexpr int kRows = 2 * kRowTiles;  // of a lane: lane / 4 + 8 i
+  static constexpr int kKeyTiles = 4;          // of a step
+  static constexpr int kStepKeys = 8 * kKeyTiles;
   static constexpr int kChunks = Layout::kRowBytes / 64;
   static constexpr int kChunkDims = kHeadDim / kChunks;
   static constexpr int kLaneDims = kChunkDims / 4;  // consecutive, of a chunk
   static constexpr int kChunkSteps = kChunkDims / 16;
+  static constexpr int kDimSteps = kHeadDim / 16;
   static constexpr int kOutTiles = kHeadDim / 8;
 
  public:
@@ -57,40 +63,51 @@ class PrefillTile {
         lane_(threadIdx.x % kWarpSize),
         group_(arguments.num_heads / arguments.pages.num_kv_heads) {
     const int sequence = arguments.tiles[2 * blockIdx.y];
-    first_row_ = arguments.tiles[2 * blockIdx.y + 1];
+    const int first_row = arguments.tiles[2 * blockIdx.y + 1];
+    warp_row_ = first_row + kPrefillWarpRows * warp_;
     first_token_ = arguments.query_start[sequence];
     num_rows_ = (arguments.query_start[sequence + 1] - first_token_) * group_;
     first_position_ = arguments.positions[first_token_];
     page_list_ = arguments.page_table + static_cast<int64_t>(sequence) * arguments.max_pages;
-    length_ = last_position(smaller(first_row_ + kPrefillRows, num_rows_)) + 1;
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) top_[i] = kBelowAll;
+    length_ = last_position(smaller(first_row + kPrefillRows, num_rows_)) + 1;
+    queries_ = reinterpret_cast<uint4*>(dynamic_shared<char>() + kPrefillSlots * Layout::kBytes) +
+               warp_ * kRowTiles * kDimSteps * kWarpSize + lane_;
   }
 
   __device__ __forceinline__ void run() {
     const int num_units = (length_ + Layout::kTokens - 1) / Layout::kTokens;
-    const int warp_row = first_row_ + 16 * warp_;
-    const bool has_rows = warp_row < num_rows_;
-    const int warp_last = has_rows ? last_position(smaller(warp_row + 16, num_rows_)) : -1;
-    const int warp_first = first_position_ + warp_row / group_;
+    const bool has_rows = warp_row_ < num_rows_;
+    const int warp_last =
+        has_rows ? last_position(smaller(warp_row_ + kPrefillWarpRows, num_rows_)) : -1;
+    const int warp_first = first_position_ + warp_row_ / group_;
 #pragma unroll
     for (int unit = 0; unit < kPrefillSlots - 1; ++unit) copy_unit(unit, num_units);
-    load_queries(warp_row);
+    load_queries();
 #pragma unroll 1
     for (int unit = 0; unit < num_units; ++unit) {
       wait_copies<kPrefillSlots - 2>();
       __syncthreads();
       copy_unit(unit + kPrefillSlots - 1, num_units);
       char* const slot = slot_of(unit);
-      const int first = unit * Layout::kTokens;
-      if (first + Layout::kTokens > length_) {
-        clear_behind(slot, length_ - first);
+      const int unit_begin = unit * Layout::kTokens;
+      if (unit_begin + Layout::kTokens > length_) {
+        clear_behind(slot, length_ - unit_begin);
         __syncthreads();
       }
-      if (first > warp_last) continue;
-      float scores[kKeyTiles][4] = {};
-      score(scores, slot);
-      if (first + Layout::kTokens - 1 > warp_first) mask(scores, first);
-      weigh(scores, slot);
-      mix(scores, slot + Layout::kPartBytes);
+      if (unit_begin > warp_last) continue;
+      if (kKv == Kv::kOnline) raise_peak(slot);
+#pragma unroll 1
+      for (int key = 0; key < Layout::kTokens; key += kStepKeys) {
+        const int first = unit_begin + key;
+        if (first > warp_last) break;
+        float scores[kRowTiles][kKeyTiles][4] = {};
+        score(scores, slot, key);
+        if (first + kStepKeys - 1 > warp_first) mask(scores, first);
+        weigh(scores, slot, key);
+        mix(scores, slot + Layout::kPartBytes + key / Layout::kGroupTokens * kDimSteps * 512);
+      }
     }
     wait_copies<0>();
     if (has_rows) store();
@@ -103,6 +120,19 @@ class PrefillTile {
 
   __device__ __forceinline__ char* slot_of(int unit) const {
     return dynamic_shared<char>() + unit % kPrefillSlots * Layout::kBytes;
+  }
+
+  // Of this lane's rows, after all queries.
+  __device__ __forceinline__ float* query_sums() const {
+    return reinterpret_cast<float*>(dynamic_shared<char>() + kPrefillSlots * Layout::kBytes +
+                                    kPrefillRows * kHeadDim * 2) +
+           kRows * threadIdx.x;
+  }
+
+  // (scale, zero) of a unit's keys, or of its values.
+  static __device__ __forceinline__ const uint32_t* parameters_of(const char* slot, bool is_value) {
+    return reinterpret_cast<const uint32_t*>(slot + 2 * Layout::kPartBytes +
+                                             is_value * Layout::kParameterBytes);
   }
 
   // Tokens whose number has bit 2 swap places with their neighbours, so that the rows of keys that
@@ -130,8 +160,7 @@ class PrefillTile {
   // 0 times what no token has written yet may be NaN.
   __device__ __forceinline__ void clear_behind(char* slot, int tokens) const {
     if (kKv == Kv::kOnline) {
-      uint32_t* const parameters = reinterpret_cast<uint32_t*>(slot + 2 * Layout::kPartBytes +
-                                                               Layout::kParameterBytes);
+      uint32_t* const parameters = const_cast<uint32_t*>(parameters_of(slot, true));
       for (int i = tokens + threadIdx.x; i < Layout::kTokens; i += kPrefillThreads)
         parameters[i] = 0;
     }
@@ -143,14 +172,13 @@ class PrefillTile {
     }
   }
 
-  // Rows lane / 4 and + 8 of the warp as operand A: a step's four words of a lane are dimensions
-  // 4 s .. 4 s + 3 of the kLaneDims that it has of a chunk.
-  __device__ __forceinline__ void load_queries(int warp_row) {
+  // The warp's rows as operand A, in shared memory; only the lane that wrote a word reads it. Its
+  // words of a step are dimensions 4 s .. 4 s + 3 of the kLaneDims that it has of a chunk.
+  __device__ __forceinline__ void load_queries() {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = smaller(warp_row + lane_ / 4 + 8 * half, num_rows_ - 1);
+    for (int i = 0; i < kRows; ++i) {
+      const int row = smaller(warp_row_ + lane_ / 4 + 8 * i, num_rows_ - 1);
       const int token = row / group_;
-      limit_[half] = first_position_ + token;
       const int64_t index = first_token_ + token;
       const int head = blockIdx.x * group_ + row - token * group_;
       const int num_kv_heads = arguments_.pages.num_kv_heads;
@@ -159,13 +187,12 @@ class PrefillTile {
                        num_kv_heads, arguments_.num_ranks};
       const fp16* const query = qkv.values + qkv.head_index(0, head) * kHeadDim;
       const float2* const rotation = arguments_.rotation + index * (kHeadDim / 2);
-      float factor = 1.0f;
-      if (arguments_.q_norm != nullptr) factor = norm_factor(query);
       float scale = arguments_.query_scale[index];
       if (kKv == Kv::kStatic) scale *= arguments_.kv_scale[4 * blockIdx.x];
+      const float factor = arguments_.q_norm == nullptr ? 1.0f : norm_factor(query);
       float sum = 0.0f;
 #pragma unroll
-      for (int step = 0; step < kHeadDim / 16; ++step) {
+      for (int step = 0; step < kDimSteps; ++step) {
         const int dim = step / kChunkSteps * kChunkDims + lane_ % 4 * kLaneDims +
                         step % kChunkSteps * 4;
         float values[4];
@@ -174,17 +201,20 @@ class PrefillTile {
           float weights[4];
           load_four(weights, arguments_.q_norm + dim);
 #pragma unroll
-          for (int i = 0; i < 4; ++i) values[i] *= factor * weights[i];
+          for (int j = 0; j < 4; ++j) values[j] *= factor * weights[j];
         }
         const float4 turn = *reinterpret_cast<const float4*>(rotation + dim / 2);
-        query_[step][half] = pack_fp16((values[0] * turn.x - values[1] * turn.y) * scale,
+        const uint32_t low = pack_fp16((values[0] * turn.x - values[1] * turn.y) * scale,
                                        (values[0] * turn.y + values[1] * turn.x) * scale);
-        query_[step][half + 2] = pack_fp16((values[2] * turn.z - values[3] * turn.w) * scale,
-                                           (values[2] * turn.w + values[3] * turn.z) * scale);
-        sum += low_to_float(query_[step][half]) + high_to_float(query_[step][half]) +
-               low_to_float(query_[step][half + 2]) + high_to_float(query_[step][half + 2]);
+        const uint32_t high = pack_fp16((values[2] * turn.z - values[3] * turn.w) * scale,
+                                        (values[2] * turn.w + values[3] * turn.z) * scale);
+        uint32_t* const words =
+            reinterpret_cast<uint32_t*>(queries_ + (i / 2 * kDimSteps + step) * kWarpSize);
+        words[i % 2] = low;
+        words[i % 2 + 2] = high;
+        sum += low_to_float(low) + high_to_float(low) + low_to_float(high) + high_to_float(high);
       }
-      query_sum_[half] = lanes_sum<4>(sum);
+      query_sums()[i] = lanes_sum<4>(sum);
     }
   }
 
@@ -199,7 +229,7 @@ class PrefillTile {
   __device__ __forceinline__ float norm_factor(const fp16* query) const {
     float squares = 0.0f;
 #pragma unroll
-    for (int i = 0; i < kHeadDim / 16; ++i) {
+    for (int i = 0; i < kDimSteps; ++i) {
       float values[4];
       load_four(values, query + 4 * (lane_ % 4 + 4 * i));
 #pragma unroll
@@ -208,162 +238,194 @@ class PrefillTile {
     return rsqrtf(lanes_sum<4>(squares) / static_cast<float>(kHeadDim) + arguments_.eps);
   }
 
-  // scores[j] = of rows lane / 4 (0, 1) and + 8 (2, 3) for keys 8 j + t (0, 2) and + 4 (1, 3),
-  // t = lane % 4, times log2(e).
-  __device__ __forceinline__ void score(float (&scores)[kKeyTiles][4], const char* slot) const {
+  static __device__ __forceinline__ void load_words(uint32_t (&words)[4], const void* shared) {
+    const uint4 loaded = *static_cast<const uint4*>(shared);
+    words[0] = loaded.x;
+    words[1] = loaded.y;
+    words[2] = loaded.z;
+    words[3] = loaded.w;
+  }
+
+  // scores[m][j] = of rows 16 m + lane / 4 (0, 1) and + 8 (2, 3) for keys 8 j + t (0, 2) and + 4
+  // (1, 3), t = lane % 4, times log2(e).
+  __device__ __forceinline__ void score(float (&scores)[kRowTiles][kKeyTiles][4], const char* slot,
+                                        int key) const {
     const int column = lane_ / 4;
     const int row = column % 2 * 4 + (column / 2 ^ column % 2);  // swapped as in copy_unit
-    const char* const keys = slot + row * 64 + lane_ % 4 * 16;
-    const uint32_t* const parameters =
-        reinterpret_cast<const uint32_t*>(slot + 2 * Layout::kPartBytes) + lane_ % 4;
+    const char* const keys = slot + (key + row) * 64 + lane_ % 4 * 16;
 #pragma unroll
-    for (int j = 0; j < kKeyTiles; ++j) {
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+      uint32_t words[kKeyTiles][4];
 #pragma unroll
-      for (int chunk = 0; chunk < kChunks; ++chunk) {
-        const uint4 loaded =
-            *reinterpret_cast<const uint4*>(keys + (chunk * Layout::kTokens + 8 * j) * 64);
-        const uint32_t words[4] = {loaded.x, loaded.y, loaded.z, loaded.w};
+      for (int j = 0; j < kKeyTiles; ++j)
+        load_words(words[j], keys + (chunk * Layout::kTokens + 8 * j) * 64);
 #pragma unroll
-        for (int step = 0; step < kChunkSteps; ++step) {
-          const uint32_t(&q)[4] = query_[chunk * kChunkSteps + step];
-          const uint32_t b0 = kIsHalf ? words[2 * step % 4] : widen_codes<0>(words[step]);
-          const uint32_t b1 = kIsHalf ? words[(2 * step + 1) % 4] : widen_codes<1>(words[step]);
-          multiply(scores[j], q[0], q[1], q[2], q[3], b0, b1);
-        }
-      }
-      if (kKv == Kv::kOnline) {
+      for (int step = 0; step < kChunkSteps; ++step) {
+        uint32_t q[kRowTiles][4];
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const uint32_t word = parameters[8 * j + 4 * i];
-          const float scale = low_to_float(word);
-          const float middle = fmaf(128.0f, scale, high_to_float(word));
-          scores[j][i] = fmaf(scale, scores[j][i], middle * query_sum_[0]);
-          scores[j][i + 2] = fmaf(scale, scores[j][i + 2], middle * query_sum_[1]);
+        for (int m = 0; m < kRowTiles; ++m)
+          load_words(q[m], queries_ + (m * kDimSteps + chunk * kChunkSteps + step) * kWarpSize);
+#pragma unroll
+        for (int j = 0; j < kKeyTiles; ++j) {
+          const uint32_t b0 = kIsHalf ? words[j][2 * step % 4] : widen_codes<0>(words[j][step]);
+          const uint32_t b1 =
+              kIsHalf ? words[j][(2 * step + 1) % 4] : widen_codes<1>(words[j][step]);
+#pragma unroll
+          for (int m = 0; m < kRowTiles; ++m)
+            multiply(scores[m][j], q[m][0], q[m][1], q[m][2], q[m][3], b0, b1);
         }
       }
     }
-  }
-
-  __device__ __forceinline__ void mask(float (&scores)[kKeyTiles][4], int first) const {
+    if (kKv != Kv::kOnline) return;
+    const uint32_t* const parameters = parameters_of(slot, false) + key + lane_ % 4;
+    const float4 loaded = *reinterpret_cast<const float4*>(query_sums());
+    const float sums[kRows] = {loaded.x, loaded.y, loaded.z, loaded.w};
 #pragma unroll
     for (int j = 0; j < kKeyTiles; ++j)
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        if (first + 8 * j + lane_ % 4 + i % 2 * 4 > limit_[i / 2]) scores[j][i] = kBelowAll;
+      for (int i = 0; i < 2; ++i) {
+        const uint32_t word = parameters[8 * j + 4 * i];
+        const float scale = low_to_float(word);
+        const float middle = fmaf(128.0f, scale, high_to_float(word));
+#pragma unroll
+        for (int own = 0; own < kRows; ++own) {
+          float& value = scores[own / 2][j][own % 2 * 2 + i];
+          value = fmaf(scale, value, middle * sums[own]);
+        }
+      }
   }
 
-  // From scores to weights: 2^(score - top), for online int8 times the value's scale / peak_.
-  __device__ __forceinline__ void weigh(float (&scores)[kKeyTiles][4], const char* slot) {
-    float keep[2];
+  __device__ __forceinline__ void mask(float (&scores)[kRowTiles][kKeyTiles][4], int first) const {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float top = fmaxf(scores[0][2 * half], scores[0][2 * half + 1]);
-#pragma unroll
-      for (int j = 1; j < kKeyTiles; ++j)
-        top = fmaxf(top, fmaxf(scores[j][2 * half], scores[j][2 * half + 1]));
-      top = fmaxf(top, __shfl_xor_sync(kFullMask, top, 1));
-      top = fmaxf(top_[half], fmaxf(top, __shfl_xor_sync(kFullMask, top, 2)));
-      keep[half] = exp2_fast(top_[half] - top);
-      top_[half] = top;
-      float total = 0.0f;
+    for (int own = 0; own < kRows; ++own) {
+      const int limit = last_position(warp_row_ + lane_ / 4 + 8 * own + 1) - first - lane_ % 4;
 #pragma unroll
       for (int j = 0; j < kKeyTiles; ++j)
 #pragma unroll
-        for (int i = 2 * half; i < 2 * half + 2; ++i) {
-          scores[j][i] = exp2_fast(scores[j][i] - top);
-          total += scores[j][i];
-        }
-      total_[half] = fmaf(total_[half], keep[half], total);
+        for (int i = 0; i < 2; ++i)
+          if (8 * j + 4 * i > limit) scores[own / 2][j][own % 2 * 2 + i] = kBelowAll;
     }
-    if (kKv == Kv::kOnline) apply_value_scales(scores, slot, keep);
-    if (!__any_sync(kFullMask, keep[0] != 1.0f || keep[1] != 1.0f)) return;
-#pragma unroll
-    for (int n = 0; n < kOutTiles; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) mixed_[n][i] *= keep[i / 2];
   }
 
-  __device__ __forceinline__ void apply_value_scales(float (&weights)[kKeyTiles][4],
-                                                     const char* slot, float (&keep)[2]) {
-    const uint32_t* const parameters = reinterpret_cast<const uint32_t*>(
-        slot + 2 * Layout::kPartBytes + Layout::kParameterBytes);
+  // From scores to weights: 2^(score - top), for online int8 times the value's scale / peak_.
+  __device__ __forceinline__ void weigh(float (&scores)[kRowTiles][kKeyTiles][4], const char* slot,
+                                        int key) {
+    float tops[kRows];
+    bool is_above = false;
+#pragma unroll
+    for (int own = 0; own < kRows; ++own) {
+      tops[own] = kBelowAll;
+#pragma unroll
+      for (int j = 0; j < kKeyTiles; ++j)
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+          tops[own] = fmaxf(tops[own], scores[own / 2][j][own % 2 * 2 + i]);
+      is_above |= tops[own] > top_[own] + kHeadroom;
+    }
+    if (__any_sync(kFullMask, is_above)) raise_tops(tops);
+#pragma unroll
+    for (int own = 0; own < kRows; ++own)
+#pragma unroll
+      for (int j = 0; j < kKeyTiles; ++j)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          float& value = scores[own / 2][j][own % 2 * 2 + i];
+          value = exp2_fast(value - top_[own]);
+          total_[own] += value;
+        }
+    if (kKv != Kv::kOnline) return;
+    const uint32_t* const parameters = parameters_of(slot, true) + key + lane_ % 4;
+    const float inverse_peak = peak_ > 0.0f ? __fdividef(1.0f, peak_) : 0.0f;
+#pragma unroll
+    for (int j = 0; j < kKeyTiles; ++j)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const uint32_t word = parameters[8 * j + 4 * i];
+        const float scale = low_to_float(word);
+        const float middle = fmaf(128.0f, scale, high_to_float(word));
+        const float relative = scale * inverse_peak;
+#pragma unroll
+        for (int own = 0; own < kRows; ++own) {
+          float& weight = scores[own / 2][j][own % 2 * 2 + i];
+          middles_[own] = fmaf(weight, middle, middles_[own]);
+          weight *= relative;
+        }
+      }
+  }
+
+  // Makes a row's largest score so far what its weights are relative to.
+  __device__ __forceinline__ void raise_tops(float (&tops)[kRows]) {
+#pragma unroll
+    for (int own = 0; own < kRows; ++own) {
+      float top = fmaxf(tops[own], __shfl_xor_sync(kFullMask, tops[own], 1));
+      top = fmaxf(top_[own], fmaxf(top, __shfl_xor_sync(kFullMask, top, 2)));
+      const float keep = exp2_fast(top_[own] - top);
+      top_[own] = top;
+      total_[own] *= keep;
+      if (kKv == Kv::kOnline) middles_[own] *= keep;
+#pragma unroll
+      for (int n = 0; n < kOutTiles; ++n)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) mixed_[own / 2][n][own % 2 * 2 + i] *= keep;
+    }
+  }
+
+  // Makes the largest scale of values so far what mixed_ is in units of.
+  __device__ __forceinline__ void raise_peak(const char* slot) {
+    const uint32_t* const parameters = parameters_of(slot, true);
     uint32_t largest = 0;  // scales are not negative: their bits are in order
 #pragma unroll
     for (int i = 0; i < Layout::kTokens / kWarpSize; ++i) {
       const uint32_t scale = parameters[i * kWarpSize + lane_] & 0xffffu;
       largest = scale > largest ? scale : largest;
     }
-    const float peak = fmaxf(peak_, low_to_float(warp_max(largest)));
-    const float inverse = peak > 0.0f ? 1.0f / peak : 0.0f;
-    const float ratio = peak_ * inverse;
+    const float peak = low_to_float(warp_max(largest));
+    if (peak <= peak_) return;
+    const float ratio = peak_ / peak;
     peak_ = peak;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) middles_[half] *= keep[half];
+    for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
-    for (int j = 0; j < kKeyTiles; ++j)
+      for (int n = 0; n < kOutTiles; ++n)
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const uint32_t word = parameters[8 * j + 4 * i + lane_ % 4];
-        const float scale = low_to_float(word);
-        const float middle = fmaf(128.0f, scale, high_to_float(word));
-        const float relative = scale * inverse;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          float& weight = weights[j][2 * half + i];
-          middles_[half] = fmaf(weight, middle, middles_[half]);
-          weight *= relative;
-        }
-      }
-    // Before the first unit there is nothing to keep, and a peak of 0 stays exact.
-    keep[0] *= ratio;
-    keep[1] *= ratio;
+        for (int i = 0; i < 4; ++i) mixed_[m][n][i] *= ratio;
   }
 
   // mixed_ += weights * values.
-  __device__ __forceinline__ void mix(const float (&weights)[kKeyTiles][4], const char* values) {
-    constexpr int kGroups = Layout::kTokens / Layout::kGroupTokens;
-    constexpr int kGroupTiles = kKeyTiles / kGroups;
-    constexpr int kSteps = kIsHalf ? 1 : 2;  // of a group
+  __device__ __forceinline__ void mix(const float (&weights)[kRowTiles][kKeyTiles][4],
+                                      const char* values) {
+    // Products of 16 keys: int8 has them in words 0, 1 and 2, 3 of a lane's 16 bytes of 32 tokens,
+    // fp16 in words 0, 2 and 1, 3 of its 16 bytes of 16 tokens, twice.
+    uint32_t a[2][kRowTiles][4];
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+      for (int step = 0; step < 2; ++step)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int tile = kIsHalf ? 2 * step : i / 2 * 2;
+          const int column = i % 2 * 2 + (kIsHalf ? i / 2 : step);
+          a[step][m][i] = pack_fp16(weights[m][tile][column], weights[m][tile + 1][column]);
+        }
     const char* const own = values + 16 * lane_;
 #pragma unroll
-    for (int group = 0; group < kGroups; ++group) {
-      const auto pair = [&](int tile, int i) {
-        return pack_fp16(weights[group * kGroupTiles + tile][i],
-                         weights[group * kGroupTiles + tile + 1][i]);
-      };
-      uint32_t a[kSteps][4];
-      if (kIsHalf) {
-        a[0][0] = pair(0, 0);
-        a[0][1] = pair(0, 2);
-        a[0][2] = pair(0, 1);
-        a[0][3] = pair(0, 3);
-      } else {
+    for (int dims = 0; dims < kDimSteps; ++dims) {
+      uint32_t words[kIsHalf ? 2 : 1][4];
+      load_words(words[0], own + dims * 512);
+      if (kIsHalf) load_words(words[kIsHalf], own + (kDimSteps + dims) * 512);
 #pragma unroll
-        for (int step = 0; step < kSteps; ++step)
+      for (int step = 0; step < 2; ++step)
 #pragma unroll
-          for (int i = 0; i < 4; ++i)
-            a[step][i] = pair(i / 2 * (kGroupTiles - 2), i % 2 * 2 + step);
-      }
+        for (int n = 0; n < 2; ++n) {
+          const uint32_t word = kIsHalf ? words[kIsHalf * step][n] : words[0][n + 2 * step];
+          const uint32_t b0 = kIsHalf ? word : widen_codes<0>(word);
+          const uint32_t b1 = kIsHalf ? words[kIsHalf * step][n + 2] : widen_codes<1>(word);
 #pragma unroll
-      for (int m = 0; m < kHeadDim / 16; ++m) {
-        const uint4 words =
-            *reinterpret_cast<const uint4*>(own + (group * (kHeadDim / 16) + m) * 512);
-        float(&even)[4] = mixed_[2 * m];
-        float(&odd)[4] = mixed_[2 * m + 1];
-        if (kIsHalf) {
-          multiply(even, a[0][0], a[0][1], a[0][2], a[0][3], words.x, words.z);
-          multiply(odd, a[0][0], a[0][1], a[0][2], a[0][3], words.y, words.w);
-        } else {
-          const auto product = [&](float(&sums)[4], int step, uint32_t word) {
-            multiply(sums, a[step][0], a[step][1], a[step][2], a[step][3], widen_codes<0>(word),
-                     widen_codes<1>(word));
-          };
-          product(even, 0, words.x);
-          product(odd, 0, words.y);
-          product(even, kSteps - 1, words.z);
-          product(odd, kSteps - 1, words.w);
+          for (int m = 0; m < kRowTiles; ++m) {
+            const uint32_t(&w)[4] = a[step][m];
+            multiply(mixed_[m][2 * dims + n], w[0], w[1], w[2], w[3], b0, b1);
+          }
         }
-      }
     }
   }
 
@@ -374,11 +436,11 @@ class PrefillTile {
       zero = arguments_.kv_scale[4 * blockIdx.x + 3];
     }
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float inverse = 1.0f / lanes_sum<4>(total_[half]);
+    for (int i = 0; i < kRows; ++i) {
+      const float inverse = 1.0f / lanes_sum<4>(total_[i]);
       const float factor = inverse * (kKv == Kv::kOnline ? peak_ : scale);
-      const float offset = kKv == Kv::kOnline ? lanes_sum<4>(middles_[half]) * inverse : zero;
-      const int row = first_row_ + 16 * warp_ + lane_ / 4 + 8 * half;
+      const float offset = kKv == Kv::kOnline ? lanes_sum<4>(middles_[i]) * inverse : zero;
+      const int row = warp_row_ + lane_ / 4 + 8 * i;
       if (row >= num_rows_) continue;
       const int token = row / group_;
       const int head = blockIdx.x * group_ + row - token * group_;
@@ -387,10 +449,12 @@ class PrefillTile {
                             kHeadDim +
                         lane_ % 4 * 2;
 #pragma unroll
-      for (int n = 0; n < kOutTiles; ++n)
+      for (int n = 0; n < kOutTiles; ++n) {
+        const float(&sums)[4] = mixed_[i / 2][n];
         *reinterpret_cast<uint32_t*>(out + 8 * n) =
-            pack_fp16(fmaf(mixed_[n][2 * half], factor, offset),
-                      fmaf(mixed_[n][2 * half + 1], factor, offset));
+            pack_fp16(fmaf(sums[i % 2 * 2], factor, offset),
+                      fmaf(sums[i % 2 * 2 + 1], factor, offset));
+      }
     }
   }
 
@@ -398,20 +462,18 @@ class PrefillTile {
   const int warp_;
   const int lane_;
   const int group_;  // query heads of a kv head
-  int first_row_;
+  int warp_row_;
   int first_token_;
   int num_rows_;
   int first_position_;
   int length_;
   const int32_t* page_list_;
-  uint32_t query_[kHeadDim / 16][4];
-  float query_sum_[2];
-  int limit_[2];  // position of the row's token
-  float top_[2] = {kBelowAll, kBelowAll};
-  float total_[2] = {};    // of this lane's keys
-  float middles_[2] = {};  // sum of weight * what code 128 stands for, this lane's keys
-  float peak_ = 0.0f;      // mixed_ is in units of it
-  float mixed_[kOutTiles][4] = {};
+  uint4* queries_;
+  float top_[kRows];
+  float total_[kRows] = {};    // of this lane's keys
+  float middles_[kRows] = {};  // sum of weight * what code 128 stands for, this lane's keys
+  float peak_ = 0.0f;
+  float mixed_[kRowTiles][kOutTiles][4] = {};
 };
 
 }  // namespace

@@ -22,7 +22,7 @@
 
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 256;  // a warp for each token modulo 8
 constexpr int kSpanTokens = 64;
 
 struct Arguments {
@@ -41,33 +41,87 @@ struct Arguments {
   float eps;
 };
 
+// Loads, quantizes and stores the tokens row, row + 8, .. of a group; their values go to `staged`.
 template <Kv kKv, int kHeadDim>
-__device__ __forceinline__ void store_token(const Arguments& arguments, int64_t index, char* unit,
-                                            char* values_unit, int token) {
+class Store {
   using Layout = Unit<kKv, kHeadDim>;
-  const int lane = threadIdx.x % kWarpSize;
-  const int head = blockIdx.x;
-  const int num_kv_heads = arguments.pages.num_kv_heads;
-  const int64_t row_heads = arguments.num_heads + 2 * num_kv_heads;
-  const QkvRow qkv{arguments.qkv + index * row_heads * kHeadDim, arguments.num_heads, num_kv_heads,
-                   arguments.num_ranks};
-  float keys[4], values[4];
-  load_head<kHeadDim>(keys, qkv.values + qkv.head_index(1, head) * kHeadDim, lane);
-  load_head<kHeadDim>(values, qkv.values + qkv.head_index(2, head) * kHeadDim, lane);
-  normalize_head<kHeadDim>(keys, arguments.k_norm, arguments.eps, lane);
-  rotate_head<kHeadDim>(keys, arguments.rotation + index * (kHeadDim / 2), lane);
-  float4 scale = {1.0f, 0.0f, 1.0f, 0.0f};
-  if (kKv == Kv::kStatic) scale = reinterpret_cast<const float4*>(arguments.kv_scale)[head];
-  const StoredRow key = to_stored<kKv>(keys, scale.x, scale.y);
-  const StoredRow value = to_stored<kKv>(values, scale.z, scale.w);
-  put_key<kKv, kHeadDim>(unit, token, key, lane);
-  put_value<kKv, kHeadDim>(values_unit, token, value, lane);
-  if (kKv == Kv::kOnline && lane == 0) {
-    uint32_t* const parameters = reinterpret_cast<uint32_t*>(unit + 2 * Layout::kPartBytes);
-    parameters[token] = key.parameters;
-    parameters[Layout::kTokens + token] = value.parameters;
+  static constexpr int kTogether = Layout::kGroupTokens / 8;
+
+ public:
+  __device__ __forceinline__ explicit Store(const Arguments& arguments)
+      : arguments_(arguments), lane_(threadIdx.x % kWarpSize) {
+    const int num_kv_heads = arguments.pages.num_kv_heads;
+    const QkvRow row{nullptr, arguments.num_heads, num_kv_heads, arguments.num_ranks};
+    row_stride_ = static_cast<int64_t>(arguments.num_heads + 2 * num_kv_heads) * kHeadDim;
+    keys_ = arguments.qkv + row.head_index(1, blockIdx.x) * kHeadDim;
+    values_ = arguments.qkv + row.head_index(2, blockIdx.x) * kHeadDim;
+    if (kKv == Kv::kStatic) scale_ = reinterpret_cast<const float4*>(arguments.kv_scale)[blockIdx.x];
   }
-}
+
+  // first_index: of position `begin` among the step's tokens; group_begin: a position.
+  __device__ __forceinline__ void run(char* unit, char* staged, int group_begin, int row,
+                                      int begin, int end, int64_t first_index) const {
+    StoredRow keys[kTogether], values[kTogether];
+    float loaded[kTogether][2][4];
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      const int position = smaller(larger(group_begin + row + 8 * i, begin), end - 1);
+      const int64_t index = first_index + position - begin;
+      load_head<kHeadDim>(loaded[i][0], keys_ + index * row_stride_, lane_);
+      load_head<kHeadDim>(loaded[i][1], values_ + index * row_stride_, lane_);
+      normalize_head<kHeadDim>(loaded[i][0], arguments_.k_norm, arguments_.eps, lane_);
+      rotate_head<kHeadDim>(loaded[i][0], arguments_.rotation + index * (kHeadDim / 2), lane_);
+    }
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      keys[i] = to_stored<kKv>(loaded[i][0], scale_.x, scale_.y);
+      values[i] = to_stored<kKv>(loaded[i][1], scale_.z, scale_.w);
+    }
+    const int token = group_begin % Layout::kTokens + row;
+    const bool is_whole = group_begin + row >= begin && group_begin + row + 8 * kTogether - 8 < end;
+    if (is_whole) put_values(staged, token, values);
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      const int position = group_begin + row + 8 * i;
+      if (position < begin || position >= end) continue;
+      put_key<kKv, kHeadDim>(unit, token + 8 * i, keys[i], lane_);
+      if (!is_whole) put_value<kKv, kHeadDim>(staged, token + 8 * i, values[i], lane_);
+      if (kKv == Kv::kOnline && lane_ == 0) {
+        uint32_t* const parameters = reinterpret_cast<uint32_t*>(unit + 2 * Layout::kPartBytes);
+        parameters[token + 8 * i] = keys[i].parameters;
+        parameters[Layout::kTokens + token + 8 * i] = values[i].parameters;
+      }
+    }
+  }
+
+ private:
+  // put_value of all of them: each dimension's are a word.
+  __device__ __forceinline__ void put_values(char* staged, int token,
+                                             const StoredRow (&rows)[kTogether]) const {
+    if (lane_ >= kHeadDim / 4) return;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      uint32_t word;
+      if (kKv == Kv::kHalf) {
+        word = __byte_perm(rows[0].words[i / 2], rows[1].words[i / 2], i % 2 == 0 ? 0x5410 : 0x7632);
+      } else {
+        const uint32_t select = i | (i + 4) << 4;
+        const uint32_t low = __byte_perm(rows[0].words[0], rows[1].words[0], select);
+        const uint32_t high =
+            __byte_perm(rows[kTogether - 2].words[0], rows[kTogether - 1].words[0], select);
+        word = __byte_perm(low, high, 0x5410);
+      }
+      *reinterpret_cast<uint32_t*>(staged + Layout::value_offset(token, 4 * lane_ + i)) = word;
+    }
+  }
+
+  const Arguments& arguments_;
+  const int lane_;
+  int64_t row_stride_;
+  const fp16* keys_;
+  const fp16* values_;
+  float4 scale_ = {1.0f, 0.0f, 1.0f, 0.0f};
+};
 
 template <Kv kKv, int kHeadDim>
 __device__ __forceinline__ void store_span(const Arguments& arguments, char* staged) {
@@ -93,13 +147,13 @@ __device__ __forceinline__ void store_span(const Arguments& arguments, char* sta
           units + i / kUnitChunks * Layout::kBytes + Layout::kPartBytes + i % kUnitChunks * 16);
     __syncthreads();
   }
-#pragma unroll 2
-  for (int position = begin + threadIdx.x / kWarpSize; position < end;
-       position += kThreads / kWarpSize) {
-    const int unit = (position - span_begin) / Layout::kTokens;
-    store_token<kKv, kHeadDim>(arguments, first_token + position - first_position,
-                               units + unit * Layout::kBytes, staged + unit * Layout::kPartBytes,
-                               position % Layout::kTokens);
+  const Store<kKv, kHeadDim> store(arguments);
+  const int64_t first_index = first_token + begin - first_position;
+#pragma unroll 1
+  for (int group = 0; group < kSpanTokens; group += Layout::kGroupTokens) {
+    const int unit = group / Layout::kTokens;
+    store.run(units + unit * Layout::kBytes, staged + unit * Layout::kPartBytes,
+              span_begin + group, threadIdx.x / kWarpSize, begin, end, first_index);
   }
   __syncthreads();
   for (int i = threadIdx.x; i < kUnits * kUnitChunks; i += kThreads)
