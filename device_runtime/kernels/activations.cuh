@@ -6,8 +6,8 @@
 
 namespace {
 
-// Inputs of a unit that a lane holds, in the order of the bytes of its word: lane = (tile j of the
-// unit, half k16, t), inputs 32 j + 16 k16 + {2t, 2t + 8, 2t + 1, 2t + 9}.
+// Inputs of a stretch that a lane holds, in the order of the bytes of its word: lane = (tile j of
+// the stretch, half k16, t), inputs 32 j + 16 k16 + {2t, 2t + 8, 2t + 1, 2t + 9}.
 __device__ __forceinline__ int first_input(int lane) {
   return lane / 8 * 32 + lane / 4 % 2 * 16 + lane % 4 * 2;
 }
@@ -19,8 +19,8 @@ struct FixedPoint {
   int negated_sum;  // -sum over the lane's group, the same on every lane of the group
 };
 
-// Quantizes one unit, four values a lane. NaN and infinity make the scale NaN or infinite, so that
-// they reach the result.
+// Quantizes one stretch, four values a lane. NaN and infinity make the scale NaN or infinite, so
+// that they reach the result.
 template <int kGroupSize>
 __device__ __forceinline__ FixedPoint to_fixed_point(const float (&values)[4]) {
   const float largest = max_or_nan(max_or_nan(fabsf(values[0]), fabsf(values[1])),

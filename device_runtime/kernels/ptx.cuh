@@ -97,67 +97,14 @@ __device__ __forceinline__ float max_or_nan(float a, float b) {
 #endif
 }
 
-// Shared memory read anew at each call, for what should not stay in registers.
-__device__ __forceinline__ int4 load_shared_again(const int* pointer) {
-  int4 value;
-  asm volatile("ld.volatile.shared.v4.s32 {%0,%1,%2,%3}, [%4];"
-               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-               : "r"(shared_address(pointer)));
-  return value;
+// Asks for 128 bytes to be in L2 soon: PTX ISA "prefetch".
+__device__ __forceinline__ void prefetch_line(const void* pointer) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(pointer));
 }
 
-// Blocks of a cluster: consecutive ones that may read each other's shared memory. PTX ISA "mapa",
-// "barrier.cluster", "ld". One block where there are no clusters.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && !TURBOJET_PLAIN
-#define TURBOJET_HAS_CLUSTERS 1
-#else
-#define TURBOJET_HAS_CLUSTERS 0
-#endif
-constexpr bool kHasClusters = TURBOJET_HAS_CLUSTERS;
-
-__device__ __forceinline__ int cluster_size() {
-#if TURBOJET_HAS_CLUSTERS
-  uint32_t value;
-  asm("mov.u32 %0, %cluster_nctaid.x;" : "=r"(value));
-  return static_cast<int>(value);
-#else
-  return 1;
-#endif
-}
-
-__device__ __forceinline__ int cluster_rank() {
-#if TURBOJET_HAS_CLUSTERS
-  uint32_t value;
-  asm("mov.u32 %0, %cluster_ctarank;" : "=r"(value));
-  return static_cast<int>(value);
-#else
-  return 0;
-#endif
-}
-
-__device__ __forceinline__ void cluster_arrive() {
-#if TURBOJET_HAS_CLUSTERS
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ void cluster_wait() {
-#if TURBOJET_HAS_CLUSTERS
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-#endif
-}
-
-// What another block of the cluster has at the place of `pointer` in its shared memory.
-__device__ __forceinline__ float load_of_rank(const float* pointer, int rank) {
-#if TURBOJET_HAS_CLUSTERS
-  uint32_t address;
-  float value;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(pointer)), "r"(rank));
-  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
-  return value;
-#else
-  return *pointer;
-#endif
+// memory += value, without waiting for it: PTX ISA "red".
+__device__ __forceinline__ void add_to_memory(float* pointer, float value) {
+  asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(pointer), "f"(value) : "memory");
 }
 
 // A 16-byte load of data that is read once: past L1.

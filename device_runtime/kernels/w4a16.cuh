@@ -2,11 +2,11 @@
 //
 //   y[m] = sum over k of (q[k,m] - z[g,m]) * s[g,m] * x[k],   g = k div group_size
 //
-// Activations are held in 16-bit fixed point, one scale for each unit of 128 inputs:
+// Activations are held in 16-bit fixed point, one scale for each stretch of 128 inputs:
 //   x[k] = scale * (256 * high[k] + low[k]),   high and low int8,   |256 * high + low| <= 32639
-// which is finer than fp16 for every value above 1/16 of the unit's largest. Weight codes are the
-// unsigned operand just as they lie in memory: `word & 0x0f0f0f0f` is four codes of output row r,
-// `word & 0xf0f0f0f0` is 16 times four codes of row r + 8. The products and their sums are exact
+// which is finer than fp16 for every value above 1/16 of the stretch's largest. Weight codes are
+// the unsigned operand just as they lie in memory: `word & 0x0f0f0f0f` is four codes of output row
+// r, `word & 0xf0f0f0f0` is 16 times four codes of row r + 8. The products and their sums are exact
 // 32-bit integers (at most 240 * 32639 * 128 < 2^31), so a result does not depend on how many
 // tokens or which instructions made it; scale and zero are applied once per group.
 //
@@ -15,7 +15,7 @@
 // 2t + 1, 2t + 9 of a sixteen: the A fragment of mma.m16n8k32 with its inputs permuted. The
 // activations are permuted likewise when they are quantized.
 //
-// One warp computes 32 outputs ("tile") x 128 inputs ("unit") at a time.
+// One warp computes 32 outputs ("tile") x 256 inputs ("unit": two stretches) at a time.
 #ifndef TURBOJET_W4A16_CUH
 #define TURBOJET_W4A16_CUH
 
@@ -23,9 +23,11 @@
 
 namespace {
 
-constexpr int kUnitInputs = 128;
+constexpr int kStretchInputs = 128;
+constexpr int kUnitStretches = 2;
+constexpr int kUnitInputs = kUnitStretches * kStretchInputs;
 constexpr int kTileOutputs = 32;
-constexpr int kTilesPerUnit = kUnitInputs / 32;
+constexpr int kTileBytes = 32 * kTileOutputs / 2;
 constexpr int kCodeBytesPerUnit = kUnitInputs * kTileOutputs / 2;
 constexpr float kFixedPointMax = 32639.0f;  // 127 * 256 + 127: both digits fit int8
 
@@ -40,15 +42,14 @@ struct QuantizedMatrix {
 template <int kGroupSize>
 constexpr int kUnitBytes = kCodeBytesPerUnit + kUnitInputs / kGroupSize * kTileOutputs * 4;
 
-// Activations of one unit, quantized: 16-byte chunks [blocks of 4 tokens][2][columns][4 lanes],
+// Activations of one stretch, quantized: 16-byte chunks [blocks of 4 tokens][2][columns][4 lanes],
 // where column 2i holds the high digits of token i of the block and column 2i + 1 the low ones;
-// then float scales [kTokens], int negated sums [groups][kTokens] and float sums of squares
-// [kTokens].
+// then float scales [kTokens] and int negated sums [groups][kTokens].
 template <int kTokens, int kGroupSize>
-struct UnitActivations {
-  static constexpr int kGroups = kUnitInputs / kGroupSize;
-  static constexpr int kDigitBytes = 2 * kTokens * kUnitInputs;
-  static constexpr int kBytes = (kDigitBytes + (2 + kGroups) * kTokens * 4 + 15) / 16 * 16;
+struct StretchActivations {
+  static constexpr int kGroups = kStretchInputs / kGroupSize;
+  static constexpr int kDigitBytes = 2 * kTokens * kStretchInputs;
+  static constexpr int kBytes = (kDigitBytes + (1 + kGroups) * kTokens * 4 + 15) / 16 * 16;
 
   char* base;
 
@@ -59,53 +60,49 @@ struct UnitActivations {
   __device__ __forceinline__ int& negated_sum(int group, int token) const {
     return reinterpret_cast<int*>(base + kDigitBytes)[(1 + group) * kTokens + token];
   }
-  __device__ __forceinline__ float& square_sum(int token) const {
-    return reinterpret_cast<float*>(base + kDigitBytes)[(1 + kGroups) * kTokens + token];
-  }
 };
 
-// Where a lane's bytes of a unit lie, for one tile, unit after unit.
+// Where a lane's bytes of a unit lie in memory.
 template <int kGroupSize>
 struct UnitSource {
   static constexpr int kGroups = kUnitInputs / kGroupSize;
 
-  const char* codes;   // this lane's 16 bytes of the unit's first 32 inputs
-  const char* scales;  // this lane's 16 bytes of the unit's scales, for lane < 8 * kGroups
-  int unit;
+  const char* codes;   // the lane's 16 bytes of the unit's first 32 inputs
+  const char* scales;  // the lane's 16 bytes of group lane / 8 of the unit
 
-  __device__ __forceinline__ void seek(const QuantizedMatrix& matrix, int tile, int new_unit,
-                                       int lane) {
-    unit = new_unit;
-    const int64_t row_bytes = static_cast<int64_t>(matrix.outputs) * 16;
-    codes = reinterpret_cast<const char*>(matrix.codes) + unit * (kTilesPerUnit * row_bytes) +
-            tile * 512 + lane * 16;
-    scales = reinterpret_cast<const char*>(matrix.scales_zeros) +
-             (static_cast<int64_t>(unit) * kGroups + lane / 8) * matrix.outputs * 4 + tile * 128 +
-             lane % 8 * 16;
+  __device__ __forceinline__ UnitSource(const QuantizedMatrix& matrix, int tile, int unit,
+                                        int lane) {
+    codes = reinterpret_cast<const char*>(matrix.codes) + lane * 16 +
+            (static_cast<int64_t>(unit) * (kUnitInputs / 32) * matrix.outputs + tile * 32) * 16;
+    scales = reinterpret_cast<const char*>(matrix.scales_zeros) + lane % 8 * 16 +
+             ((static_cast<int64_t>(unit) * kGroups + lane / 8) * matrix.outputs +
+              tile * kTileOutputs) * 4;
   }
 
-  __device__ __forceinline__ void next_unit(const QuantizedMatrix& matrix) {
-    ++unit;
-    codes += kTilesPerUnit * static_cast<int64_t>(matrix.outputs) * 16;
-    scales += kGroups * static_cast<int64_t>(matrix.outputs) * 4;
+  __device__ __forceinline__ void move(const QuantizedMatrix& matrix, int tiles, int units) {
+    codes += static_cast<int64_t>(matrix.outputs) * (units * kUnitInputs / 2) + tiles * kTileBytes;
+    scales += (static_cast<int64_t>(matrix.outputs) * (units * kGroups) + tiles * kTileOutputs) * 4;
   }
 
-  // Inputs past the end are not copied: their activations are zero, and a group past the end gets
-  // the scales of the first one, which are finite.
+  // Starts the copy to shared memory. `inputs_left` are the matrix's from the unit on. Groups past
+  // the end are not copied: their activations are zero, and their scales those of the unit's first
+  // group, which are finite.
   __device__ __forceinline__ void copy_async(char* slot, const QuantizedMatrix& matrix,
-                                             int lane) const {
+                                             int inputs_left, int lane) const {
     const int64_t row_bytes = static_cast<int64_t>(matrix.outputs) * 16;
 #pragma unroll
-    for (int j = 0; j < kTilesPerUnit; ++j) {
-      // With groups of 128 a unit is never cut short.
-      if (kGroupSize == 128 || j == 0 || unit * kUnitInputs + j * 32 < matrix.inputs)
-        copy16_async(slot + j * 512 + lane * 16, codes + j * row_bytes);
+    for (int j = 0; j < kUnitInputs / 32; ++j) {
+      if (j < kGroupSize / 32 || j / (kGroupSize / 32) * kGroupSize < inputs_left)
+        copy16_async(slot + j * kTileBytes + lane * 16, codes + j * row_bytes);
     }
-    if (lane < 8 * kGroups) {
-      const bool is_inside =
-          kGroupSize == 128 || unit * kUnitInputs + lane / 8 * kGroupSize < matrix.inputs;
-      copy16_async(slot + kCodeBytesPerUnit + lane * 16,
-                   is_inside ? scales : reinterpret_cast<const char*>(matrix.scales_zeros));
+#pragma unroll
+    for (int first = 0; first < kGroups; first += 4) {
+      const int group = first + lane / 8;
+      const bool is_inside = group * kGroupSize < inputs_left;
+      const int back = is_inside ? first : -(lane / 8);
+      if (group < kGroups)
+        copy16_async(slot + kCodeBytesPerUnit + (first * 8 + lane) * 16,
+                     scales + static_cast<int64_t>(matrix.outputs) * (back * 4));
     }
   }
 };
@@ -124,7 +121,7 @@ constexpr int kColumns = kTokens < 4 ? 2 * kTokens : 8;
 // Adds 32 inputs x 32 outputs to the sums of a group: sums[block][half][0] and [1] become the high
 // and low digit sums of row r (codes), [2] and [3] those of row r + 8 (16 * codes). A lane
 // (r = lane / 4, t = lane % 4) holds token 4 * block + t; with one token every lane of a row holds
-// the same. `inputs_index` is the place of the 32 inputs in the unit.
+// the same. `inputs_index` is the place of the 32 inputs in the stretch.
 template <int kTokens>
 __device__ __forceinline__ void add_products(int (&sums)[kTokenBlocks<kTokens>][2][4],
                                              const uint4& codes, const uint4* activations,
@@ -179,21 +176,20 @@ __device__ __forceinline__ void add_products(int (&sums)[kTokenBlocks<kTokens>][
 #endif
 }
 
-// y[block][i] += the unit's share of row (r, r + 8, r + 16, r + 24)[i] for token 4 * block + t.
+// y[block][i] += the stretch's share of row (r, r + 8, r + 16, r + 24)[i] for token 4 * block + t.
 // Rows 1 and 3 are kept 16 times too large; `row_scale` undoes it once at the end.
 template <int kTokens, int kGroupSize>
-__device__ __forceinline__ void add_unit(float (&y)[kTokenBlocks<kTokens>][4], const char* weights,
-                                         const UnitActivations<kTokens, kGroupSize>& x,
-                                         int lane) {
-  constexpr int kGroups = kUnitInputs / kGroupSize;
-  constexpr int kTilesPerGroup = kTilesPerUnit / kGroups;
+__device__ __forceinline__ void add_stretch(float (&y)[kTokenBlocks<kTokens>][4],
+                                            const char* codes, const char* scales,
+                                            const StretchActivations<kTokens, kGroupSize>& x,
+                                            int lane) {
+  constexpr int kTilesPerGroup = kGroupSize / 32;
 #pragma unroll
-  for (int group = 0; group < kGroups; ++group) {
+  for (int group = 0; group < kStretchInputs / kGroupSize; ++group) {
     uint32_t pairs[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      pairs[i] = *reinterpret_cast<const uint32_t*>(weights + kCodeBytesPerUnit + group * 128 +
-                                                    (lane / 4 + 8 * i) * 4);
+      pairs[i] = *reinterpret_cast<const uint32_t*>(scales + group * 128 + (lane / 4 + 8 * i) * 4);
     int sums[kTokenBlocks<kTokens>][2][4];
 #pragma unroll
     for (int block = 0; block < kTokenBlocks<kTokens>; ++block) {
@@ -210,8 +206,8 @@ __device__ __forceinline__ void add_unit(float (&y)[kTokenBlocks<kTokens>][4], c
     }
 #pragma unroll
     for (int j = group * kTilesPerGroup; j < (group + 1) * kTilesPerGroup; ++j) {
-      const uint4 codes = *reinterpret_cast<const uint4*>(weights + j * 512 + lane * 16);
-      add_products<kTokens>(sums, codes, x.chunks(), j, lane);
+      const uint4 words = *reinterpret_cast<const uint4*>(codes + j * kTileBytes + lane * 16);
+      add_products<kTokens>(sums, words, x.chunks(), j, lane);
     }
 #pragma unroll
     for (int block = 0; block < kTokenBlocks<kTokens>; ++block) {

@@ -10,30 +10,31 @@ constexpr int kTokens = 1;
 extern "C" __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     w4a16_gemv_norm_1(fp16* out, float* workspace, const float* residual, const fp16* norm_weight,
                       const fp16* bias, const uint4* codes, const uint32_t* scales_zeros,
-                      int32_t num_tokens, int32_t inputs, int32_t outputs, int32_t splits,
-                      float eps) {
+                      int32_t num_tokens, int32_t inputs, int32_t outputs, int32_t phase_units,
+                      int32_t held_tiles, float eps) {
   run_gemv<kTokens, Output::kHalf>(
       QuantizedMatrix{codes, scales_zeros, inputs, outputs},
       Arguments{out, const_cast<float*>(residual), nullptr, norm_weight, bias, workspace,
-                num_tokens, splits, eps});
+                num_tokens, phase_units, held_tiles, eps});
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     w4a16_gemv_norm_silu_1(fp16* out, float* workspace, const float* residual,
                            const fp16* norm_weight, const uint4* codes,
                            const uint32_t* scales_zeros, int32_t num_tokens, int32_t inputs,
-                           int32_t outputs, int32_t splits, float eps) {
+                           int32_t outputs, int32_t phase_units, int32_t held_tiles, float eps) {
   run_gemv<kTokens, Output::kSilu>(
       QuantizedMatrix{codes, scales_zeros, inputs, outputs},
       Arguments{out, const_cast<float*>(residual), nullptr, norm_weight, nullptr, workspace,
-                num_tokens, splits, eps});
+                num_tokens, phase_units, held_tiles, eps});
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     w4a16_gemv_add_1(float* residual, float* workspace, const fp16* x, const fp16* bias,
                      const uint4* codes, const uint32_t* scales_zeros, int32_t num_tokens,
-                     int32_t inputs, int32_t outputs, int32_t splits) {
+                     int32_t inputs, int32_t outputs, int32_t phase_units, int32_t held_tiles) {
   run_gemv<kTokens, Output::kAdd>(
       QuantizedMatrix{codes, scales_zeros, inputs, outputs},
-      Arguments{nullptr, residual, x, nullptr, bias, workspace, num_tokens, splits, 0.0f});
+      Arguments{nullptr, residual, x, nullptr, bias, workspace, num_tokens, phase_units, held_tiles,
+                0.0f});
 }

@@ -395,7 +395,8 @@ void wait_copies() {
   }
 }
 float max_or_nan(float a, float b) { return isnan(a) || a >= b ? a : b; }
-int4 load_shared_again(const int* pointer) { int4 value; memcpy(&value, pointer, 16); return value; }
+void prefetch_line(const void*) {}
+void add_to_memory(float* pointer, float value) { *pointer += value; }
 
 #if TURBOJET_PLAIN || defined(TURBOJET_EMULATE_NO_CLUSTERS)
 constexpr bool kHasClusters = false;
@@ -453,3 +454,5 @@ uint32_t multiprocessor_id() { return blockIdx.x; }
 }  // namespace
 
 #include "emulated_fragments.h"
+#include "emulated_load_matrix.h"
+#include "emulated_signed_products.h"

@@ -1,0 +1,110 @@
+"""How a W4A16 GEMV is launched: its grid, and what a block holds in shared memory at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from device_runtime.errors import InternalError
+from device_runtime.kernels.table import GEMV_STAGES, GEMV_WARPS
+
+UNIT_INPUTS = 256
+"""Inputs that one warp takes at a time (w4a16.cuh kUnitInputs)."""
+TILE_OUTPUTS = 32
+"""Outputs that one warp computes at a time (w4a16.cuh kTileOutputs)."""
+STRETCH_INPUTS = 128
+"""Inputs whose activations share a scale (w4a16.cuh kStretchInputs)."""
+
+
+@dataclass(frozen=True)
+class GemvShape:
+    """One launch of w4a16_gemv.cuh.
+
+    Attributes:
+        width: tokens that the kernel is built for, one of `GEMV_STAGES`.
+        num_inputs: rows of the matrix.
+        num_outputs: columns of the matrix.
+        group_size: 128, 64 or 32.
+        grid: blocks.
+        phase_units: units whose activations are in shared memory at once.
+        held_tiles: tiles whose partial sums are in shared memory at once.
+    """
+
+    width: int
+    num_inputs: int
+    num_outputs: int
+    group_size: int
+    grid: int
+    phase_units: int
+    held_tiles: int
+
+    @property
+    def num_units(self) -> int:
+        """Units of the matrix."""
+        return _ceil_div(self.num_inputs, UNIT_INPUTS)
+
+    @property
+    def block_tiles(self) -> int:
+        """Tiles of the block that has most."""
+        return _ceil_div(self.num_outputs // TILE_OUTPUTS, self.grid)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of a block, as w4a16_gemv.cuh lays it out."""
+        groups = STRETCH_INPUTS // self.group_size
+        stretches = UNIT_INPUTS // STRETCH_INPUTS
+        unit_bytes = UNIT_INPUTS * TILE_OUTPUTS // 2 + stretches * groups * TILE_OUTPUTS * 4
+        ring = GEMV_WARPS * GEMV_STAGES[self.width] * unit_bytes
+        num_squares = self.num_units * stretches * self.width
+        norms = 16 * (_ceil_div(self.width, 4) + _ceil_div(num_squares, 4))
+        numbers = (1 + groups) * self.width * 4
+        activations = 16 * _ceil_div(2 * STRETCH_INPUTS * self.width + numbers, 16)
+        sums = self.held_tiles * TILE_OUTPUTS * self.width * 4
+        return ring + norms + self.phase_units * (stretches * activations + sums)
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Global memory for the sums between phases."""
+        return 4 * self.num_outputs * self.width if self.phase_units < self.num_units else 0
+
+
+def plan_gemv(
+    *,
+    width: int,
+    num_inputs: int,
+    num_outputs: int,
+    group_size: int,
+    num_sms: int,
+    max_shared_bytes: int,
+) -> GemvShape:
+    """Choose the shape with the fewest phases, then the most held tiles, that fits.
+
+    Args:
+        width: as in `GemvShape`, like the next three.
+        num_inputs: rows of the matrix.
+        num_outputs: its columns.
+        group_size: 128, 64 or 32.
+        num_sms: of the device.
+        max_shared_bytes: what one block may have.
+
+    Raises:
+        InternalError: not even the smallest shape fits.
+    """
+    num_units = _ceil_div(num_inputs, UNIT_INPUTS)
+    grid = min(num_outputs // TILE_OUTPUTS, num_sms)
+    block_tiles = _ceil_div(num_outputs // TILE_OUTPUTS, grid)
+    for num_phases in range(1, num_units + 1):
+        phase_units = _ceil_div(num_units, num_phases)
+        for held_tiles in range(block_tiles, 0, -1):
+            shape = GemvShape(
+                width, num_inputs, num_outputs, group_size, grid, phase_units, held_tiles
+            )
+            if shape.shared_bytes <= max_shared_bytes:
+                return shape
+    raise InternalError(
+        f"a {num_inputs} x {num_outputs} GEMV of width {width} needs {shape.shared_bytes} bytes of "
+        f"shared memory and the device has {max_shared_bytes}"
+    )
+
+
+def _ceil_div(number: int, divisor: int) -> int:
+    return -(-number // divisor)
