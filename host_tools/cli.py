@@ -30,6 +30,9 @@ VERBS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code; every deliberate error ends here."""
+    # Read by torch's OpenMP when it loads: threads that spin while another process has the core
+    # made a quantization on two busy cores five times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         args = build_parser().parse_args(argv)
         return int(args.run(args))

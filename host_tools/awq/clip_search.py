@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from host_tools.awq.grid import Grid, extrema, grouped
+from host_tools.awq.grid import Grid, extrema, grouped, strips
 
 NUM_SHRINKS = 20
 MAX_SHRINK = 0.5
 """Ranges from the whole to half of it are tried, as in AWQ's clipping search."""
-
-STRIP_WEIGHTS = 1 << 22
-"""Weights that are searched at once; outputs do not depend on each other."""
 
 
 def search_clipping(weight: torch.Tensor, gram: torch.Tensor, group_size: int) -> Grid:
@@ -26,10 +23,9 @@ def search_clipping(weight: torch.Tensor, gram: torch.Tensor, group_size: int) -
         group_size: of the codes.
     """
     blocks = diagonal_blocks(gram, group_size)
-    num_rows = max(1, STRIP_WEIGHTS // weight.shape[1])
-    strips = [_search_strip(rows, blocks, group_size) for rows in torch.split(weight, num_rows)]
+    found = [_search_strip(rows, blocks, group_size) for rows in strips(weight)]
     return Grid(
-        torch.cat([strip.scales for strip in strips]), torch.cat([strip.zeros for strip in strips])
+        torch.cat([strip.scales for strip in found]), torch.cat([strip.zeros for strip in found])
     )
 
 

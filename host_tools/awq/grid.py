@@ -14,6 +14,9 @@ from device_runtime.package_format.int4 import MAX_CODE
 MIN_SCALE = 2.0**-14
 """The smallest normal fp16: a smaller scale counts as zero in the kernels (spec section 2.5)."""
 
+STRIP_WEIGHTS = {"cpu": 1 << 17, "cuda": 1 << 22}
+"""Weights that are worked on at once: on a CPU a strip and its temporaries stay in the cache."""
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -77,3 +80,9 @@ def extrema(weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.
 def grouped(values: torch.Tensor, num_groups: int) -> torch.Tensor:
     """Return ``[out, in]`` as ``[out, groups, group_size]``, a view."""
     return values.view(values.shape[0], num_groups, -1)
+
+
+def strips(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return ``[out, in]`` cut into rows that are searched together; outputs are independent."""
+    num_rows = max(1, STRIP_WEIGHTS[weight.device.type] // weight.shape[1])
+    return torch.split(weight, num_rows)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from host_tools.awq.gram import InputMoments
-from host_tools.awq.grid import Grid, grouped
+from host_tools.awq.grid import Grid, grouped, strips
 
 MIN_FACTOR = 1e-4
 GRID_STEPS = 20
@@ -102,6 +102,9 @@ def centred(scales: torch.Tensor) -> torch.Tensor:
 def _error(
     weight: torch.Tensor, scales: torch.Tensor, moments: InputMoments, group_size: int
 ) -> float:
-    scaled = weight * scales
-    nearest = Grid.spanning(scaled, group_size).nearest(scaled)
-    return moments.output_error(nearest.div_(scales).sub_(weight))
+    error = 0.0
+    for rows in strips(weight):
+        scaled = rows * scales
+        nearest = Grid.spanning(scaled, group_size).nearest(scaled)
+        error += moments.output_error(nearest.div_(scales).sub_(rows))
+    return error

@@ -109,7 +109,7 @@ def test_clipping_never_costs_a_group_more_than_its_whole_range() -> None:
 def test_strips_of_rows_are_searched_alike(monkeypatch) -> None:
     weight, gram = randn(24, 96), moments_of(outlier_inputs(400, 96)).gram
     whole = search_clipping(weight, gram, GROUP)
-    monkeypatch.setattr("host_tools.awq.clip_search.STRIP_WEIGHTS", 96 * 7)
+    monkeypatch.setattr("host_tools.awq.grid.STRIP_WEIGHTS", {"cpu": 96 * 7})
     strips = search_clipping(weight, gram, GROUP)
     assert torch.equal(strips.scales, whole.scales)
     assert torch.equal(strips.zeros, whole.zeros)
