@@ -15,7 +15,7 @@ def governor(cores=4):
 
 
 def run(made, shares):
-    """The threads each step ran on."""
+    """The threads each piece of work ran on."""
     threads = []
     for share in shares:
         threads.append(made.num_threads)
@@ -23,13 +23,13 @@ def run(made, shares):
     return threads
 
 
-def test_undisturbed_steps_stay_on_all_threads() -> None:
+def test_undisturbed_work_stays_on_all_threads() -> None:
     made, used = governor()
     assert run(made, [1.0, 0.9, 0.75] * 10) == [4] * 30
     assert used == []
 
 
-def test_a_disturbed_step_is_followed_by_eight_on_one_thread_and_a_trial() -> None:
+def test_disturbed_work_is_followed_by_eight_pieces_on_one_thread_and_a_trial() -> None:
     made, used = governor()
     assert run(made, [0.4, *[1.0] * 8, 1.0, 1.0]) == [4, *[1] * 8, 4, 4]
     assert used == [1, 4]
@@ -58,11 +58,20 @@ def test_no_trial_while_even_one_thread_has_to_wait() -> None:
     assert run(made, [0.3, *[0.5] * 30, 0.95, 1.0]) == [4, *[1] * 30, 1, 4]
 
 
-def test_a_step_is_measured_by_its_processor_time() -> None:
+def test_work_is_judged_by_its_processor_time() -> None:
     made, _ = governor()
-    with made.step():
-        time.sleep(0.05)  # as if other programs had the processor
+    made.begin()
+    time.sleep(0.02)  # as if other programs had the processor
+    made.mark()
     assert made.num_threads == 1
+
+
+def test_what_came_before_a_step_and_what_is_too_short_does_not_count() -> None:
+    made, _ = governor()
+    time.sleep(0.02)
+    made.begin()
+    made.mark()
+    assert made.num_threads == 4
 
 
 def test_the_users_setting_stays(monkeypatch) -> None:

@@ -37,7 +37,6 @@ class ReferenceBackend:
     def __init__(self) -> None:
         self._weights: Weights | None = None
         self._decoder: Decoder | None = None
-        self._threads = make_governor()
         self._seen: dict[int, NDArray[np.bool_]] = {}
         self._finished: list[list[tuple[int, int]]] = []
 
@@ -86,7 +85,7 @@ class ReferenceBackend:
             self._weights = Weights(
                 package, num_kept, is_head_resident=not plan.num_streamed_layers
             )
-        self._decoder = Decoder(model, self._weights, cache, plan.page_size)
+        self._decoder = Decoder(model, self._weights, cache, plan.page_size, make_governor())
 
     def submit(self, batch: Batch) -> None:
         """Run the step now; `collect` hands out its tokens.
@@ -99,8 +98,7 @@ class ReferenceBackend:
             raise InternalError("the reference backend has no token outstanding to chain to")
         decoder, weights = self._loaded()
         self._learn(batch)
-        with self._threads.step():
-            hidden = decoder.run(batch)
+        hidden = decoder.run(batch)
         rows = np.flatnonzero(batch.is_sampled)
         last = batch.query_start[rows + 1] - 1
         logits = weights.logits(hidden[last])
@@ -122,8 +120,7 @@ class ReferenceBackend:
     def logits(self, batch: Batch) -> NDArray[np.float32]:
         """See `Backend.logits`."""
         decoder, weights = self._loaded()
-        with self._threads.step():
-            return weights.logits(decoder.run(batch))
+        return weights.logits(decoder.run(batch))
 
     def forget(self, sequence_id: int) -> None:
         """See `Backend.forget`."""

@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from device_runtime.backends.base import Batch
 from device_runtime.backends.reference.attention import attend
+from device_runtime.backends.reference.blas_threads import ThreadGovernor
 from device_runtime.backends.reference.kv_cache import KvCache
 from device_runtime.backends.reference.weights import LayerWeights, Weights
 from device_runtime.backends.rope import attention_scale, inverse_frequencies
@@ -19,12 +20,18 @@ class Decoder:
     """Runs batches over weights and a cache that it borrows."""
 
     def __init__(
-        self, model: ModelConfig, weights: Weights, cache: KvCache, page_size: int
+        self,
+        model: ModelConfig,
+        weights: Weights,
+        cache: KvCache,
+        page_size: int,
+        threads: ThreadGovernor,
     ) -> None:
         self._model = model
         self._weights = weights
         self._cache = cache
         self._page_size = page_size
+        self._threads = threads
 
     def run(self, batch: Batch) -> Activations:
         """Store the batch's keys and values; return ``[num_tokens, hidden_size]`` normed states."""
@@ -32,6 +39,7 @@ class Decoder:
         rotation = rotations(self._model, batch)
         scale = attention_scale(self._model, batch.positions)
         pages, offsets = self._slots(batch)
+        self._threads.begin()
         for index in range(self._model.num_hidden_layers):
             layer = self._weights.layer(index)
             normed = rms_norm(hidden, layer.attention_norm, self._model.rms_norm_eps)
@@ -45,6 +53,7 @@ class Decoder:
             hidden += mixed
             normed = rms_norm(hidden, layer.ffn_norm, self._model.rms_norm_eps)
             hidden += _swiglu(normed @ layer.w_gate_up.T) @ layer.w_down.T
+            self._threads.mark()
         return rms_norm(hidden, self._weights.final_norm, self._model.rms_norm_eps)
 
     def _slots(self, batch: Batch) -> tuple[NDArray[np.int32], NDArray[np.int32]]:

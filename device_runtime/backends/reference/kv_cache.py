@@ -1,8 +1,8 @@
 """The paged KV cache in numpy: what is stored, and what attention reads back.
 
-Every format keeps its codes as ``[2 (K, V), num_kv_heads, num_pages, page_size, head_dim]`` per
-layer, so that the pages of one sequence come out as one contiguous array per head. Memory is
-reserved at once and taken by the system when a page is first written.
+Every format keeps its codes as ``[num_pages, num_layers, 2 (K, V), num_kv_heads, page_size,
+head_dim]``: a page is one run of memory. All of it is reserved at once, but the system gives it
+only when it is first written, 2 MB at a time, so what one of our pages takes must lie together.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Fp16Cache:
     """Keys and values rounded to fp16."""
 
     def __init__(self, model: ModelConfig, plan: MemoryPlan) -> None:
-        self._halves = _pages(model, plan, np.float16)
+        self._halves = _pages(model, plan, np.float16, model.head_dim)
 
     def store(
         self, layer: int, pages: NDArray[np.int32], offsets: NDArray[np.int32], kv: Vectors
@@ -103,11 +103,11 @@ class Fp16Cache:
                 f"a key or value of layer {layer} is {largest}, the fp16 KV cache holds up to "
                 f"{_MAX_HALF:g}; verify the package or use quant_policy 8"
             )
-        self._halves[layer][:, :, pages, offsets] = kv.transpose(0, 2, 1, 3)
+        self._halves[pages, layer, :, :, offsets] = kv.transpose(1, 0, 2, 3)
 
     def load(self, layer: int, pages: NDArray[np.int32], num_tokens: int) -> Vectors:
         """See `KvCache`."""
-        return widen_finite(_gather(self._halves[layer], pages, num_tokens))
+        return widen_finite(_gather(self._halves, layer, pages, num_tokens))
 
 
 class StaticInt8Cache:
@@ -116,7 +116,7 @@ class StaticInt8Cache:
     def __init__(
         self, model: ModelConfig, plan: MemoryPlan, scales: Sequence[Sequence[KvScale]]
     ) -> None:
-        self._codes = _pages(model, plan, np.uint8)
+        self._codes = _pages(model, plan, np.uint8, model.head_dim)
         heads = model.num_kv_heads // model.tensor_para_size
         # [layers, 2, num_kv_heads]: the heads of a rank share its numbers.
         self._scales = np.array(
@@ -134,11 +134,11 @@ class StaticInt8Cache:
         zero_point = self._zero_points[layer][:, None, :, None]
         codes = np.rint((kv - zero_point) / scale + np.float32(128.0))
         np.clip(codes, 0, 255, out=codes)
-        self._codes[layer][:, :, pages, offsets] = codes.transpose(0, 2, 1, 3)
+        self._codes[pages, layer, :, :, offsets] = codes.transpose(1, 0, 2, 3)
 
     def load(self, layer: int, pages: NDArray[np.int32], num_tokens: int) -> Vectors:
         """Return ``(byte - 128) * scale + zp``."""
-        values = _gather(self._codes[layer], pages, num_tokens).astype(np.float32)
+        values = _gather(self._codes, layer, pages, num_tokens, np.float32)
         values -= np.float32(128.0)
         values *= self._scales[layer][:, :, None, None]
         values += self._zero_points[layer][:, :, None, None]
@@ -149,9 +149,8 @@ class OnlineInt8Cache:
     """A scale and a zero per token and head, found when it is stored (spec section 4.5)."""
 
     def __init__(self, model: ModelConfig, plan: MemoryPlan) -> None:
-        self._codes = _pages(model, plan, np.uint8)
-        shape = (2, model.num_kv_heads, plan.num_pages, plan.page_size, 2)
-        self._parameters = [np.zeros(shape, np.float16) for _ in range(model.num_hidden_layers)]
+        self._codes = _pages(model, plan, np.uint8, model.head_dim)
+        self._parameters = _pages(model, plan, np.float16, 2)
 
     def store(
         self, layer: int, pages: NDArray[np.int32], offsets: NDArray[np.int32], kv: Vectors
@@ -170,13 +169,13 @@ class OnlineInt8Cache:
                 f"a key or value of layer {layer} is {np.abs(kv).max()}, the int8 KV cache holds "
                 f"up to {_MAX_HALF:g}; verify the package"
             )
-        self._codes[layer][:, :, pages, offsets] = codes.transpose(0, 2, 1, 3)
-        self._parameters[layer][:, :, pages, offsets] = parameters.transpose(0, 2, 1, 3)
+        self._codes[pages, layer, :, :, offsets] = codes.transpose(1, 0, 2, 3)
+        self._parameters[pages, layer, :, :, offsets] = parameters.transpose(1, 0, 2, 3)
 
     def load(self, layer: int, pages: NDArray[np.int32], num_tokens: int) -> Vectors:
         """Return ``code * scale + zero``."""
-        values = _gather(self._codes[layer], pages, num_tokens).astype(np.float32)
-        parameters = widen_finite(_gather(self._parameters[layer], pages, num_tokens))
+        values = _gather(self._codes, layer, pages, num_tokens, np.float32)
+        parameters = widen_finite(_gather(self._parameters, layer, pages, num_tokens))
         values *= parameters[..., :1]
         values += parameters[..., 1:]
         return values
@@ -204,17 +203,21 @@ def quantize_online(kv: Vectors) -> tuple[NDArray[np.uint8], NDArray[np.float16]
         return codes.astype(np.uint8), np.concatenate([scale, zero], axis=-1)
 
 
-def _pages(model: ModelConfig, plan: MemoryPlan, dtype: Any) -> list[NDArray[Any]]:
-    shape = (2, model.num_kv_heads, plan.num_pages, plan.page_size, model.head_dim)
-    return [np.zeros(shape, dtype) for _ in range(model.num_hidden_layers)]
+def _pages(model: ModelConfig, plan: MemoryPlan, dtype: Any, width: int) -> NDArray[Any]:
+    layers, heads = model.num_hidden_layers, model.num_kv_heads
+    return np.zeros((plan.num_pages, layers, 2, heads, plan.page_size, width), dtype)
 
 
-def _gather(stored: NDArray[Any], pages: NDArray[np.int32], num_tokens: int) -> NDArray[Any]:
-    """Return ``[2, num_kv_heads, num_tokens, last]``: a sequence's pages one after the other."""
-    first, count = int(pages[0]), len(pages)
-    if np.array_equal(pages, np.arange(first, first + count)):
-        taken = stored[:, :, first : first + count]
-    else:
-        taken = stored[:, :, pages]
-    joined: NDArray[Any] = taken.reshape(*taken.shape[:2], -1, taken.shape[-1])
-    return joined[:, :, :num_tokens]
+def _gather(
+    stored: NDArray[Any],
+    layer: int,
+    pages: NDArray[np.int32],
+    num_tokens: int,
+    dtype: Any = None,
+) -> NDArray[Any]:
+    """Return ``[2, num_kv_heads, num_tokens, width]``: a sequence's pages one after the other."""
+    taken = stored[pages, layer]
+    num_pages, _, heads, page_size, width = taken.shape
+    joined = np.empty((2, heads, num_pages, page_size, width), dtype or stored.dtype)
+    joined[...] = taken.transpose(1, 2, 0, 3, 4)
+    return joined.reshape(2, heads, num_pages * page_size, width)[:, :, :num_tokens]
