@@ -10,9 +10,12 @@ from numpy.typing import NDArray
 
 from device_runtime.kernels.reference.kv_pages import KvLayout
 
-DECODE_WARPS = 4
+DECODE_WARPS = 8
+"""Warps of a block that stream cached tokens (decode_block.cuh kStreamWarps)."""
 DECODE_SLOTS = 4
-"""Halves of a unit that a warp's ring holds (decode_attention.cu kSlots)."""
+"""Parts of a step that the ring of a warp holds; half as many when fp16 (decode_stream.cuh)."""
+STEP_TOKENS = 32
+"""Tokens of a warp's step, whose keys and values are a part each (kStepTokens)."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class DecodeAttentionShape:
         rows: sequences.
         max_pages: entries of a row's page table.
         max_splits: blocks that can share a kv head.
-        split_units: units of a block before another one is worth it.
+        split_units: up to so many units of 64 tokens one block takes alone.
     """
 
     layout: KvLayout
@@ -51,12 +54,14 @@ class DecodeAttentionShape:
     def shared_bytes(self) -> int:
         """Dynamic shared memory, as decode_attention.cu lays it out."""
         layout = self.layout
-        ring = DECODE_WARPS * DECODE_SLOTS * (layout.part_bytes + layout.parameter_bytes)
-        queries = 4 if self.group <= 4 else 8
         row_bytes = layout.head_dim * layout.element_bytes
+        parameters = 4 if layout.parameter_bytes else 0
+        slots = DECODE_SLOTS // layout.element_bytes
+        ring = DECODE_WARPS * slots * STEP_TOKENS * (row_bytes + parameters)
+        queries = 4 if self.group <= 4 else 8
         columns = 2 * queries * row_bytes
-        numbers = 2 * 4 * queries + 16
-        return ring + columns + 2 * row_bytes + numbers + 4 * self.max_pages
+        numbers = 4 * (queries * layout.head_dim + layout.head_dim + 3 * queries + 4)
+        return ring + columns + numbers + 4 * self.max_pages
 
     @property
     def partials_floats(self) -> int:

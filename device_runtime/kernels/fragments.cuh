@@ -52,38 +52,64 @@ namespace {
 // A fragments of one 16-row tile, 32 bytes a row: word 0 row r, 1 row r + 8, 2 and 3 the same
 // rows' second halves; lane = 4 r + t holds bytes 4t..4t+3 of a half. B likewise with columns.
 
+#if TURBOJET_PLAIN
+__device__ __forceinline__ float dot2_f16(uint32_t a, uint32_t b, float d) {
+  d = fmaf(low_to_float(a), low_to_float(b), d);
+  return fmaf(high_to_float(a), high_to_float(b), d);
+}
+
+__device__ __forceinline__ int dot_words(uint32_t a, uint32_t b, int d) {
+  return dot4_u8_s8(a, b, d);
+}
+__device__ __forceinline__ float dot_words(uint32_t a, uint32_t b, float d) {
+  return dot2_f16(a, b, d);
+}
+
+template <typename T>
+struct Quad {
+  T values[4];
+};
+
+// A loop: unrolled it would be most of the code.
+template <typename T>
+__device__ __forceinline__ Quad<T> plain_product(Quad<T> d, uint4 a, uint2 b) {
+  const int lane = threadIdx.x % kWarpSize;
+#pragma unroll 1
+  for (int source = 0; source < 4; ++source) {
+    const int row_lane = (lane & ~3) | source;
+    const uint32_t x0 = __shfl_sync(kFullMask, a.x, row_lane);
+    const uint32_t x1 = __shfl_sync(kFullMask, a.y, row_lane);
+    const uint32_t x2 = __shfl_sync(kFullMask, a.z, row_lane);
+    const uint32_t x3 = __shfl_sync(kFullMask, a.w, row_lane);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int column_lane = 4 * (lane % 4 * 2 + i) + source;
+      const uint32_t y0 = __shfl_sync(kFullMask, b.x, column_lane);
+      const uint32_t y1 = __shfl_sync(kFullMask, b.y, column_lane);
+      d.values[i] = dot_words(x0, y0, dot_words(x2, y1, d.values[i]));
+      d.values[2 + i] = dot_words(x1, y0, dot_words(x3, y1, d.values[2 + i]));
+    }
+  }
+  return d;
+}
+
+template <typename T>
+__device__ __forceinline__ void multiply_plain(T (&d)[4], uint4 a, uint2 b) {
+  const Quad<T> result = plain_product(Quad<T>{{d[0], d[1], d[2], d[3]}}, a, b);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) d[i] = result.values[i];
+}
+#endif
+
 // d[16 x 8] += a[16 x 32] b[32 x 8] for bytes; d of a lane: rows r and r + 8, columns 2t, 2t + 1.
 __device__ __forceinline__ void multiply(int (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2,
                                          uint32_t a3, uint32_t b0, uint32_t b1) {
 #if !TURBOJET_PLAIN
   mma_u8_s8(d, a0, a1, a2, a3, b0, b1);
 #else
-  const int lane = threadIdx.x % kWarpSize;
-#pragma unroll
-  for (int source = 0; source < 4; ++source) {
-    const int row_lane = (lane & ~3) | source;
-    const uint32_t x0 = __shfl_sync(kFullMask, a0, row_lane);
-    const uint32_t x1 = __shfl_sync(kFullMask, a1, row_lane);
-    const uint32_t x2 = __shfl_sync(kFullMask, a2, row_lane);
-    const uint32_t x3 = __shfl_sync(kFullMask, a3, row_lane);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int column_lane = 4 * (lane % 4 * 2 + i) + source;
-      const uint32_t y0 = __shfl_sync(kFullMask, b0, column_lane);
-      const uint32_t y1 = __shfl_sync(kFullMask, b1, column_lane);
-      d[i] = dot4_u8_s8(x0, y0, dot4_u8_s8(x2, y1, d[i]));
-      d[2 + i] = dot4_u8_s8(x1, y0, dot4_u8_s8(x3, y1, d[2 + i]));
-    }
-  }
+  multiply_plain(d, uint4{a0, a1, a2, a3}, uint2{b0, b1});
 #endif
 }
-
-#if TURBOJET_PLAIN
-__device__ __forceinline__ float dot2_f16(uint32_t a, uint32_t b, float d) {
-  d = fmaf(low_to_float(a), low_to_float(b), d);
-  return fmaf(high_to_float(a), high_to_float(b), d);
-}
-#endif
 
 // The same for fp16, d[16 x 8] += a[16 x 16] b[16 x 8].
 __device__ __forceinline__ void multiply(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2,
@@ -91,23 +117,7 @@ __device__ __forceinline__ void multiply(float (&d)[4], uint32_t a0, uint32_t a1
 #if !TURBOJET_PLAIN
   mma_f16(d, a0, a1, a2, a3, b0, b1);
 #else
-  const int lane = threadIdx.x % kWarpSize;
-#pragma unroll
-  for (int source = 0; source < 4; ++source) {
-    const int row_lane = (lane & ~3) | source;
-    const uint32_t x0 = __shfl_sync(kFullMask, a0, row_lane);
-    const uint32_t x1 = __shfl_sync(kFullMask, a1, row_lane);
-    const uint32_t x2 = __shfl_sync(kFullMask, a2, row_lane);
-    const uint32_t x3 = __shfl_sync(kFullMask, a3, row_lane);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int column_lane = 4 * (lane % 4 * 2 + i) + source;
-      const uint32_t y0 = __shfl_sync(kFullMask, b0, column_lane);
-      const uint32_t y1 = __shfl_sync(kFullMask, b1, column_lane);
-      d[i] = dot2_f16(x0, y0, dot2_f16(x2, y1, d[i]));
-      d[2 + i] = dot2_f16(x1, y0, dot2_f16(x3, y1, d[2 + i]));
-    }
-  }
+  multiply_plain(d, uint4{a0, a1, a2, a3}, uint2{b0, b1});
 #endif
 }
 

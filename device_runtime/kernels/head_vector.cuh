@@ -26,47 +26,61 @@ struct QkvRow {
   }
 };
 
-// Loads four dimensions; lanes beyond the head repeat those of an active lane.
-template <int kHeadDim>
-__device__ __forceinline__ void load_head(float (&values)[4], const fp16* head, int lane) {
-  const uint2 words = *reinterpret_cast<const uint2*>(head + lane % (kHeadDim / 4) * 4);
+__device__ __forceinline__ void widen_four(float (&values)[4], uint2 words) {
   values[0] = low_to_float(words.x);
   values[1] = high_to_float(words.x);
   values[2] = low_to_float(words.y);
   values[3] = high_to_float(words.y);
 }
 
-// x / sqrt(mean(x^2) + eps) * weight over the head; weight null leaves it as it is.
+// Loads four dimensions; lanes beyond the head repeat those of an active lane.
 template <int kHeadDim>
-__device__ __forceinline__ void normalize_head(float (&values)[4], const fp16* weight, float eps,
-                                               int lane) {
-  if (weight == nullptr) return;
-  float squares = values[0] * values[0] + values[1] * values[1] + values[2] * values[2] +
-                  values[3] * values[3];
-  // Lanes that repeat others do not count twice.
-  squares = lanes_sum<kHeadDim / 4>(squares);
-  const float factor = rsqrtf(squares / static_cast<float>(kHeadDim) + eps);
-  float weights[4];
-  load_head<kHeadDim>(weights, weight, lane);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) values[i] *= factor * weights[i];
+__device__ __forceinline__ void load_head(float (&values)[4], const fp16* head, int lane) {
+  widen_four(values, *reinterpret_cast<const uint2*>(head + lane % (kHeadDim / 4) * 4));
 }
 
-// Turns adjacent pairs by the token's angles; rotation [head_dim / 2] (cos, sin).
+// A query or key as it was projected, and what it becomes one with; all loads start at once.
 template <int kHeadDim>
-__device__ __forceinline__ void rotate_head(float (&values)[4], const float2* rotation,
-                                            int lane) {
-  const float4 turn =
-      *reinterpret_cast<const float4*>(rotation + lane % (kHeadDim / 4) * 2);
-  const float a = values[0] * turn.x - values[1] * turn.y;
-  const float b = values[0] * turn.y + values[1] * turn.x;
-  const float c = values[2] * turn.z - values[3] * turn.w;
-  const float d = values[2] * turn.w + values[3] * turn.z;
-  values[0] = a;
-  values[1] = b;
-  values[2] = c;
-  values[3] = d;
-}
+struct RawHead {
+  uint2 values;
+  uint2 weights;
+  float4 turn;
+  bool has_norm;
+
+  // weight [head_dim] or null; rotation [head_dim / 2] (cos, sin) of the token.
+  __device__ __forceinline__ void load(const fp16* head, const fp16* weight,
+                                       const float2* rotation, int lane) {
+    const int quad = lane % (kHeadDim / 4);
+    values = reinterpret_cast<const uint2*>(head)[quad];
+    turn = reinterpret_cast<const float4*>(rotation)[quad];
+    has_norm = weight != nullptr;
+    if (has_norm) weights = reinterpret_cast<const uint2*>(weight)[quad];
+  }
+
+  // x / sqrt(mean(x^2) + eps) * weight, then adjacent pairs turned.
+  __device__ __forceinline__ void finish(float (&out)[4], float eps) const {
+    widen_four(out, values);
+    if (has_norm) {
+      const float squares =
+          out[0] * out[0] + out[1] * out[1] + out[2] * out[2] + out[3] * out[3];
+      // Lanes that repeat others do not count twice.
+      const float factor = rsqrtf(
+          lanes_sum<kHeadDim / 4>(squares) / static_cast<float>(kHeadDim) + eps);
+      float scales[4];
+      widen_four(scales, weights);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) out[i] *= factor * scales[i];
+    }
+    const float a = out[0] * turn.x - out[1] * turn.y;
+    const float b = out[0] * turn.y + out[1] * turn.x;
+    const float c = out[2] * turn.z - out[3] * turn.w;
+    const float d = out[2] * turn.w + out[3] * turn.z;
+    out[0] = a;
+    out[1] = b;
+    out[2] = c;
+    out[3] = d;
+  }
+};
 
 }  // namespace
 

@@ -78,12 +78,19 @@ __device__ __forceinline__ uint32_t quantize_static(const float (&values)[4], fl
   return codes;
 }
 
+// Over the warp, through words that are in the order of the numbers.
+__device__ __forceinline__ float warp_largest(float value) {
+  const uint32_t bits = __float_as_uint(value);
+  const uint32_t largest = warp_max(bits >> 31 ? ~bits : bits | 0x80000000u);
+  return __uint_as_float(largest >> 31 ? largest & 0x7fffffffu : ~largest);
+}
+
 // Codes, scale and zero as spec section 4.5; inactive lanes repeat a value of an active one.
 __device__ __forceinline__ StoredRow quantize_online(const float (&values)[4]) {
   float low = fminf(fminf(values[0], values[1]), fminf(values[2], values[3]));
   float high = fmaxf(fmaxf(values[0], values[1]), fmaxf(values[2], values[3]));
-  low = -lanes_max<kWarpSize>(-low);
-  high = lanes_max<kWarpSize>(high);
+  low = -warp_largest(-low);
+  high = warp_largest(high);
   const fp16 scale = to_fp16(__fdiv_rn(high - low, 255.0f));
   const fp16 zero = to_fp16(low);
   const float step = to_float(scale);
@@ -112,6 +119,25 @@ __device__ __forceinline__ StoredRow to_stored(const float (&values)[4], float s
     row.words[1] = pack_fp16(values[2], values[3]);
   }
   return row;
+}
+
+// What reads back: code * scale + zero; online int8 has its own scale and zero, fp16 none.
+template <Kv kKv>
+__device__ __forceinline__ void from_stored(float (&values)[4], const StoredRow& row, float scale,
+                                            float zero) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if (kKv == Kv::kHalf) {
+      const uint32_t word = row.words[i / 2];
+      values[i] = i % 2 == 0 ? low_to_float(word) : high_to_float(word);
+    } else {
+      if (kKv == Kv::kOnline) {
+        scale = low_to_float(row.parameters);
+        zero = high_to_float(row.parameters);
+      }
+      values[i] = fmaf(static_cast<float>(row.words[0] >> (8 * i) & 0xffu), scale, zero);
+    }
+  }
 }
 
 // Writes a token's row into a unit's keys, in global or shared memory. One warp.

@@ -85,15 +85,18 @@ class Draw {
     for (int i = threadIdx.x; i < kBuckets; i += kThreads) shared.counts[i] = shared.losses[i] = 0;
     if (threadIdx.x == 0) shared.num_list = 0;
     __syncthreads();
-    visit_logits([&](float d, int) {
+    visit_logits<4>([&](float d, int) {
       const int bucket = bucket_of(d);
+      if (bucket == kBuckets - 1) return;
       atomicAdd(&shared.counts[bucket], 1u);
-      const float loss = 1.0f - expf(bucket_start(bucket) - d);
-      if (bucket < kBuckets - 1)
-        atomicAdd(&shared.losses[bucket], static_cast<uint32_t>(rintf(loss * kFineSteps)));
+      // 1 - exp(-x) for x < 2^-7: what the series leaves out is far below a fine step.
+      const float x = d - bucket_start(bucket);
+      const float loss = x * fmaf(x, fmaf(x, 1.0f / 6.0f, -0.5f), 1.0f);
+      atomicAdd(&shared.losses[bucket], static_cast<uint32_t>(__float2int_rn(loss * kFineSteps)));
     });
     __syncthreads();
     scan();
+    count_last_bucket();
 
     const bool has_top_k = row_.top_k > 0 && row_.top_k < vocab_size_;
     const bool has_top_p = row_.top_p < 1.0f;
@@ -110,7 +113,7 @@ class Draw {
     const uint32_t survivors = count_up_to(last);
     has_list_ = survivors <= kListSize;
     if (has_list_) {
-      visit_logits([&](float d, int index) {
+      visit_logits<4>([&](float d, int index) {
         if (bucket_of(d) > last) return;
         const int place = atomicAdd(&shared.num_list, 1);
         shared.list_keys[place] = __float_as_uint(d);
@@ -144,7 +147,7 @@ class Draw {
     }
 
     uint64_t mine = 0;
-    visit([&](float d, int index) {
+    visit<2>([&](float d, int index) {
       if (__float_as_uint(d) > threshold) return;
       const float noise =
           gumbel(philox_word(row_.seed_low, row_.seed_high, static_cast<uint32_t>(position),
@@ -157,25 +160,32 @@ class Draw {
   }
 
  private:
-  template <typename F>
+  // With kLoads loads of four logits at once.
+  template <int kLoads, typename F>
   __device__ __forceinline__ void visit_logits(F f) const {
-#pragma unroll 2
-    for (int start = 4 * threadIdx.x; start < vocab_size_; start += 4 * kThreads) {
-      float values[4];
-      logits_.load(values, start);
+    for (int first = 4 * threadIdx.x; first < vocab_size_; first += kLoads * 4 * kThreads) {
+      float values[kLoads][4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        if (start + i < vocab_size_)
-          f(__fdiv_rn(__fadd_rn(top_, -values[i]), row_.temperature), start + i);
+      for (int j = 0; j < kLoads; ++j)
+        if (first + j * 4 * kThreads < vocab_size_)
+          logits_.load(values[j], first + j * 4 * kThreads);
+#pragma unroll
+      for (int j = 0; j < kLoads; ++j) {
+        const int start = first + j * 4 * kThreads;
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          if (start + i < vocab_size_)
+            f(__fdiv_rn(__fadd_rn(top_, -values[j][i]), row_.temperature), start + i);
+      }
     }
   }
 
   // Over the list, or over all logits when the survivors do not fit it.
-  template <typename F>
+  template <int kLoads, typename F>
   __device__ __forceinline__ void visit(F f) const {
     const Shared& shared = *dynamic_shared<Shared>();
     if (!has_list_) {
-      visit_logits(f);
+      visit_logits<kLoads>(f);
       return;
     }
     for (int i = threadIdx.x; i < shared.num_list; i += kThreads)
@@ -236,6 +246,17 @@ class Draw {
     __syncthreads();
   }
 
+  // The last bucket has what the others have not.
+  __device__ __forceinline__ void count_last_bucket() {
+    Shared& shared = *dynamic_shared<Shared>();
+    if (threadIdx.x == kThreads - 1) {
+      uint32_t count = count_before_own_;
+      for (int i = kBuckets - kOwnBuckets; i < kBuckets - 1; ++i) count += shared.counts[i];
+      shared.counts[kBuckets - 1] = static_cast<uint32_t>(vocab_size_) - count;
+    }
+    __syncthreads();
+  }
+
   // The first bucket up to which counts reach `count`, or weights `weight`; what lies before it.
   __device__ __forceinline__ void find_bucket(uint32_t count, uint64_t weight, bool by_count) {
     Shared& shared = *dynamic_shared<Shared>();
@@ -288,7 +309,7 @@ class Draw {
       shared.found_weight = 0;
     }
     __syncthreads();
-    visit([&](float d, int) {
+    visit<1>([&](float d, int) {
       if (bucket_of(d) != bucket || __float_as_uint(d) > most) return;
       const int place = atomicAdd(&shared.num_edge, 1);
       if (place < kEdgeSize) shared.edge_keys[place] = __float_as_uint(d);
@@ -337,7 +358,7 @@ class Draw {
     while (true) {
       const uint32_t middle = low + (high - low) / 2;
       uint64_t up_to_count = 0, up_to_weight = 0;
-      visit([&](float d, int) {
+      visit<1>([&](float d, int) {
         if (bucket_of(d) != bucket || __float_as_uint(d) > middle) return;
         ++up_to_count;
         up_to_weight += weight_of(d);

@@ -62,20 +62,21 @@ class Store {
   __device__ __forceinline__ void run(char* unit, char* staged, int group_begin, int row,
                                       int begin, int end, int64_t first_index) const {
     StoredRow keys[kTogether], values[kTogether];
-    float loaded[kTogether][2][4];
+    RawHead<kHeadDim> raw[kTogether];
+    float loaded[kTogether][4];
 #pragma unroll
     for (int i = 0; i < kTogether; ++i) {
       const int position = smaller(larger(group_begin + row + 8 * i, begin), end - 1);
       const int64_t index = first_index + position - begin;
-      load_head<kHeadDim>(loaded[i][0], keys_ + index * row_stride_, lane_);
-      load_head<kHeadDim>(loaded[i][1], values_ + index * row_stride_, lane_);
-      normalize_head<kHeadDim>(loaded[i][0], arguments_.k_norm, arguments_.eps, lane_);
-      rotate_head<kHeadDim>(loaded[i][0], arguments_.rotation + index * (kHeadDim / 2), lane_);
+      raw[i].load(keys_ + index * row_stride_, arguments_.k_norm,
+                  arguments_.rotation + index * (kHeadDim / 2), lane_);
+      load_head<kHeadDim>(loaded[i], values_ + index * row_stride_, lane_);
     }
 #pragma unroll
     for (int i = 0; i < kTogether; ++i) {
-      keys[i] = to_stored<kKv>(loaded[i][0], scale_.x, scale_.y);
-      values[i] = to_stored<kKv>(loaded[i][1], scale_.z, scale_.w);
+      values[i] = to_stored<kKv>(loaded[i], scale_.z, scale_.w);
+      raw[i].finish(loaded[i], arguments_.eps);
+      keys[i] = to_stored<kKv>(loaded[i], scale_.x, scale_.y);
     }
     const int token = group_begin % Layout::kTokens + row;
     const bool is_whole = group_begin + row >= begin && group_begin + row + 8 * kTogether - 8 < end;
