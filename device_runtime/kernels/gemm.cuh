@@ -17,6 +17,10 @@
 
 namespace {
 
+#ifndef TURBOJET_GEMM_PAIRS_AHEAD
+#define TURBOJET_GEMM_PAIRS_AHEAD 2
+#endif
+
 enum class Output { kHalf, kSilu, kAdd };
 
 template <int kWarpsOut_, int kWarpsTokens_, int kWarpOutputs_, int kWarpTokens_,
@@ -34,12 +38,14 @@ struct Tile {
   static constexpr int kTokens = kWarpsTokens * kWarpTokens;
   static constexpr int kRowTiles = kWarpOutputs / 16;   // A fragments of a warp
   static constexpr int kTokenTiles = kWarpTokens / 8;   // B fragments of a warp
+  static constexpr int kPairsAhead = TURBOJET_GEMM_PAIRS_AHEAD;
   static constexpr int kSubSteps = kStageInputs / 16;
   static constexpr int kRowBytes = kStageInputs * 2;    // of the activations of one token
   static constexpr int kActivationBytes = kTokens * kRowBytes;
   static_assert(kWarpOutputs % 32 == 0 && kWarpTokens % 8 == 0, "whole fragments");
-  static_assert(kTokenTiles == 1 || kTokenTiles % 2 == 0, "fragments are loaded in pairs");
+  static_assert(kTokenTiles <= 2 || kTokenTiles % 4 == 0, "in pairs, and added in fours");
   static_assert(kStageInputs % 64 == 0, "eight chunks of a row are swizzled");
+  static_assert(kStages >= 3, "one slot is read, one was, the others are on their way");
 };
 
 struct Shape {
@@ -124,9 +130,72 @@ struct Pipeline {
     weights.copy_step(target + T::kActivationBytes, step, first_output);
   }
 
-  // sums += the products of one segment.
+#if TURBOJET_PLAIN
+  // sums += the products of one segment: two slots in turn, and a row's weights come from the lanes
+  // that have them.
   __device__ __forceinline__ void multiply_segment(
       float (&sums)[T::kRowTiles][T::kTokenTiles][4], const Segment& segment) const {
+    const int lane = threadIdx.x % kWarpSize;
+    const int warp = threadIdx.x / kWarpSize;
+    const int token = warp / T::kWarpsOut * T::kWarpTokens + lane % 4 * 2;
+    typename Weights::Fragments source(warp % T::kWarpsOut * T::kWarpOutputs, lane);
+#pragma unroll 1
+    for (int step = 0; step < segment.count; ++step) {
+      char* const own = slot(step % 2);
+      copy_step(step % 2, segment.first + step);
+      __syncthreads();
+#pragma unroll 1
+      for (int k = 0; k < T::kSubSteps; ++k) {
+        uint32_t a[T::kRowTiles][4];
+        source.load(own + T::kActivationBytes, k);
+        source.make(a, k);
+#pragma unroll 1
+        for (int lanes = 0; lanes < 4; ++lanes) multiply_columns(sums, a, own, token, k, lanes);
+      }
+    }
+    __syncthreads();
+  }
+
+  // The four inputs of a sub-step whose weights lane 4 r + `column` has.
+  static __device__ __forceinline__ void multiply_columns(
+      float (&sums)[T::kRowTiles][T::kTokenTiles][4], const uint32_t (&a)[T::kRowTiles][4],
+      const char* slot, int token, int k, int column) {
+    const int lane = threadIdx.x % kWarpSize;
+    uint32_t w[T::kRowTiles][4];
+#pragma unroll
+    for (int i = 0; i < T::kRowTiles; ++i) {
+#pragma unroll
+      for (int word = 0; word < 4; ++word)
+        w[i][word] = __shfl_sync(kFullMask, a[i][word], (lane & ~3) | column);
+    }
+#pragma unroll
+    for (int j = 0; j < T::kTokenTiles; ++j) {
+      __syncwarp();  // so that the compiler does not load all tokens at once and spill them
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        const int row = token + j * 8 + c;
+        const char* const values = slot + row * T::kRowBytes + column * 4;
+        const uint32_t low =
+            *reinterpret_cast<const uint32_t*>(values + ((2 * k ^ (row & 7)) << 4));
+        const uint32_t high =
+            *reinterpret_cast<const uint32_t*>(values + (((2 * k + 1) ^ (row & 7)) << 4));
+#pragma unroll
+        for (int i = 0; i < T::kRowTiles; ++i) {
+          sums[i][j][c] = dot2_f16(w[i][0], low, dot2_f16(w[i][2], high, sums[i][j][c]));
+          sums[i][j][2 + c] = dot2_f16(w[i][1], low, dot2_f16(w[i][3], high, sums[i][j][2 + c]));
+        }
+      }
+    }
+  }
+#else
+  // sums += the products of one segment.
+  //
+  // While the fragments of a sub-step (16 inputs) multiply pair after pair of token tiles, those of
+  // the next one are made, and tokens are loaded kPairsAhead pairs before they are used.
+  __device__ __forceinline__ void multiply_segment(
+      float (&sums)[T::kRowTiles][T::kTokenTiles][4], const Segment& segment) const {
+    constexpr int kPairs = (T::kTokenTiles + 1) / 2;
+    constexpr int kAhead = kPairs % 4 == 0 ? T::kPairsAhead : kPairs % 2 == 0 ? 2 : 1;
     const int lane = threadIdx.x % kWarpSize;
     const int warp = threadIdx.x / kWarpSize;
     const int warp_output = warp % T::kWarpsOut * T::kWarpOutputs;
@@ -143,10 +212,14 @@ struct Pipeline {
     wait_copies<T::kStages - 2>();
     __syncthreads();
 
-    uint32_t b[2][T::kTokenTiles][2];
-    typename Weights::Fragments a(warp_output, lane);
-    load_tokens(b[0], slot(0) + offset);
-    a.load(slot(0) + T::kActivationBytes, 0);
+    uint32_t a[2][T::kRowTiles][4];
+    uint32_t b[kAhead][4];
+    typename Weights::Fragments source(warp_output, lane);
+    source.load(slot(0) + T::kActivationBytes, 0);
+#pragma unroll
+    for (int pair = 0; pair < kAhead; ++pair)
+      load_tokens(b[pair], slot(0) + offset + pair * kPairBytes);
+    source.make(a[0], 0);
 
     int read_slot = 0;
     int write_slot = T::kStages - 1;
@@ -154,30 +227,37 @@ struct Pipeline {
     for (int step = 0; step < segment.count; ++step) {
 #pragma unroll
       for (int k = 0; k < T::kSubSteps; ++k) {
-        if (k == 0) {
-          // Its last readers were before the barrier of the turn before.
+        const char* own_slot = slot(read_slot);
+        if (k == T::kSubSteps - 1) {
+          wait_copies<T::kStages - 3>();
+          __syncthreads();
+          read_slot = read_slot == T::kStages - 1 ? 0 : read_slot + 1;
+          // All have read what is overwritten here: it was used in the step before.
           if (step + T::kStages - 1 < segment.count)
             copy_step(write_slot, segment.first + step + T::kStages - 1);
           commit_copies();
           write_slot = write_slot == T::kStages - 1 ? 0 : write_slot + 1;
         }
-        if (k == T::kSubSteps - 1) {
-          wait_copies<T::kStages - 2>();
-          __syncthreads();
-          read_slot = read_slot == T::kStages - 1 ? 0 : read_slot + 1;
-        }
-        a.begin(k);
         const int next = (k + 1) % T::kSubSteps;
-        load_tokens(b[(k + 1) % 2], slot(read_slot) + (offset ^ next * 32));
-        a.load(slot(read_slot) + T::kActivationBytes, next);
+        const char* const next_slot = slot(read_slot);
+        source.load(next_slot + T::kActivationBytes, next);
 #pragma unroll
-        for (int i = 0; i < T::kRowTiles; ++i) {
-          uint32_t fragment[4];
-          a.fragment(fragment, i, k);
+        for (int pair = 0; pair < kPairs; ++pair) {
+          uint32_t(&own)[4] = b[(k * kPairs + pair) % kAhead];
 #pragma unroll
-          for (int j = 0; j < T::kTokenTiles; ++j)
-            multiply(sums[i][j], fragment[0], fragment[1], fragment[2], fragment[3], b[k % 2][j][0],
-                     b[k % 2][j][1]);
+          for (int i = 0; i < T::kRowTiles; ++i) {
+            const uint32_t(&w)[4] = a[k % 2][i];
+            multiply(sums[i][2 * pair], w[0], w[1], w[2], w[3], own[0], own[1]);
+            if (2 * pair + 1 < T::kTokenTiles)
+              multiply(sums[i][T::kTokenTiles == 1 ? 0 : 2 * pair + 1], w[0], w[1], w[2], w[3],
+                       own[2], own[3]);
+          }
+          const int later = pair + kAhead;
+          if (later < kPairs)
+            load_tokens(own, own_slot + (offset ^ k * 32) + later * kPairBytes);
+          else
+            load_tokens(own, next_slot + (offset ^ next * 32) + (later - kPairs) * kPairBytes);
+          if (pair == (kPairs - 1) / 2) source.make(a[(k + 1) % 2], next);
         }
       }
     }
@@ -185,24 +265,20 @@ struct Pipeline {
     __syncthreads();
   }
 
-  static __device__ __forceinline__ void load_tokens(uint32_t (&b)[T::kTokenTiles][2],
-                                                     const char* row) {
+  static constexpr int kPairBytes = 16 * T::kRowBytes;
+
+  // The B fragments of two neighbouring token tiles, or of the only one.
+  static __device__ __forceinline__ void load_tokens(uint32_t (&b)[4], const char* row) {
     if (T::kTokenTiles == 1) {
-      load_two_matrices(b[0], row);
+      uint32_t words[2];
+      load_two_matrices(words, row);
+      b[0] = words[0];
+      b[1] = words[1];
     } else {
-#pragma unroll
-      for (int j = 0; j < T::kTokenTiles; j += 2) {
-        uint32_t words[4];
-        load_matrices(words, row + j * 8 * T::kRowBytes);
-        b[j][0] = words[0];
-        b[j][1] = words[1];
-        if (j + 1 < T::kTokenTiles) {
-          b[j + 1][0] = words[2];
-          b[j + 1][1] = words[3];
-        }
-      }
+      load_matrices(b, row);
     }
   }
+#endif
 };
 
 // Leaves a part of a tile in the workspace; on the block that comes last adds up all parts and
@@ -245,17 +321,29 @@ __device__ __forceinline__ bool combine_parts(float (&sums)[T::kRowTiles][T::kTo
     float(&c)[4] = sums[q / T::kTokenTiles][q % T::kTokenTiles];
     c[0] = c[1] = c[2] = c[3] = 0.0f;
   }
+  // Small parts are loaded several at once.
+  constexpr int kBatch = kQuads >= 16 ? 1 : 16 / kQuads;
 #pragma unroll 1
-  for (int block = first_block; block <= last_block; ++block) {
-    const float4* const part = part_of(block);
+  for (int first = first_block; first <= last_block; first += kBatch) {
+    float4 values[kBatch][kQuads];
 #pragma unroll
-    for (int q = 0; q < kQuads; ++q) {
-      float(&c)[4] = sums[q / T::kTokenTiles][q % T::kTokenTiles];
-      const float4 value = load_quad_shared_by_blocks(part + q * T::kThreads);
-      c[0] += value.x;
-      c[1] += value.y;
-      c[2] += value.z;
-      c[3] += value.w;
+    for (int i = 0; i < kBatch; ++i) {
+      const float4* const part = part_of(smaller(first + i, last_block));
+#pragma unroll
+      for (int q = 0; q < kQuads; ++q)
+        values[i][q] = load_quad_shared_by_blocks(part + q * T::kThreads);
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      if (first + i > last_block) break;
+#pragma unroll
+      for (int q = 0; q < kQuads; ++q) {
+        float(&c)[4] = sums[q / T::kTokenTiles][q % T::kTokenTiles];
+        c[0] += values[i][q].x;
+        c[1] += values[i][q].y;
+        c[2] += values[i][q].z;
+        c[3] += values[i][q].w;
+      }
     }
   }
   return true;
@@ -322,13 +410,13 @@ template <class T>
 __device__ __forceinline__ void add_residual(const float (&sums)[T::kRowTiles][T::kTokenTiles][4],
                                              const Shape& shape, const Destination& destination,
                                              int first_token, int first_output) {
+  constexpr int kBatch = T::kTokenTiles < 4 ? T::kTokenTiles : 4;  // token tiles loaded at once
   const int lane = threadIdx.x % kWarpSize;
   const int warp = threadIdx.x / kWarpSize;
   const int token = first_token + warp / T::kWarpsOut * T::kWarpTokens + lane % 4 * 2;
   const int output = first_output + warp % T::kWarpsOut * T::kWarpOutputs + lane / 4;
 #pragma unroll
   for (int i = 0; i < T::kRowTiles; ++i) {
-    float old[T::kTokenTiles][4];
     float bias[2] = {};
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -336,22 +424,26 @@ __device__ __forceinline__ void add_residual(const float (&sums)[T::kRowTiles][T
       if (destination.bias != nullptr && own < shape.outputs)
         bias[half] = to_float(destination.bias[own]);
     }
-    // All loads before the first store: the compiler cannot know that they do not overlap.
 #pragma unroll
-    for (int part = 0; part < 2; ++part) {
+    for (int first = 0; first < T::kTokenTiles; first += kBatch) {
+      float old[kBatch][4];
+      // All loads before the first store: the compiler cannot know that they do not overlap.
 #pragma unroll
-      for (int j = 0; j < T::kTokenTiles; ++j) {
+      for (int part = 0; part < 2; ++part) {
 #pragma unroll
-        for (int c = 0; c < 4; ++c) {
-          const int own_token = token + j * 8 + c % 2;
-          const int own = output + i * 16 + c / 2 * 8;
-          float* const place =
-              destination.residual + static_cast<int64_t>(own_token) * shape.outputs + own;
-          if (own_token < shape.num_tokens && own < shape.outputs) {
-            if (part == 0)
-              old[j][c] = *place;
-            else
-              *place = old[j][c] + (sums[i][j][c] + bias[c / 2]);
+        for (int j = 0; j < kBatch; ++j) {
+#pragma unroll
+          for (int c = 0; c < 4; ++c) {
+            const int own_token = token + (first + j) * 8 + c % 2;
+            const int own = output + i * 16 + c / 2 * 8;
+            float* const place =
+                destination.residual + static_cast<int64_t>(own_token) * shape.outputs + own;
+            if (own_token < shape.num_tokens && own < shape.outputs) {
+              if (part == 0)
+                old[j][c] = *place;
+              else
+                *place = old[j][c] + (sums[i][first + j][c] + bias[c / 2]);
+            }
           }
         }
       }
@@ -363,7 +455,7 @@ template <class T, class Weights, Output kOutput>
 __device__ __forceinline__ void run_gemm(const Weights& weights, const fp16* x, const Shape& shape,
                                          const Destination& destination, int stream_tiles) {
   char* const shared = dynamic_shared_bytes();
-  let_dependents_launch();
+  // Dependents launch when all blocks are through: earlier ones would share the SMs unevenly.
   wait_for_inputs();
   const Schedule schedule = Schedule::make<T>(shape, stream_tiles);
   int unit = schedule.begin(blockIdx.x);

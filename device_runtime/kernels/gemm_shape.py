@@ -48,10 +48,30 @@ class GemmTile:
 
 W4A16_TILES = {
     16: GemmTile(128, 16, 128, 4, 128, 3),
-    64: GemmTile(128, 64, 64, 4, 128, 2),
+    32: GemmTile(128, 32, 128, 3, 128, 3),
+    64: GemmTile(128, 64, 128, 3, 128, 2),
     128: GemmTile(128, 128, 64, 3, 128, 2),
 }
 """By the number in the kernel's name; the same numbers as in w4a16_gemm_*.cu."""
+F16_TILES = {
+    8: GemmTile(128, 8, 64, 4, 128, 2),
+    32: GemmTile(128, 32, 64, 4, 128, 2),
+    64: GemmTile(128, 64, 64, 4, 128, 2),
+    128: GemmTile(128, 128, 64, 3, 128, 2),
+}
+"""The same for f16_gemm_*.cu."""
+_W4A16_LIMITS = ((16, 16), (32, 32), (64, 64), (96, 32), (192, 64))
+_F16_LIMITS = ((8, 8), (32, 32), (128, 64))
+
+
+def fastest_tile(num_tokens: int, *, is_quantized: bool) -> int:
+    """Return the tile, by its tokens, that is fastest for a number of tokens.
+
+    By measurement on an H200 with the four matrices of a Llama-2-7B layer (DECISIONS.md): a larger
+    tile does more with what it loads, and wastes more on tokens that are not there.
+    """
+    limits = _W4A16_LIMITS if is_quantized else _F16_LIMITS
+    return next((tile for most, tile in limits if num_tokens <= most), 128)
 
 
 @dataclass(frozen=True)

@@ -8,30 +8,39 @@
 //   [vocab_size][hidden_size]; scales fp16 [vocab_size], of int8 weights.
 // fp16 weights: n is rounded to fp16. int8 weights: n is held in 16-bit fixed point, two int8
 // digits with one scale for each row, and the sums over k are exact integers.
-// Launch: block kHeadThreads, any grid (one block per SM), dynamic shared memory of table.py's
-// HeadShape. 1 <= num_rows <= 8 (or 4); hidden_size % 64 == 0, at most 65536 for int8.
+// Launch: block kHeadThreads, any grid, dynamic shared memory of head_shape.py's HeadShape.
+// 1 <= num_rows <= 8 (or 4); hidden_size % 64 == 0, at most 65536 for int8.
 // Bound by DRAM: vocab_size * hidden_size * 2 bytes (or 1).
 // Checked against reference/linear.py head, relative error 1e-3. A row's result does not depend on
-// num_rows, bit for bit.
+// num_rows and the grid, bit for bit.
 //
-// A block owns a range of tiles of 16 vocabulary rows. The slabs of 64 inputs of all its tiles, tile
-// after tile, are shared out among its warps in equal runs, so that only the ends of runs have to be
-// added up across warps. A lane loads 16 bytes of its two rows at a time, kDepth slabs ahead and
-// before the previous kernel has finished (programmatic dependent launch); these bytes are parts of
-// two A fragments whose inputs are permuted, and the activations are taken in the same order.
+// A block owns a range of tiles of 16 vocabulary rows. The units of all its tiles (128 bytes of each
+// row), tile after tile, are dealt out to its warps in turn, so that neighbouring units are read at
+// the same time. Each warp keeps kHeadStages units in flight through a private ring in shared memory,
+// which it fills before the previous kernel has finished (programmatic dependent launch). A lane
+// takes 16 bytes of its two rows at a time; these bytes are parts of two A fragments whose inputs are
+// permuted, and the activations are taken in the same order. The warps' sums of a batch of tiles meet
+// in shared memory, in two buffers by turns.
 #ifndef TURBOJET_HEAD_CUH
 #define TURBOJET_HEAD_CUH
 
 #include "fragments.cuh"
+#include "load_matrix.cuh"
 #include "signed_products.cuh"
 
 namespace {
 
-constexpr int kHeadWarps = 16;
+#ifndef TURBOJET_HEAD_STAGES
+#define TURBOJET_HEAD_STAGES 4
+#endif
+constexpr int kHeadWarps = 8;
+constexpr int kHeadStages = TURBOJET_HEAD_STAGES;
 constexpr int kHeadThreads = kHeadWarps * kWarpSize;
-constexpr int kSlabInputs = 64;
+constexpr int kUnitBytes = 128;  // of a vocabulary row
 constexpr int kTileRows = 16;
+constexpr int kSlotBytes = kTileRows * kUnitBytes;
 constexpr int kMaxRows = 8;
+constexpr int kPartWords = 2048;  // of one buffer of sums
 constexpr float kFixedPointMax = 32639.0f;  // 127 * 256 + 127: both digits fit int8
 
 struct HeadArguments {
@@ -46,12 +55,12 @@ struct HeadArguments {
   float eps;
 };
 
-// Four loads of 16 bytes hold 64 inputs of rows r and r + 8.
+// Four loads of 16 bytes hold a unit of rows r and r + 8.
 struct HalfFormat {
-  static constexpr int kLoads = 2;  // for each of the two rows
-  static constexpr int kRowBytes = 2 * kSlabInputs;
+  static constexpr int kUnitInputs = 64;
   static constexpr int kBlocks = 1;  // column blocks of 8
   static constexpr int kRows = 8;
+  static constexpr int kDigits = 1;  // columns of a row of activations
   using Sum = float;
   // Bytes of one column of activations in shared memory: neighbours are half a bank row apart.
   static __device__ __forceinline__ int pitch(int hidden_size) { return 2 * hidden_size + 64; }
@@ -59,10 +68,10 @@ struct HalfFormat {
 
 template <int kBlocks_>
 struct ByteFormat {
-  static constexpr int kLoads = 1;
-  static constexpr int kRowBytes = kSlabInputs;
+  static constexpr int kUnitInputs = 128;
   static constexpr int kBlocks = kBlocks_;
   static constexpr int kRows = 4 * kBlocks;
+  static constexpr int kDigits = 2;
   using Sum = int;
   static __device__ __forceinline__ int pitch(int hidden_size) {
     return hidden_size + (hidden_size % 128 == 0 ? 64 : 0);
@@ -88,76 +97,84 @@ struct RowStatistics {
   float scales[kMaxRows];  // of the fixed point
 };
 
-template <class Format>
 struct HeadMemory {
-  typename Format::Sum parts[kHeadWarps][2][Format::kBlocks * 4][kWarpSize];
+  char ring[kHeadWarps][kHeadStages][kSlotBytes];
+  uint32_t parts[2][kPartWords];  // [tile of the batch][warp][row of activations, digit][tile row]
   RowStatistics statistics;
 };
 
-// One slab of a tile in registers.
-template <class Format>
-struct Slab {
-  uint4 words[2][Format::kLoads];
-};
+// The units of a block's tiles as one row; a warp takes every kHeadWarps-th of them.
+struct Cursor {
+  int tile;  // of the block
+  int unit;  // of the tile
 
-// The run of slabs that one warp multiplies.
-template <class Format>
-struct Run {
-  int slabs;  // of a tile
-  int begin;
-  int end;
-  int first_tile;
-
-  static __device__ __forceinline__ int begin_of(int warp, int work) {
-    return static_cast<int>(static_cast<int64_t>(work) * warp / kHeadWarps);
-  }
-  static __device__ __forceinline__ int warp_of(int slab, int work) {
-    return static_cast<int>((static_cast<int64_t>(kHeadWarps) * (slab + 1) - 1) / work);
-  }
-};
-
-// Loads slab after slab of a run; rows past the last one repeat it.
-template <class Format>
-struct SlabReader {
-  const char* low;
-  const char* high;
-  int slab;  // in its tile
-  int left;  // of the run
-  int tile;
-
-  __device__ __forceinline__ void seek_tile(const char* weights, int hidden_size, int vocab_size,
-                                            int lane) {
-    constexpr int kElementBytes = Format::kRowBytes / kSlabInputs;
-    const int row = tile * kTileRows + lane / 4;
-    const int64_t row_bytes = static_cast<int64_t>(hidden_size) * kElementBytes;
-    const int64_t offset = slab * Format::kRowBytes + lane % 4 * 16;
-    low = weights + smaller(row, vocab_size - 1) * row_bytes + offset;
-    high = weights + smaller(row + 8, vocab_size - 1) * row_bytes + offset;
-  }
-
-  __device__ __forceinline__ void read(Slab<Format>& target, const char* weights, int hidden_size,
-                                       int vocab_size, int lane) {
-    if (left <= 0) return;
-#pragma unroll
-    for (int j = 0; j < Format::kLoads; ++j) {
-      target.words[0][j] = load_streaming(reinterpret_cast<const uint4*>(low + j * 64));
-      target.words[1][j] = load_streaming(reinterpret_cast<const uint4*>(high + j * 64));
-    }
-    --left;
-    low += Format::kRowBytes;
-    high += Format::kRowBytes;
-    if (++slab == hidden_size / kSlabInputs) {
-      slab = 0;
+  __device__ __forceinline__ void move(int units) {
+    unit += kHeadWarps;
+    while (unit >= units) {
+      unit -= units;
       ++tile;
-      seek_tile(weights, hidden_size, vocab_size, lane);
     }
   }
 };
 
-__device__ __forceinline__ const float* residual_row(const HeadArguments& arguments, int i) {
-  const int row = arguments.rows == nullptr ? i : arguments.rows[i];
-  return arguments.residual + static_cast<int64_t>(row) * arguments.hidden_size;
+// Where the 16-byte chunk of a row lies in a slot: the chunks that lanes read together are in
+// different banks.
+__device__ __forceinline__ int slot_offset(int row, int chunk) {
+  return row * kUnitBytes + ((chunk ^ row % 2 * 4) << 4);
 }
+
+// Copies unit after unit of a warp to its ring.
+struct UnitReader {
+  const char* weights;
+  int64_t row_bytes;
+  int first_row;  // of the block
+  int last_row;   // of the vocabulary; rows past it repeat it
+  int tiles;
+  int units;
+  Cursor cursor;
+
+  __device__ __forceinline__ void copy_next(char* slot, int lane) {
+    if (cursor.tile < tiles) {
+      const int offset = cursor.unit * kUnitBytes + lane % 8 * 16;
+      // A last unit of half the length: the other inputs have weight 0.
+      const bool is_inside = offset < row_bytes;
+      const char* const column = weights + (is_inside ? offset : 0);
+#pragma unroll
+      for (int i = 0; i < kTileRows / 4; ++i) {
+        const int own = i * 4 + lane / 8;
+        const int row = smaller(first_row + cursor.tile * kTileRows + own, last_row);
+        copy16_or_zeros_async(slot + slot_offset(own, lane % 8), column + row * row_bytes,
+                              is_inside);
+      }
+      cursor.move(units);
+    }
+    commit_copies();
+  }
+};
+
+// The rows of the residual stream that logits are asked for; the last one stands in for the others.
+struct Rows {
+  const float4* quads[kMaxRows];
+
+  __device__ __forceinline__ explicit Rows(const HeadArguments& arguments) {
+#pragma unroll
+    for (int i = 0; i < kMaxRows; ++i) {
+      const int own = smaller(i, arguments.num_rows - 1);
+      const int row = arguments.rows == nullptr ? own : arguments.rows[own];
+      quads[i] = reinterpret_cast<const float4*>(
+          arguments.residual + static_cast<int64_t>(row) * arguments.hidden_size);
+    }
+  }
+
+  // All loads before their first use.
+  template <int kRows>
+  __device__ __forceinline__ void load(float4 (&values)[kRows], int quad, int num_rows) const {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      if (i < num_rows) values[i] = quads[i][quad];
+    }
+  }
+};
 
 __device__ __forceinline__ float4 weighted(const float4& v, const uint2& w) {
   return float4{v.x * low_to_float(w.x), v.y * high_to_float(w.x), v.z * low_to_float(w.y),
@@ -166,7 +183,8 @@ __device__ __forceinline__ float4 weighted(const float4& v, const uint2& w) {
 
 // Per row: 1 / rms, and the largest |n| of it.
 __device__ __forceinline__ void measure_rows(float (&factors)[kMaxRows], float (&peaks)[kMaxRows],
-                                             RowStatistics& shared, const HeadArguments& arguments) {
+                                             RowStatistics& shared, const Rows& rows,
+                                             const HeadArguments& arguments) {
   const uint2* const norm = reinterpret_cast<const uint2*>(arguments.norm_weight);
   const int warp = threadIdx.x / kWarpSize;
   float sums[kMaxRows] = {};
@@ -174,10 +192,12 @@ __device__ __forceinline__ void measure_rows(float (&factors)[kMaxRows], float (
   for (int i = 0; i < kMaxRows; ++i) peaks[i] = 0.0f;
   for (int quad = threadIdx.x; quad < arguments.hidden_size / 4; quad += kHeadThreads) {
     const uint2 w = norm[quad];
+    float4 values[kMaxRows];
+    rows.load(values, quad, arguments.num_rows);
 #pragma unroll
     for (int i = 0; i < kMaxRows; ++i) {
       if (i < arguments.num_rows) {
-        const float4 v = reinterpret_cast<const float4*>(residual_row(arguments, i))[quad];
+        const float4& v = values[i];
         sums[i] += v.x * v.x + v.y * v.y + (v.z * v.z + v.w * v.w);
         const float4 n = weighted(v, w);
         peaks[i] = max_or_nan(peaks[i], max_or_nan(max_or_nan(fabsf(n.x), fabsf(n.y)),
@@ -234,25 +254,33 @@ __device__ __forceinline__ void split_digits(uint32_t& high, uint32_t& low, cons
 template <class Format>
 __device__ __forceinline__ void prepare_rows(char* columns, RowStatistics& shared,
                                              const HeadArguments& arguments) {
-  constexpr bool kIsByte = Format::kRowBytes == kSlabInputs;
+  constexpr bool kIsByte = Format::kDigits == 2;
   float factors[kMaxRows];
   float peaks[kMaxRows];
-  measure_rows(factors, peaks, shared, arguments);
+  const Rows rows(arguments);
+  measure_rows(factors, peaks, shared, rows, arguments);
   const int pitch = Format::pitch(arguments.hidden_size);
   const uint2* const norm = reinterpret_cast<const uint2*>(arguments.norm_weight);
+  float inverses[Format::kRows];
 #pragma unroll
   for (int i = 0; i < Format::kRows; ++i) {
     if (i >= arguments.num_rows) break;
-    const float4* const row = reinterpret_cast<const float4*>(residual_row(arguments, i));
     const bool is_zero = peaks[i] < 1e-30f;
-    const float inverse = is_zero ? 0.0f : __fdividef(kFixedPointMax, peaks[i]) * factors[i];
+    inverses[i] = is_zero ? 0.0f : __fdividef(kFixedPointMax, peaks[i]) * factors[i];
     if (kIsByte && threadIdx.x == 0)
       shared.scales[i] = is_zero ? 0.0f : peaks[i] * (1.0f / kFixedPointMax);
-    for (int quad = threadIdx.x; quad < arguments.hidden_size / 4; quad += kHeadThreads) {
-      const float4 n = weighted(row[quad], norm[quad]);
+  }
+  for (int quad = threadIdx.x; quad < arguments.hidden_size / 4; quad += kHeadThreads) {
+    const uint2 w = norm[quad];
+    float4 values[Format::kRows];
+    rows.load(values, quad, arguments.num_rows);
+#pragma unroll
+    for (int i = 0; i < Format::kRows; ++i) {
+      if (i >= arguments.num_rows) break;
+      const float4 n = weighted(values[i], w);
       if (kIsByte) {
         uint32_t high, low;
-        split_digits(high, low, n, inverse);
+        split_digits(high, low, n, inverses[i]);
         reinterpret_cast<uint32_t*>(columns + (2 * i) * pitch)[quad] = high;
         reinterpret_cast<uint32_t*>(columns + (2 * i + 1) * pitch)[quad] = low;
       } else {
@@ -264,130 +292,187 @@ __device__ __forceinline__ void prepare_rows(char* columns, RowStatistics& share
   }
 }
 
-__device__ __forceinline__ void store_sums(const float (&sums)[1][4], const HeadArguments& arguments,
-                                           const RowStatistics&, int tile, int lane) {
-#pragma unroll
-  for (int c = 0; c < 4; ++c) {
-    const int i = lane % 4 * 2 + c % 2;
-    const int vocab_row = tile * kTileRows + lane / 4 + c / 2 * 8;
-    if (i < arguments.num_rows && vocab_row < arguments.vocab_size)
-      arguments.logits[static_cast<int64_t>(i) * arguments.vocab_size + vocab_row] = sums[0][c];
-  }
+// Words of the sums that one warp has of one tile.
+template <class Format>
+__device__ __forceinline__ int part_words(int num_rows) {
+  return num_rows * Format::kDigits * kTileRows;
 }
 
-template <int kBlocks>
-__device__ __forceinline__ void store_sums(const int (&sums)[kBlocks][4],
-                                           const HeadArguments& arguments,
-                                           const RowStatistics& statistics, int tile, int lane) {
+template <class Sum>
+__device__ __forceinline__ uint32_t to_bits(Sum value);
+template <>
+__device__ __forceinline__ uint32_t to_bits<float>(float value) {
+  return __float_as_uint(value);
+}
+template <>
+__device__ __forceinline__ uint32_t to_bits<int>(int value) {
+  return static_cast<uint32_t>(value);
+}
+
+// Leaves a warp's sums of one tile; those of columns without a row are dropped.
+template <class Format>
+__device__ __forceinline__ void leave_part(uint32_t* part,
+                                           const typename Format::Sum (&sums)[Format::kBlocks][4],
+                                           int num_rows, int lane) {
 #pragma unroll
-  for (int block = 0; block < kBlocks; ++block) {
-    const int i = block * 4 + lane % 4;
+  for (int block = 0; block < Format::kBlocks; ++block) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int vocab_row = tile * kTileRows + lane / 4 + half * 8;
-      if (i < arguments.num_rows && vocab_row < arguments.vocab_size) {
-        const float total = __fmaf_rn(static_cast<float>(sums[block][2 * half]), 256.0f,
-                                      static_cast<float>(sums[block][2 * half + 1]));
-        arguments.logits[static_cast<int64_t>(i) * arguments.vocab_size + vocab_row] =
-            total * (statistics.scales[i] * to_float(arguments.scales[vocab_row]));
-      }
+    for (int c = 0; c < 4; ++c) {
+      const int column = block * 8 + lane % 4 * 2 + c % 2;
+      if (column < num_rows * Format::kDigits)
+        part[column * kTileRows + lane / 4 + c / 2 * 8] = to_bits(sums[block][c]);
     }
   }
 }
 
-template <class Format, int kDepth>
+// Sums of one column of a tile over the warps that had units of it, in the order of the units.
+__device__ __forceinline__ float sum_parts(const uint32_t* part, int stride, int first, int count,
+                                           float total) {
+#pragma unroll 4
+  for (int i = 0; i < count; ++i)
+    total += __uint_as_float(part[(first + i) % kHeadWarps * stride]);
+  return total;
+}
+
+__device__ __forceinline__ int sum_parts(const uint32_t* part, int stride, int first, int count,
+                                         int total) {
+#pragma unroll 4
+  for (int i = 0; i < count; ++i)
+    total += static_cast<int>(part[(first + i) % kHeadWarps * stride]);
+  return total;
+}
+
+// Adds up and stores the logits of tiles `begin` to `end` of a block, all threads together.
+template <class Format>
+__device__ __forceinline__ void store_batch(const uint32_t* parts, const HeadArguments& arguments,
+                                            const RowStatistics& statistics, int first_row,
+                                            int begin, int end, int units) {
+  using Sum = typename Format::Sum;
+  const int stride = part_words<Format>(arguments.num_rows);
+  const int tile_values = kTileRows * arguments.num_rows;
+#pragma unroll 1
+  for (int index = threadIdx.x; index < (end - begin) * tile_values; index += kHeadThreads) {
+    const int tile = index / tile_values;
+    const int i = index % tile_values / kTileRows;
+    const int row = index % kTileRows;
+    const int vocab_row = first_row + (begin + tile) * kTileRows + row;
+    if (vocab_row >= arguments.vocab_size) continue;
+    const uint32_t* const part =
+        parts + tile * kHeadWarps * stride + i * Format::kDigits * kTileRows + row;
+    const int first = (begin + tile) * units % kHeadWarps;
+    const int count = smaller(units, kHeadWarps);
+    const Sum high = sum_parts(part, stride, first, count, Sum{0});
+    float value = static_cast<float>(high);
+    if (Format::kDigits == 2) {
+      const Sum low = sum_parts(part + kTileRows, stride, first, count, Sum{0});
+      value = __fmaf_rn(value, 256.0f, static_cast<float>(low)) *
+              (statistics.scales[i] * to_float(arguments.scales[vocab_row]));
+    }
+    arguments.logits[static_cast<int64_t>(i) * arguments.vocab_size + vocab_row] = value;
+  }
+}
+
+template <class Format>
 __device__ __forceinline__ void run_head(const char* weights, const HeadArguments& arguments) {
   using Sum = typename Format::Sum;
   const int lane = threadIdx.x % kWarpSize;
   const int warp = threadIdx.x / kWarpSize;
-  HeadMemory<Format>& memory = *dynamic_shared<HeadMemory<Format>>();
-  char* const columns = dynamic_shared<char>() + sizeof(HeadMemory<Format>);
+  HeadMemory& memory = *dynamic_shared<HeadMemory>();
+  char* const columns = dynamic_shared<char>() + sizeof(HeadMemory);
 
-  const int slabs = arguments.hidden_size / kSlabInputs;
+  const int units = (arguments.hidden_size + Format::kUnitInputs - 1) / Format::kUnitInputs;
   const int num_tiles = (arguments.vocab_size + kTileRows - 1) / kTileRows;
   const int first_tile = static_cast<int>(static_cast<int64_t>(num_tiles) * blockIdx.x / gridDim.x);
-  const int end_tile = static_cast<int>(static_cast<int64_t>(num_tiles) * (blockIdx.x + 1) / gridDim.x);
-  const int work = (end_tile - first_tile) * slabs;
-  const int begin = Run<Format>::begin_of(warp, work);
-  const int end = Run<Format>::begin_of(warp + 1, work);
+  const int end_tile =
+      static_cast<int>(static_cast<int64_t>(num_tiles) * (blockIdx.x + 1) / gridDim.x);
+  const int tiles = end_tile - first_tile;
+  const int first_row = first_tile * kTileRows;
 
   let_dependents_launch();
-  SlabReader<Format> reader;
-  reader.tile = first_tile + begin / slabs;
-  reader.slab = begin % slabs;
-  reader.left = end - begin;
-  reader.seek_tile(weights, arguments.hidden_size, arguments.vocab_size, lane);
-  Slab<Format> ahead[kDepth];
+  Cursor cursor{0, warp - kHeadWarps};
+  cursor.move(units);
+  UnitReader reader{
+      weights,
+      static_cast<int64_t>(arguments.hidden_size) * (kUnitBytes / Format::kUnitInputs),
+      first_row,
+      arguments.vocab_size - 1,
+      tiles,
+      units,
+      cursor};
+  char* const ring = memory.ring[warp][0];
 #pragma unroll
-  for (int depth = 0; depth < kDepth; ++depth)
-    reader.read(ahead[depth], weights, arguments.hidden_size, arguments.vocab_size, lane);
+  for (int stage = 0; stage < kHeadStages; ++stage)
+    reader.copy_next(ring + stage * kSlotBytes, lane);
   wait_for_inputs();
   prepare_rows<Format>(columns, memory.statistics, arguments);
   __syncthreads();
 
   // Columns without a row repeat another one; what they give is not stored.
-  const int num_columns = Format::kLoads == 1 ? 2 * arguments.num_rows : arguments.num_rows;
+  const int num_columns = Format::kDigits * arguments.num_rows;
   const int pitch = Format::pitch(arguments.hidden_size);
   int column_offset[Format::kBlocks];
 #pragma unroll
   for (int block = 0; block < Format::kBlocks; ++block)
     column_offset[block] = (block * 8 + lane / 4) % num_columns * pitch + lane % 4 * 16;
 
-  int tile = first_tile + begin / slabs;
-  int slab = begin % slabs;
-  bool is_from_start = slab == 0;
+  const int stride = part_words<Format>(arguments.num_rows);
+  const int batch_tiles = kPartWords / (kHeadWarps * stride);
+  int batch = 0;  // first tile of it
+  int buffer = 0;
+  int tile = cursor.tile;  // whose sums these are
   Sum sums[Format::kBlocks][4] = {};
-#pragma unroll 1
-  for (int item = begin; item < end; item += kDepth) {
-#pragma unroll
-    for (int depth = 0; depth < kDepth; ++depth) {
-      if (item + depth >= end) break;
-#pragma unroll
-      for (int j = 0; j < Format::kLoads; ++j) {
-#pragma unroll
-        for (int block = 0; block < Format::kBlocks; ++block) {
-          const uint4 x = *reinterpret_cast<const uint4*>(columns + column_offset[block] +
-                                                          slab * Format::kRowBytes + j * 64);
-          multiply_quads(sums[block], ahead[depth].words[0][j], ahead[depth].words[1][j], x);
-        }
-      }
-      reader.read(ahead[depth], weights, arguments.hidden_size, arguments.vocab_size, lane);
-      ++slab;
-      const bool is_whole = slab == slabs;
-      if (is_whole || item + depth + 1 == end) {
-        if (is_whole && is_from_start) {
-          store_sums(sums, arguments, memory.statistics, tile, lane);
-        } else {
-#pragma unroll
-          for (int c = 0; c < 4 * Format::kBlocks; ++c)
-            memory.parts[warp][is_from_start][c][lane] = sums[c / 4][c % 4];
-        }
-#pragma unroll
-        for (int c = 0; c < 4 * Format::kBlocks; ++c) sums[c / 4][c % 4] = 0;
-        slab = 0;
-        ++tile;
-        is_from_start = true;
-      }
-    }
-  }
-  __syncthreads();
-  // Tiles that several warps have worked on.
-#pragma unroll 1
-  for (int index = warp; index < end_tile - first_tile; index += kHeadWarps) {
-    const int first = Run<Format>::warp_of(index * slabs, work);
-    const int last = Run<Format>::warp_of((index + 1) * slabs - 1, work);
-    if (first == last) continue;
-#pragma unroll 1
-    for (int other = first; other <= last; ++other) {
-      if (Run<Format>::begin_of(other, work) == Run<Format>::begin_of(other + 1, work)) continue;
-#pragma unroll
-      for (int c = 0; c < 4 * Format::kBlocks; ++c)
-        sums[c / 4][c % 4] += memory.parts[other][other == first][c][lane];
-    }
-    store_sums(sums, arguments, memory.statistics, first_tile + index, lane);
+
+  const auto leave_tile = [&] {
+    if (tile < tiles)
+      leave_part<Format>(
+          memory.parts[buffer] + ((tile - batch) * kHeadWarps + warp) * stride, sums,
+          arguments.num_rows, lane);
 #pragma unroll
     for (int c = 0; c < 4 * Format::kBlocks; ++c) sums[c / 4][c % 4] = 0;
+  };
+  // The barrier of a batch also says that the batch before it has been stored.
+  const auto finish_batch = [&] {
+    __syncthreads();
+    store_batch<Format>(memory.parts[buffer], arguments, memory.statistics, first_row, batch,
+                        smaller(batch + batch_tiles, tiles), units);
+    batch += batch_tiles;
+    buffer ^= 1;
+  };
+
+  while (tile >= batch + batch_tiles && batch < tiles) finish_batch();
+  int slot = 0;
+#pragma unroll 1
+  while (cursor.tile < tiles) {
+    if (cursor.tile != tile) {
+      leave_tile();
+      tile = cursor.tile;
+#pragma unroll 1
+      while (tile >= batch + batch_tiles) finish_batch();
+    }
+    wait_copies<kHeadStages - 1>();
+    __syncwarp();
+    char* const weights_of_unit = ring + slot;
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const char* const own = weights_of_unit + slot_offset(lane / 4, j * 4 + lane % 4);
+      const uint4 low = *reinterpret_cast<const uint4*>(own);
+      const uint4 high = *reinterpret_cast<const uint4*>(own + 8 * kUnitBytes);
+#pragma unroll
+      for (int block = 0; block < Format::kBlocks; ++block) {
+        const uint4 x = *reinterpret_cast<const uint4*>(columns + column_offset[block] +
+                                                        cursor.unit * kUnitBytes + j * 64);
+        multiply_quads(sums[block], low, high, x);
+      }
+    }
+    __syncwarp();
+    // Every lane has read the slot: fill it again.
+    reader.copy_next(weights_of_unit, lane);
+    slot = slot == (kHeadStages - 1) * kSlotBytes ? 0 : slot + kSlotBytes;
+    cursor.move(units);
   }
+  leave_tile();
+#pragma unroll 1
+  while (batch < tiles) finish_batch();
 }
 
 }  // namespace

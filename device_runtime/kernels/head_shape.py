@@ -6,7 +6,10 @@ from dataclasses import dataclass
 
 MAX_ROWS = 8
 """Rows of logits that one launch computes."""
-_WARPS = 16
+_WARPS = 8
+_STAGES = 4
+_SLOT_BYTES = 16 * 128
+_PART_WORDS = 2048
 
 
 @dataclass(frozen=True)
@@ -30,12 +33,23 @@ class HeadShape:
             return "head_f16"
         return "head_int8_4" if self.num_rows <= 4 else "head_int8_8"
 
+    def grid(self, num_sms: int, max_shared_bytes: int) -> int:
+        """Return the blocks of the launch: two on an SM where both fit.
+
+        Args:
+            num_sms: of the device.
+            max_shared_bytes: of a block, 1 KiB less than an SM has; each block costs 1 KiB more.
+        """
+        is_pair = 2 * self.shared_bytes + 1024 <= max_shared_bytes
+        return 2 * num_sms if is_pair else num_sms
+
     @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a block: HeadMemory, then the columns of activations."""
-        blocks = 2 if self.is_int8 and self.num_rows > 4 else 1
-        memory = _WARPS * 2 * 4 * blocks * 32 * 4 + (2 * _WARPS + 1) * MAX_ROWS * 4
+        ring = _WARPS * _STAGES * _SLOT_BYTES
+        memory = ring + 2 * _PART_WORDS * 4 + (2 * _WARPS + 1) * MAX_ROWS * 4
         if not self.is_int8:
             return memory + self.num_rows * (2 * self.hidden_size + 64)
         pitch = self.hidden_size + (64 if self.hidden_size % 128 == 0 else 0)
-        return memory + 2 * self.num_rows * pitch
+        # A last unit of half the length reads 64 bytes past its column.
+        return memory + 2 * self.num_rows * pitch + 64

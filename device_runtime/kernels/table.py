@@ -31,8 +31,10 @@ GEMV_WARPS = 16
 GEMV_STAGES = {1: 2, 4: 1, 8: 1}
 """Units that a warp of a GEMV keeps in flight, by the tokens that it is built for; a step with
 fewer tokens runs in the next wider."""
-GEMM_TILES = (16, 64, 128)
-"""Tokens of the tiles that a GEMM is built for (gemm_shape.py)."""
+GEMM_TILES = (16, 32, 64, 128)
+"""Tokens of the tiles that a GEMM of 4-bit weights is built for (gemm_shape.py)."""
+F16_GEMM_TILES = (8, 32, 64, 128)
+"""The same for fp16 weights; 8 serves decode steps."""
 
 
 def _gemv_rows(width: int) -> tuple[Kernel, ...]:
@@ -44,22 +46,24 @@ def _gemv_rows(width: int) -> tuple[Kernel, ...]:
     )
 
 
-def _gemm_rows(tokens: int) -> tuple[Kernel, ...]:
-    source, block = f"w4a16_gemm_{tokens}", 128
+def _gemm_rows(kind: str, tokens: int) -> tuple[Kernel, ...]:
+    source, block = f"{kind}_gemm_{tokens}", 128
+    weights = "PP" if kind == "w4a16" else "P"
     return (
-        Kernel(source, source, "PPPPPPPiiii", block, 255),
-        Kernel(f"w4a16_gemm_silu_{tokens}", source, "PPPPPPiiii", block, 255),
-        Kernel(f"w4a16_gemm_add_{tokens}", source, "PPPPPPPiiii", block, 255),
+        Kernel(source, source, f"PPPPP{weights}iiii", block, 255),
+        Kernel(f"{kind}_gemm_silu_{tokens}", source, f"PPPP{weights}iiii", block, 255),
+        Kernel(f"{kind}_gemm_add_{tokens}", source, f"PPPPP{weights}iiii", block, 255),
     )
 
 
 KERNELS = (
     *(row for width in GEMV_STAGES for row in _gemv_rows(width)),
-    *(row for tokens in GEMM_TILES for row in _gemm_rows(tokens)),
+    *(row for tokens in GEMM_TILES for row in _gemm_rows("w4a16", tokens)),
+    *(row for tokens in F16_GEMM_TILES for row in _gemm_rows("f16", tokens)),
     Kernel("rms_norm_f16", "rms_norm", "PPPif", 256, 64),
-    Kernel("head_f16", "head_f16", "PPPPPiiif", 512, 128),
-    Kernel("head_int8_4", "head_int8", "PPPPPPiiif", 512, 128),
-    Kernel("head_int8_8", "head_int8", "PPPPPPiiif", 512, 128),
+    Kernel("head_f16", "head_f16", "PPPPPiiif", 256, 128),
+    Kernel("head_int8_4", "head_int8", "PPPPPPiiif", 256, 128),
+    Kernel("head_int8_8", "head_int8", "PPPPPPiiif", 256, 128),
     Kernel("decode_attention_half", "decode_attention", "P" * 11 + "iiiiiiif", 320, 168),
     Kernel("decode_attention_static", "decode_attention", "P" * 12 + "iiiiiiif", 320, 168),
     Kernel("decode_attention_online", "decode_attention", "P" * 11 + "iiiiiiif", 320, 168),

@@ -11,7 +11,7 @@
 //   (updated); x fp16 [num_tokens][inputs]; bias fp16 [outputs] or null; codes uint32
 //   [inputs * outputs / 8] and scales_zeros uint32 [inputs / group_size][outputs] as in
 //   package_format/SPEC.md; workspace fp32 and tickets uint32 as in gemm.cuh, tickets zero at first.
-// One source file for each tile of 16, 64 or 128 tokens.
+// One source file for each tile of 16, 32, 64 or 128 tokens.
 // Launch: block and dynamic shared memory of gemm_shape.py's GemmShape, any grid up to
 // stream_tiles * ceil(inputs / kStageInputs) blocks if stream_tiles > 0.
 // inputs % 32 == outputs % 32 == inputs % group_size == 0; group_size 128, 64 or 32.
@@ -76,12 +76,12 @@ struct QuantizedWeights {
     }
   }
 
-  // The A fragments of a warp. `load` brings what sub-step k needs into registers, one sub-step
-  // before `begin` and `fragment` use it.
+  // The A fragments of a warp. `load` brings what sub-step k needs into registers, `make` builds
+  // its fragments; sub-step after sub-step, in turn.
   struct Fragments {
     int code_offset;
     int scale_offset;
-    uint4 words[2][T::kWarpOutputs / 32];
+    uint4 words[T::kWarpOutputs / 32];
     uint32_t pairs[T::kRowTiles][2];   // 64 + z | s << 16 of rows r and r + 8
     uint32_t zeros[T::kRowTiles][2];   // 1024 + z and 64 + z, twice
     uint32_t scales[T::kRowTiles][2];
@@ -94,8 +94,8 @@ struct QuantizedWeights {
       if (k % 2 == 0) {
 #pragma unroll
         for (int i = 0; i < T::kWarpOutputs / 32; ++i)
-          words[k / 2 % 2][i] = *reinterpret_cast<const uint4*>(
-              slot + code_offset + k / 2 * kTiles * 512 + i * 512);
+          words[i] = *reinterpret_cast<const uint4*>(slot + code_offset + k / 2 * kTiles * 512 +
+                                                     i * 512);
       }
       if (k % kScaleSubSteps == 0) {
 #pragma unroll
@@ -105,30 +105,31 @@ struct QuantizedWeights {
       }
     }
 
-    __device__ __forceinline__ void begin(int k) {
-      if (k % kScaleSubSteps != 0) return;
+    __device__ __forceinline__ void make(uint32_t (&a)[T::kRowTiles][4], int k) {
 #pragma unroll
       for (int i = 0; i < T::kRowTiles; ++i) {
-        // fp16 64 + z is 0x5400 + 16 z, fp16 1024 + z is 0x6400 + z.
-        const uint32_t twice = __byte_perm(pairs[i][0], 0, 0x1010);
-        zeros[i][0] = mask_and_set<0x000f000fu, 0x64006400u>(twice >> 4);
-        zeros[i][1] = __byte_perm(pairs[i][1], 0, 0x1010);
-        scales[i][0] = __byte_perm(pairs[i][0], 0, 0x3232);
-        scales[i][1] = __byte_perm(pairs[i][1], 0, 0x3232);
-      }
-    }
-
-    __device__ __forceinline__ void fragment(uint32_t (&a)[4], int i, int k) const {
-      const uint4& quad = words[k / 2 % 2][i / 2];
-      const int index = k % 2 * 2 + i % 2;
-      const uint32_t word = index == 0 ? quad.x : index == 1 ? quad.y : index == 2 ? quad.z : quad.w;
+        if (k % kScaleSubSteps == 0) {
+          // fp16 64 + z is 0x5400 + 16 z, fp16 1024 + z is 0x6400 + z.
+          const uint32_t twice = __byte_perm(pairs[i][0], 0, 0x1010);
+          zeros[i][0] = mask_and_set<0x000f000fu, 0x64006400u>(twice >> 4);
+          zeros[i][1] = __byte_perm(pairs[i][1], 0, 0x1010);
+          scales[i][0] = __byte_perm(pairs[i][0], 0, 0x3232);
+          scales[i][1] = __byte_perm(pairs[i][1], 0, 0x3232);
+        }
+        const uint4& quad = words[i / 2];
+        const int index = k % 2 * 2 + i % 2;
+        const uint32_t word = index == 0   ? quad.x
+                              : index == 1 ? quad.y
+                              : index == 2 ? quad.z
+                                           : quad.w;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const uint32_t shifted = word >> 8 * half;
-        const uint32_t low = mask_and_set<0x000f000fu, 0x64006400u>(shifted);   // 1024 + q of row r
-        const uint32_t high = mask_and_set<0x00f000f0u, 0x54005400u>(shifted);  // 64 + q of row r + 8
-        a[2 * half] = multiply_pairs(subtract_pairs(low, zeros[i][0]), scales[i][0]);
-        a[2 * half + 1] = multiply_pairs(subtract_pairs(high, zeros[i][1]), scales[i][1]);
+        for (int half = 0; half < 2; ++half) {
+          const uint32_t shifted = word >> 8 * half;
+          const uint32_t low = mask_and_set<0x000f000fu, 0x64006400u>(shifted);  // 1024 + q, row r
+          const uint32_t high = mask_and_set<0x00f000f0u, 0x54005400u>(shifted);  // 64 + q, r + 8
+          a[i][2 * half] = multiply_pairs(subtract_pairs(low, zeros[i][0]), scales[i][0]);
+          a[i][2 * half + 1] = multiply_pairs(subtract_pairs(high, zeros[i][1]), scales[i][1]);
+        }
       }
     }
   };

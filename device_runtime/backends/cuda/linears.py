@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from device_runtime.backends.cuda.kernel_set import KernelSet
 from device_runtime.backends.cuda.weights import layer_name
 from device_runtime.errors import InternalError
-from device_runtime.kernels.gemm_shape import W4A16_TILES, GemmShape
+from device_runtime.kernels.gemm_shape import W4A16_TILES, GemmShape, fastest_tile
 from device_runtime.kernels.gemv_shape import GemvShape, plan_gemv
 from device_runtime.kernels.graphs import Launch
-from device_runtime.kernels.table import GEMM_TILES, GEMV_STAGES
+from device_runtime.kernels.table import GEMV_STAGES
 from device_runtime.package_format import names
 from device_runtime.package_format.model_config import ModelConfig
 
@@ -253,6 +253,5 @@ class Linears:
 
 
 def gemm_tile(num_tokens: int) -> int:
-    """Return the tokens of the tile for a pass: the smallest that holds it, at most the largest."""
-    fitting = [tile for tile in GEMM_TILES if tile >= num_tokens]
-    return min(fitting, default=max(GEMM_TILES))
+    """Return the tokens of the tile for a pass."""
+    return fastest_tile(num_tokens, is_quantized=True)

@@ -295,7 +295,7 @@ class Programs:
         first_row = 0 if rows is not None else 4 * start * model.hidden_size
         return self._kernels.launch(
             shape.kernel,
-            (self._kernels.num_sms, 1, 1),
+            (shape.grid(self._kernels.num_sms, self._kernels.max_shared_bytes), 1, 1),
             (
                 b["logits"] + 4 * start * padded_rows(model),
                 b["residual"] + first_row,

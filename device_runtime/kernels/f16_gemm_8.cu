@@ -1,0 +1,38 @@
+// The GEMM of f16_gemm.cuh in tiles of 8 tokens.
+#include "f16_gemm.cuh"
+
+namespace {
+
+#ifndef TURBOJET_GEMM_TILE
+#define TURBOJET_GEMM_TILE 4, 1, 32, 8, 64, 4, 2
+#endif
+using GemmTile = Tile<TURBOJET_GEMM_TILE>;
+
+}  // namespace
+
+extern "C" __global__ void __launch_bounds__(GemmTile::kThreads, GemmTile::kBlocksPerSm)
+    f16_gemm_8(fp16* out, float* workspace, uint32_t* tickets, const fp16* x, const fp16* bias,
+               const fp16* weights, int32_t num_tokens, int32_t inputs, int32_t outputs,
+               int32_t stream_tiles) {
+  run_f16_gemm<Output::kHalf, GemmTile>(
+      Destination{out, nullptr, bias, workspace, tickets}, x, weights,
+      Shape{num_tokens, inputs, outputs}, stream_tiles);
+}
+
+extern "C" __global__ void __launch_bounds__(GemmTile::kThreads, GemmTile::kBlocksPerSm)
+    f16_gemm_silu_8(fp16* out, float* workspace, uint32_t* tickets, const fp16* x,
+                    const fp16* weights, int32_t num_tokens, int32_t inputs, int32_t outputs,
+                    int32_t stream_tiles) {
+  run_f16_gemm<Output::kSilu, GemmTile>(
+      Destination{out, nullptr, nullptr, workspace, tickets}, x, weights,
+      Shape{num_tokens, inputs, outputs}, stream_tiles);
+}
+
+extern "C" __global__ void __launch_bounds__(GemmTile::kThreads, GemmTile::kBlocksPerSm)
+    f16_gemm_add_8(float* residual, float* workspace, uint32_t* tickets, const fp16* x,
+                   const fp16* bias, const fp16* weights, int32_t num_tokens, int32_t inputs,
+                   int32_t outputs, int32_t stream_tiles) {
+  run_f16_gemm<Output::kAdd, GemmTile>(
+      Destination{nullptr, residual, bias, workspace, tickets}, x, weights,
+      Shape{num_tokens, inputs, outputs}, stream_tiles);
+}
