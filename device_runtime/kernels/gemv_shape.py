@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from device_runtime.errors import InternalError
-from device_runtime.kernels.table import GEMV_STAGES, GEMV_WARPS
+from device_runtime.kernels.table import GEMV_STAGES, GEMV_WARPS, QUANTIZE_THREADS
 
 UNIT_INPUTS = 256
 """Inputs that one warp takes at a time (w4a16.cuh kUnitInputs)."""
@@ -13,6 +13,7 @@ TILE_OUTPUTS = 32
 """Outputs that one warp computes at a time (w4a16.cuh kTileOutputs)."""
 STRETCH_INPUTS = 128
 """Inputs whose activations share a scale (w4a16.cuh kStretchInputs)."""
+_UNIT_STRETCHES = UNIT_INPUTS // STRETCH_INPUTS
 
 
 @dataclass(frozen=True)
@@ -50,16 +51,32 @@ class GemvShape:
     @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a block, as w4a16_gemv.cuh lays it out."""
-        groups = STRETCH_INPUTS // self.group_size
-        stretches = UNIT_INPUTS // STRETCH_INPUTS
-        unit_bytes = UNIT_INPUTS * TILE_OUTPUTS // 2 + stretches * groups * TILE_OUTPUTS * 4
+        groups = UNIT_INPUTS // self.group_size
+        unit_bytes = UNIT_INPUTS * TILE_OUTPUTS // 2 + groups * TILE_OUTPUTS * 4
         ring = GEMV_WARPS * GEMV_STAGES[self.width] * unit_bytes
-        num_squares = self.num_units * stretches * self.width
+        num_squares = self.num_units * _UNIT_STRETCHES * self.width
         norms = 16 * (_ceil_div(self.width, 4) + _ceil_div(num_squares, 4))
-        numbers = (1 + groups) * self.width * 4
-        activations = 16 * _ceil_div(2 * STRETCH_INPUTS * self.width + numbers, 16)
-        sums = self.held_tiles * TILE_OUTPUTS * self.width * 4
-        return ring + norms + self.phase_units * (stretches * activations + sums)
+        activations = self.phase_units * _UNIT_STRETCHES * self._stretch_bytes
+        sums = self.held_tiles * self.phase_units * TILE_OUTPUTS * self.width * 4
+        return ring + norms + activations + sums
+
+    @property
+    def activation_bytes(self) -> int:
+        """Global memory for quantized activations; none with one token."""
+        if self.width == 1:
+            return 0
+        stretches = self.num_units * _UNIT_STRETCHES
+        return stretches * (self._stretch_bytes + 4 * self.width)
+
+    @property
+    def quantize_grid(self) -> int:
+        """Blocks of the launch that quantizes the activations."""
+        return _ceil_div(self.num_units * _UNIT_STRETCHES * self.width, QUANTIZE_THREADS // 32)
+
+    @property
+    def _stretch_bytes(self) -> int:
+        numbers = (1 + STRETCH_INPUTS // self.group_size) * self.width * 4
+        return 16 * _ceil_div(2 * STRETCH_INPUTS * self.width + numbers, 16)
 
     @property
     def workspace_bytes(self) -> int:
@@ -94,7 +111,9 @@ def plan_gemv(
     block_tiles = _ceil_div(num_outputs // TILE_OUTPUTS, grid)
     for num_phases in range(1, num_units + 1):
         phase_units = _ceil_div(num_units, num_phases)
-        for held_tiles in range(block_tiles, 0, -1):
+        # Batches of equal size, so that no warp waits for a short last one.
+        for batches in range(1, block_tiles + 1):
+            held_tiles = _ceil_div(block_tiles, batches)
             shape = GemvShape(
                 width, num_inputs, num_outputs, group_size, grid, phase_units, held_tiles
             )

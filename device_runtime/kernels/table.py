@@ -28,9 +28,11 @@ class Kernel:
 
 
 GEMV_WARPS = 16
-GEMV_STAGES = {1: 2, 4: 1, 8: 1}
+GEMV_STAGES = {1: 2, 4: 2, 8: 1}
 """Units that a warp of a GEMV keeps in flight, by the tokens that it is built for; a step with
 fewer tokens runs in the next wider."""
+QUANTIZE_THREADS = 256
+"""Of a block that quantizes activations for a GEMV of several tokens."""
 GEMM_TILES = (16, 32, 64, 128)
 """Tokens of the tiles that a GEMM of 4-bit weights is built for (gemm_shape.py)."""
 F16_GEMM_TILES = (8, 32, 64, 128)
@@ -39,10 +41,19 @@ F16_GEMM_TILES = (8, 32, 64, 128)
 
 def _gemv_rows(width: int) -> tuple[Kernel, ...]:
     source, block = f"w4a16_gemv_{width}", 32 * GEMV_WARPS
-    return (
-        Kernel(f"w4a16_gemv_norm_{width}", source, "PPPPPPPiiiiif", block, 128),
-        Kernel(f"w4a16_gemv_norm_silu_{width}", source, "PPPPPPiiiiif", block, 128),
+    # With one token it reads the residual and the norm's weights; else quantized activations.
+    read = "PP" if width == 1 else "P"
+    rows = (
+        Kernel(f"w4a16_gemv_norm_{width}", source, f"PP{read}PPPiiiiif", block, 128),
+        Kernel(f"w4a16_gemv_norm_silu_{width}", source, f"PP{read}PPiiiiif", block, 128),
         Kernel(f"w4a16_gemv_add_{width}", source, "PPPPPPiiiii", block, 128),
+    )
+    if width == 1:
+        return rows
+    return (
+        *rows,
+        Kernel(f"w4a16_quantize_norm_{width}", source, "PPPii", QUANTIZE_THREADS, 64),
+        Kernel(f"w4a16_quantize_{width}", source, "PPii", QUANTIZE_THREADS, 64),
     )
 
 

@@ -6,15 +6,21 @@
 //   y[t,m] = sum_k w[k,m] n[t,k] (or x[t,k]),  never rounded before the end
 //   n[t,k] = residual[t,k] * norm_weight[k] / sqrt(mean_k(residual[t]^2) + eps)
 //   w[k,m] = (q[k,m] - z[k div group_size, m]) * s[k div group_size, m]
+// For one token every block quantizes the activations itself. For more, a launch before does it:
+//   w4a16_quantize_norm   activations   = fixed point of residual[t,k] * norm_weight[k]
+//   w4a16_quantize        activations   = fixed point of x[t,k]
 //
 //   out fp16 [num_tokens][outputs] or [num_tokens][outputs / 2]; residual fp32 [num_tokens][inputs]
 //   (read) or [num_tokens][outputs] (updated); x fp16 [num_tokens][inputs]; norm_weight fp16
 //   [inputs]; bias fp16 [outputs] or null; codes uint32 [inputs * outputs / 8] and scales_zeros
 //   uint32 [inputs / group_size][outputs] as in package_format/SPEC.md; workspace fp32
-//   [outputs * kTokens], used only when phase_units is less than all.
+//   [outputs * kTokens], used only when phase_units is less than all; activations
+//   StretchActivations [stretches], then fp32 sums of squares [stretches][kTokens], where
+//   stretches is twice the number of units.
 // One source file for each width (1, 4 or 8 tokens): num_tokens <= its kTokens.
 // Launch: block kThreads; grid at most outputs / 32, one block per SM is best; dynamic shared
-// memory, phase_units and held_tiles as table.py's GemvShape. inputs % 32 == outputs % 32 ==
+// memory, phase_units and held_tiles as gemv_shape.py. The quantizing kernels: block
+// kQuantizeThreads, a warp for each stretch of each token. inputs % 32 == outputs % 32 ==
 // inputs % group_size == 0; group_size 128, 64 or 32.
 // Bound by DRAM: inputs * outputs * (1/2 + 4 / group_size) bytes.
 // Checked against reference/linear.py, relative error 1e-3. A token's result does not depend on
@@ -37,26 +43,13 @@ namespace {
 #ifndef TURBOJET_GROUP_SIZE
 #define TURBOJET_GROUP_SIZE 128
 #endif
-#ifndef TURBOJET_GEMV_WARPS
-#define TURBOJET_GEMV_WARPS 16
-#endif
-#ifndef TURBOJET_GEMV_STAGES
-#define TURBOJET_GEMV_STAGES 2
-#endif
-#ifndef TURBOJET_GEMV_BLOCKS
-#define TURBOJET_GEMV_BLOCKS 1
-#endif
-
 constexpr int kGroupSize = TURBOJET_GROUP_SIZE;
 static_assert(kGroupSize == 128 || kGroupSize == 64 || kGroupSize == 32, "groups of w4a16.cuh");
-constexpr int kWarps = TURBOJET_GEMV_WARPS;
-constexpr int kStages = TURBOJET_GEMV_STAGES;
-#ifndef TURBOJET_EARLY
-#define TURBOJET_EARLY 1
-#endif
-constexpr int kEarlyStages = TURBOJET_EARLY;
+constexpr int kWarps = 16;
+constexpr int kStages = TURBOJET_GEMV_STAGES;  // defined by the including source
+constexpr int kEarlyStages = 1;  // of the ring, filled before the activations are there
 constexpr int kThreads = kWarps * kWarpSize;
-constexpr int kBlocksPerSm = TURBOJET_GEMV_BLOCKS;  // of two kernels: one prefetches, one works
+constexpr int kQuantizeThreads = 256;
 
 enum class Output { kHalf, kSilu, kAdd };
 
@@ -65,6 +58,7 @@ struct Arguments {
   float* residual;          // kAdd: updated; else: read
   const fp16* x;            // kAdd
   const fp16* norm_weight;  // kHalf, kSilu
+  const uint4* activations;  // with more than one token, in place of what is read above
   const fp16* bias;         // null, or [outputs]
   float* workspace;
   int num_tokens;
@@ -125,6 +119,7 @@ struct Copier {
   int index;   // of the tile in the block
   int first;   // unit of the phase; work.units when everything was copied
   int size;    // of the phase
+  int num_filled;  // slots, before the main loop
 
   __device__ __forceinline__ Copier(const QuantizedMatrix& matrix, const Work& work, int warp,
                                     int lane)
@@ -132,7 +127,8 @@ struct Copier {
         unit(warp),
         index(0),
         first(0),
-        size(work.size_of(0)) {
+        size(work.size_of(0)),
+        num_filled(0) {
     if (unit >= size) next_tile(matrix, work, warp, lane);
   }
 
@@ -165,6 +161,18 @@ struct Copier {
   }
 };
 
+// Starts the copies of the next `count` slots, which go on where the last call ended.
+template <int kTokens>
+__device__ __forceinline__ void fill_ring(const SharedMemory<kTokens>& shared, const Work& work,
+                                          const QuantizedMatrix& matrix, Copier& copier, int count,
+                                          int warp, int lane) {
+#pragma unroll 1
+  for (; count > 0; --count) {
+    const int slot = copier.num_filled++ * kUnitBytes<kGroupSize>;
+    copier.copy_next(shared.ring_of(warp) + slot, matrix, work, warp, lane);
+  }
+}
+
 // Four values of one token, in the order of `first_input`.
 template <bool kHasNorm>
 __device__ __forceinline__ void load_activations(float (&values)[4], const Arguments& arguments,
@@ -189,9 +197,55 @@ __device__ __forceinline__ void load_activations(float (&values)[4], const Argum
   }
 }
 
-// Activations of several stretches on their way from memory to shared memory; their loads are in
-// flight together. An item is a stretch of one token.
+template <int kTokens>
+__device__ __forceinline__ void store_stretch(
+    const StretchActivations<kTokens, kGroupSize>& place, const FixedPoint& fixed, int token,
+    int lane) {
+  // Chunk (block of tokens, pair of tiles, column, t), word (tile of the pair, k16).
+  const int chunk =
+      ((token / 4 * 2 + lane / 16) * kColumns<kTokens> + token % 4 * 2) * 4 + lane % 4;
+  const int word = lane / 8 % 2 * 2 + lane / 4 % 2;
+  uint32_t* const words = reinterpret_cast<uint32_t*>(place.chunks() + chunk);
+  words[word] = fixed.high;
+  words[word + 16] = fixed.low;
+  if (lane == 0) place.scale(token) = fixed.scale;
+  if (lane % (kGroupSize / 4) == 0)
+    place.negated_sum(lane / (kGroupSize / 4), token) = fixed.negated_sum;
+}
+
+// One stretch of one token for each warp, to memory.
 template <int kTokens, bool kHasNorm>
+__device__ __forceinline__ void run_quantize(uint4* activations, const Arguments& arguments,
+                                             int inputs) {
+  using Place = StretchActivations<kTokens, kGroupSize>;
+  let_dependents_launch();
+  const int lane = threadIdx.x % kWarpSize;
+  const int item = (blockIdx.x * kQuantizeThreads + threadIdx.x) / kWarpSize;
+  const int num_stretches = (inputs + kUnitInputs - 1) / kUnitInputs * kUnitStretches;
+  const int token = item % kTokens;
+  const int stretch = item / kTokens;
+  const int input = stretch * kStretchInputs + first_input(lane);
+  if (kHasNorm && input < inputs) prefetch_line(arguments.norm_weight + input);
+  wait_for_inputs();
+  if (stretch >= num_stretches) return;
+  float values[4] = {};
+  float square_sum = 0.0f;
+  if (input < inputs && token < arguments.num_tokens)
+    load_activations<kHasNorm>(values, arguments, static_cast<int64_t>(token) * inputs, input,
+                               square_sum);
+  char* const base = reinterpret_cast<char*>(activations);
+  store_stretch<kTokens>(Place{base + stretch * Place::kBytes}, to_fixed_point<kGroupSize>(values),
+                         token, lane);
+  if (kHasNorm) {
+    square_sum = lanes_sum<kWarpSize>(square_sum);
+    if (lane == 0)
+      reinterpret_cast<float*>(base + num_stretches * Place::kBytes)[item] = square_sum;
+  }
+}
+
+// Activations of one token's stretches on their way from memory to shared memory; their loads are
+// in flight together.
+template <bool kHasNorm>
 struct ActivationBatch {
   static constexpr int kBatch = kHasNorm ? 4 : 6;
 
@@ -199,18 +253,14 @@ struct ActivationBatch {
   float square_sums[kBatch];
 
   __device__ __forceinline__ void load(const QuantizedMatrix& matrix, const Arguments& arguments,
-                                       int first_unit, int start, int count, int lane) {
+                                       int first_stretch, int start, int count, int lane) {
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       const int item = start + i * kWarps;
-      const int token = item % kTokens;
-      const int input =
-          (first_unit * kUnitStretches + item / kTokens) * kStretchInputs + first_input(lane);
+      const int input = (first_stretch + item) * kStretchInputs + first_input(lane);
       square_sums[i] = 0.0f;
-      if (item < count && input < matrix.inputs && token < arguments.num_tokens) {
-        load_activations<kHasNorm>(values[i], arguments,
-                                   static_cast<int64_t>(token) * matrix.inputs, input,
-                                   square_sums[i]);
+      if (item < count && input < matrix.inputs) {
+        load_activations<kHasNorm>(values[i], arguments, 0, input, square_sums[i]);
       } else {
 #pragma unroll
         for (int j = 0; j < 4; ++j) values[i][j] = 0.0f;
@@ -218,45 +268,38 @@ struct ActivationBatch {
     }
   }
 
-  __device__ __forceinline__ void quantize(const SharedMemory<kTokens>& shared, const Work& work,
-                                           int first_unit, int start, int count, int lane) {
+  __device__ __forceinline__ void quantize(const SharedMemory<1>& shared, const Work& work,
+                                           int first_stretch, int start, int count, int lane) {
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       const int item = start + i * kWarps;
       if (item >= count) break;
-      const int token = item % kTokens;
-      const FixedPoint fixed = to_fixed_point<kGroupSize>(values[i]);
-      // Chunk (block of tokens, pair of tiles, column, t), word (tile of the pair, k16).
-      const int chunk =
-          ((token / 4 * 2 + lane / 16) * kColumns<kTokens> + token % 4 * 2) * 4 + lane % 4;
-      const int word = lane / 8 % 2 * 2 + lane / 4 % 2;
-      const StretchActivations<kTokens, kGroupSize> place = shared.stretch(item / kTokens);
-      uint32_t* const words = reinterpret_cast<uint32_t*>(place.chunks() + chunk);
-      words[word] = fixed.high;
-      words[word + 16] = fixed.low;
-      if (lane == 0) place.scale(token) = fixed.scale;
-      if (lane % (kGroupSize / 4) == 0)
-        place.negated_sum(lane / (kGroupSize / 4), token) = fixed.negated_sum;
+      store_stretch<1>(shared.stretch(item), to_fixed_point<kGroupSize>(values[i]), 0, lane);
       if (kHasNorm) {
         const float square_sum = lanes_sum<kWarpSize>(square_sums[i]);
-        if (lane == 0)
-          shared.square_sums(work)[first_unit * kUnitStretches * kTokens + item] = square_sum;
+        if (lane == 0) shared.square_sums(work)[first_stretch + item] = square_sum;
       }
     }
   }
 };
 
-// Warp t turns the sums of squares of token t into 1 / rms.
+// Warp t turns the sums of squares of token t, [stretches][kTokens], into 1 / rms.
 template <int kTokens>
-__device__ __forceinline__ void finish_norm(const SharedMemory<kTokens>& shared, const Work& work,
+__device__ __forceinline__ void finish_norm(const SharedMemory<kTokens>& shared,
+                                            const float* square_sums, int num_stretches,
                                             int inputs, float eps, int warp, int lane) {
   if (warp >= kTokens) return;
   float sum = 0.0f;
 #pragma unroll 1
-  for (int i = lane; i < work.units * kUnitStretches; i += kWarpSize)
-    sum += shared.square_sums(work)[i * kTokens + warp];
+  for (int i = lane; i < num_stretches; i += kWarpSize) sum += square_sums[i * kTokens + warp];
   sum = lanes_sum<kWarpSize>(sum);
   if (lane == 0) shared.inverse_rms()[warp] = rsqrtf(sum / static_cast<float>(inputs) + eps);
+}
+
+// Place of a token in a row of sums: tokens t and t + 4, which a lane has, are neighbours.
+template <int kTokens>
+__device__ __forceinline__ int token_at(int place) {
+  return kTokens == 8 ? place / 2 + place % 2 * 4 : place;
 }
 
 // Leaves the sums of one unit, as [32 rows][kTokens].
@@ -270,10 +313,12 @@ __device__ __forceinline__ void store_sums(float* place,
     place[lane / 4 + 8 * own] = value * row_scale(own);
   } else {
 #pragma unroll
-    for (int block = 0; block < kTokenBlocks<kTokens>; ++block) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        place[(lane / 4 + 8 * i) * kTokens + block * 4 + lane % 4] = y[block][i] * row_scale(i);
+    for (int i = 0; i < 4; ++i) {
+      float* const row = place + (lane / 4 + 8 * i) * kTokens;
+      if (kTokens == 4) row[lane % 4] = y[0][i] * row_scale(i);
+      if (kTokens == 8)
+        *reinterpret_cast<float2*>(row + lane % 4 * 2) =
+            float2{y[0][i] * row_scale(i), y[kTokenBlocks<kTokens> - 1][i] * row_scale(i)};
     }
   }
 }
@@ -302,11 +347,10 @@ __device__ __forceinline__ void finish_value(float value, const SharedMemory<kTo
 template <int kTokens>
 __device__ __forceinline__ void multiply(const SharedMemory<kTokens>& shared, const Work& work,
                                          const QuantizedMatrix& matrix, int size, int num_items,
-                                         Copier& copier, int& item, int& unit, int& slot, int warp,
+                                         float* unit_sums, Copier& copier, int& item, int& unit, int& slot, int warp,
                                          int lane) {
   constexpr int kSlot = kUnitBytes<kGroupSize>;
   constexpr int kTileValues = SharedMemory<kTokens>::kTileValues;
-  float* const unit_sums = shared.unit_sums(work);
 #pragma unroll 1
   for (; item < num_items; item += kWarps) {
     wait_copies<kStages - 1>();
@@ -336,7 +380,8 @@ template <int kTokens, Output kOutput>
 __device__ __forceinline__ void finish_tiles(const SharedMemory<kTokens>& shared, const Work& work,
                                              const QuantizedMatrix& matrix,
                                              const Arguments& arguments, int first, int size,
-                                             int first_index, int count) {
+                                             const float* unit_sums, int first_index,
+                                             int count) {
   constexpr int kTileValues = SharedMemory<kTokens>::kTileValues;
 #pragma unroll 1
   for (int i = threadIdx.x; i < count * kTileValues; i += kThreads) {
@@ -345,14 +390,52 @@ __device__ __forceinline__ void finish_tiles(const SharedMemory<kTokens>& shared
     const int tile = work.tile(first_index + index);
     float* const carried = arguments.workspace + tile * kTileValues + within;
     float total = first == 0 ? 0.0f : *carried;
-    const float* const sums = shared.unit_sums(work) + index * size * kTileValues + within;
+    const float* const sums = unit_sums + index * size * kTileValues + within;
 #pragma unroll 8
     for (int unit = 0; unit < size; ++unit) total += sums[unit * kTileValues];
     if (first + size < work.units)
       *carried = total;
     else
       finish_value<kTokens, kOutput>(total, shared, matrix, arguments,
-                                     tile * kTileOutputs + within / kTokens, within % kTokens);
+                                     tile * kTileOutputs + within / kTokens,
+                                     token_at<kTokens>(within % kTokens));
+  }
+}
+
+// Brings the activations of a phase to shared memory, and fills the rest of the ring. In the first
+// phase their loads go before most of the weights', behind which they would queue up.
+template <int kTokens, bool kHasNorm>
+__device__ __forceinline__ void load_phase(const SharedMemory<kTokens>& shared, const Work& work,
+                                           const QuantizedMatrix& matrix,
+                                           const Arguments& arguments, int first, int size,
+                                           Copier& copier, int warp, int lane) {
+  const int first_stretch = first * kUnitStretches;
+  const int num_stretches = size * kUnitStretches;
+  const int late_stages = first == 0 ? kStages - kEarlyStages : 0;
+  if constexpr (kTokens == 1) {
+    ActivationBatch<kHasNorm> batch;
+    batch.load(matrix, arguments, first_stretch, warp, num_stretches, lane);
+    fill_ring(shared, work, matrix, copier, late_stages, warp, lane);
+#pragma unroll 1
+    for (int start = warp;;) {
+      batch.quantize(shared, work, first_stretch, start, num_stretches, lane);
+      start += kWarps * batch.kBatch;
+      if (start >= num_stretches) break;
+      batch.load(matrix, arguments, first_stretch, start, num_stretches, lane);
+    }
+  } else {
+    constexpr int kChunks = StretchActivations<kTokens, kGroupSize>::kBytes / 16;
+    const uint4* const source = arguments.activations + first_stretch * kChunks;
+    uint4* const target = shared.stretch(0).chunks();
+#pragma unroll 4
+    for (int i = threadIdx.x; i < num_stretches * kChunks; i += kThreads)
+      copy16_async(target + i, source + i);
+    commit_copies();
+    fill_ring(shared, work, matrix, copier, late_stages, warp, lane);
+    if (first == 0)
+      wait_copies<kStages - kEarlyStages>();
+    else
+      wait_copies<0>();
   }
 }
 
@@ -368,11 +451,8 @@ __device__ __forceinline__ void run_gemv(const QuantizedMatrix& matrix,
                   (matrix.outputs / kTileOutputs - static_cast<int>(blockIdx.x) + grid - 1) / grid};
   let_dependents_launch();
   Copier copier(matrix, work, warp, lane);
-#pragma unroll 1
-  for (int stage = 0; stage < kEarlyStages; ++stage)
-    copier.copy_next(shared.ring_of(warp) + stage * kUnitBytes<kGroupSize>, matrix, work, warp,
-                     lane);
-  if (kHasNorm) {
+  fill_ring(shared, work, matrix, copier, kEarlyStages, warp, lane);
+  if (kHasNorm && kTokens == 1) {
 #pragma unroll 1
     for (int i = threadIdx.x * 64; i < matrix.inputs; i += kThreads * 64)
       prefetch_line(arguments.norm_weight + i);
@@ -389,36 +469,30 @@ __device__ __forceinline__ void run_gemv(const QuantizedMatrix& matrix,
 #pragma unroll 1
   for (;;) {
     const int size = work.size_of(first);
-    const int num_items = size * kUnitStretches * kTokens;
-    ActivationBatch<kTokens, kHasNorm> batch;
-    batch.load(matrix, arguments, first, warp, num_items, lane);
-    if (first == 0) {
-      // After the first loads of activations, which would otherwise queue up behind the weights.
-#pragma unroll 1
-      for (int stage = kEarlyStages; stage < kStages; ++stage)
-        copier.copy_next(shared.ring_of(warp) + stage * kUnitBytes<kGroupSize>, matrix, work, warp,
-                         lane);
-    }
-#pragma unroll 1
-    for (int start = warp;;) {
-      batch.quantize(shared, work, first, start, num_items, lane);
-      start += kWarps * batch.kBatch;
-      if (start >= num_items) break;
-      batch.load(matrix, arguments, first, start, num_items, lane);
-    }
+    load_phase<kTokens, kHasNorm>(shared, work, matrix, arguments, first, size, copier, warp, lane);
     __syncthreads();
-    if (kHasNorm && first + size == work.units)
-      finish_norm(shared, work, matrix.inputs, arguments.eps, warp, lane);
+    if (kHasNorm && first + size == work.units) {
+      const int num_stretches = work.units * kUnitStretches;
+      const float* const square_sums =
+          kTokens == 1 ? shared.square_sums(work)
+                       : reinterpret_cast<const float*>(
+                             reinterpret_cast<const char*>(arguments.activations) +
+                             num_stretches * StretchActivations<kTokens, kGroupSize>::kBytes);
+      finish_norm(shared, square_sums, num_stretches, matrix.inputs, arguments.eps, warp, lane);
+    }
     int item = warp;
     int unit = warp;
     while (unit >= size) unit -= size;
+    float* const unit_sums = shared.unit_sums(work);
     int index = 0;
 #pragma unroll 1
     for (;;) {
       const int count = smaller(arguments.held_tiles, work.block_tiles - index);
-      multiply(shared, work, matrix, size, count * size, copier, item, unit, slot, warp, lane);
+      multiply(shared, work, matrix, size, count * size, unit_sums, copier, item, unit, slot, warp,
+               lane);
       __syncthreads();
-      finish_tiles<kTokens, kOutput>(shared, work, matrix, arguments, first, size, index, count);
+      finish_tiles<kTokens, kOutput>(shared, work, matrix, arguments, first, size, unit_sums, index,
+                                     count);
       item -= count * size;
       index += count;
       if (index == work.block_tiles) break;

@@ -1,7 +1,5 @@
 // The GEMV of w4a16_gemv.cuh for 2-4 tokens.
-#ifndef TURBOJET_GEMV_STAGES
-#define TURBOJET_GEMV_STAGES 1
-#endif
+#define TURBOJET_GEMV_STAGES 2
 #include "w4a16_gemv.cuh"
 
 namespace {
@@ -10,34 +8,53 @@ constexpr int kTokens = 4;
 
 }  // namespace
 
-extern "C" __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
-    w4a16_gemv_norm_4(fp16* out, float* workspace, const float* residual, const fp16* norm_weight,
-                      const fp16* bias, const uint4* codes, const uint32_t* scales_zeros,
-                      int32_t num_tokens, int32_t inputs, int32_t outputs, int32_t phase_units,
-                      int32_t held_tiles, float eps) {
+extern "C" __global__ void __launch_bounds__(kQuantizeThreads)
+    w4a16_quantize_norm_4(uint4* activations, const float* residual, const fp16* norm_weight,
+                          int32_t num_tokens, int32_t inputs) {
+  Arguments arguments{};
+  arguments.residual = const_cast<float*>(residual);
+  arguments.norm_weight = norm_weight;
+  arguments.num_tokens = num_tokens;
+  run_quantize<kTokens, true>(activations, arguments, inputs);
+}
+
+extern "C" __global__ void __launch_bounds__(kQuantizeThreads)
+    w4a16_quantize_4(uint4* activations, const fp16* x, int32_t num_tokens, int32_t inputs) {
+  Arguments arguments{};
+  arguments.x = x;
+  arguments.num_tokens = num_tokens;
+  run_quantize<kTokens, false>(activations, arguments, inputs);
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads)
+    w4a16_gemv_norm_4(fp16* out, float* workspace, const uint4* activations, const fp16* bias,
+                      const uint4* codes, const uint32_t* scales_zeros, int32_t num_tokens,
+                      int32_t inputs, int32_t outputs, int32_t phase_units, int32_t held_tiles,
+                      float eps) {
   run_gemv<kTokens, Output::kHalf>(
       QuantizedMatrix{codes, scales_zeros, inputs, outputs},
-      Arguments{out, const_cast<float*>(residual), nullptr, norm_weight, bias, workspace,
-                num_tokens, phase_units, held_tiles, eps});
+      Arguments{out, nullptr, nullptr, nullptr, activations, bias, workspace, num_tokens,
+                phase_units, held_tiles, eps});
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
-    w4a16_gemv_norm_silu_4(fp16* out, float* workspace, const float* residual,
-                           const fp16* norm_weight, const uint4* codes,
-                           const uint32_t* scales_zeros, int32_t num_tokens, int32_t inputs,
-                           int32_t outputs, int32_t phase_units, int32_t held_tiles, float eps) {
+extern "C" __global__ void __launch_bounds__(kThreads)
+    w4a16_gemv_norm_silu_4(fp16* out, float* workspace, const uint4* activations,
+                           const uint4* codes, const uint32_t* scales_zeros, int32_t num_tokens,
+                           int32_t inputs, int32_t outputs, int32_t phase_units,
+                           int32_t held_tiles, float eps) {
   run_gemv<kTokens, Output::kSilu>(
       QuantizedMatrix{codes, scales_zeros, inputs, outputs},
-      Arguments{out, const_cast<float*>(residual), nullptr, norm_weight, nullptr, workspace,
-                num_tokens, phase_units, held_tiles, eps});
+      Arguments{out, nullptr, nullptr, nullptr, activations, nullptr, workspace, num_tokens,
+                phase_units, held_tiles, eps});
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
-    w4a16_gemv_add_4(float* residual, float* workspace, const fp16* x, const fp16* bias,
-                     const uint4* codes, const uint32_t* scales_zeros, int32_t num_tokens,
-                     int32_t inputs, int32_t outputs, int32_t phase_units, int32_t held_tiles) {
+extern "C" __global__ void __launch_bounds__(kThreads)
+    w4a16_gemv_add_4(float* residual, float* workspace, const uint4* activations,
+                     const fp16* bias, const uint4* codes, const uint32_t* scales_zeros,
+                     int32_t num_tokens, int32_t inputs, int32_t outputs, int32_t phase_units,
+                     int32_t held_tiles) {
   run_gemv<kTokens, Output::kAdd>(
       QuantizedMatrix{codes, scales_zeros, inputs, outputs},
-      Arguments{nullptr, residual, x, nullptr, bias, workspace, num_tokens, phase_units, held_tiles,
-                0.0f});
+      Arguments{nullptr, residual, nullptr, nullptr, activations, bias, workspace, num_tokens,
+                phase_units, held_tiles, 0.0f});
 }
