@@ -3,37 +3,13 @@
 #define TURBOJET_PREFILL_TILE_CUH
 
 #include "fragments.cuh"
-#include "head_vector.cuh"
-#include "kv_cache.cuh"
 #include "load_matrix.cuh"
+#include "prefill_rows.cuh"
 
 namespace {
 
-constexpr int kPrefillWarps = 4;
-constexpr int kPrefillThreads = kPrefillWarps * kWarpSize;
-constexpr int kPrefillWarpRows = 32;
-constexpr int kPrefillRows = kPrefillWarpRows * kPrefillWarps;
-constexpr int kPrefillSlots = 2;
 constexpr float kBelowAll = -1e30f;  // below every score; unlike -inf its differences are numbers
 constexpr float kHeadroom = 8.0f;    // weights up to 2^8 before the sums are scaled anew
-
-struct PrefillArguments {
-  fp16* out;
-  Pages pages;
-  const fp16* qkv;
-  const fp16* q_norm;
-  const float2* rotation;
-  const float* query_scale;
-  const float* kv_scale;
-  const int32_t* positions;
-  const int32_t* query_start;
-  const int32_t* tiles;
-  const int32_t* page_table;
-  int num_heads;
-  int max_pages;
-  int num_ranks;
-  float eps;
-};
 
 // The codes of bytes 2 kPair and 2 kPair + 1, less 128, as fp16: 0x64 before a byte is 1024 more.
 template <int kPair>
@@ -45,46 +21,38 @@ template <Kv kKv, int kHeadDim>
 class PrefillTile {
   using Layout = Unit<kKv, kHeadDim>;
   static constexpr bool kIsHalf = kKv == Kv::kHalf;
+  using Rows = PrefillRows<kKv, kHeadDim>;
   static constexpr int kRowTiles = kPrefillWarpRows / 16;
-  static constexpr int kRows = 2 * kRowTiles;  // of a lane: lane / 4 + 8 i
+  static constexpr int kRows = Rows::kRows;
   static constexpr int kKeyTiles = 4;          // of a step
   static constexpr int kStepKeys = 8 * kKeyTiles;
   static constexpr int kChunks = Layout::kRowBytes / 64;
-  static constexpr int kChunkDims = kHeadDim / kChunks;
-  static constexpr int kLaneDims = kChunkDims / 4;  // consecutive, of a chunk
-  static constexpr int kChunkSteps = kChunkDims / 16;
-  static constexpr int kDimSteps = kHeadDim / 16;
+  static constexpr int kChunkSteps = Rows::kChunkSteps;
+  static constexpr int kDimSteps = Rows::kDimSteps;
   static constexpr int kOutTiles = kHeadDim / 8;
 
  public:
   __device__ __forceinline__ explicit PrefillTile(const PrefillArguments& arguments)
       : arguments_(arguments),
+        rows_(arguments),
         warp_(threadIdx.x / kWarpSize),
-        lane_(threadIdx.x % kWarpSize),
-        group_(arguments.num_heads / arguments.pages.num_kv_heads) {
-    const int sequence = arguments.tiles[2 * blockIdx.y];
-    const int first_row = arguments.tiles[2 * blockIdx.y + 1];
-    warp_row_ = first_row + kPrefillWarpRows * warp_;
-    first_token_ = arguments.query_start[sequence];
-    num_rows_ = (arguments.query_start[sequence + 1] - first_token_) * group_;
-    first_position_ = arguments.positions[first_token_];
-    page_list_ = arguments.page_table + static_cast<int64_t>(sequence) * arguments.max_pages;
+        lane_(threadIdx.x % kWarpSize) {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) top_[i] = kBelowAll;
-    length_ = last_position(smaller(first_row + kPrefillRows, num_rows_)) + 1;
+    length_ = rows_.last_position(smaller(rows_.first_row + kPrefillRows, rows_.num_rows)) + 1;
     queries_ = reinterpret_cast<uint4*>(dynamic_shared<char>() + kPrefillSlots * Layout::kBytes) +
                warp_ * kRowTiles * kDimSteps * kWarpSize + lane_;
   }
 
   __device__ __forceinline__ void run() {
     const int num_units = (length_ + Layout::kTokens - 1) / Layout::kTokens;
-    const bool has_rows = warp_row_ < num_rows_;
+    const bool has_rows = rows_.warp_row < rows_.num_rows;
     const int warp_last =
-        has_rows ? last_position(smaller(warp_row_ + kPrefillWarpRows, num_rows_)) : -1;
-    const int warp_first = first_position_ + warp_row_ / group_;
+        has_rows ? rows_.last_position(smaller(rows_.warp_row + kPrefillWarpRows, rows_.num_rows)) : -1;
+    const int warp_first = rows_.first_position + rows_.warp_row / rows_.group;
 #pragma unroll
     for (int unit = 0; unit < kPrefillSlots - 1; ++unit) copy_unit(unit, num_units);
-    load_queries();
+    rows_.load_queries(queries_, query_sums());
 #pragma unroll 1
     for (int unit = 0; unit < num_units; ++unit) {
       wait_copies<kPrefillSlots - 2>();
@@ -114,10 +82,6 @@ class PrefillTile {
   }
 
  private:
-  __device__ __forceinline__ int last_position(int end_row) const {
-    return first_position_ + (end_row - 1) / group_;
-  }
-
   __device__ __forceinline__ char* slot_of(int unit) const {
     return dynamic_shared<char>() + unit % kPrefillSlots * Layout::kBytes;
   }
@@ -141,7 +105,7 @@ class PrefillTile {
     if (unit < num_units) {
       const int per_page = arguments_.pages.page_size / Layout::kTokens;
       const int place = unit / per_page;
-      const char* const source = Layout::address(arguments_.pages, page_list_[place], blockIdx.x,
+      const char* const source = Layout::address(arguments_.pages, rows_.page_list[place], blockIdx.x,
                                                  unit - place * per_page);
       char* const target = slot_of(unit);
       constexpr int kUnitChunks = Layout::kBytes / 16;
@@ -170,72 +134,6 @@ class PrefillTile {
            i += kPrefillThreads)
         *reinterpret_cast<uint16_t*>(values + Layout::value_offset(i / kHeadDim, i % kHeadDim)) = 0;
     }
-  }
-
-  // The warp's rows as operand A, in shared memory; only the lane that wrote a word reads it. Its
-  // words of a step are dimensions 4 s .. 4 s + 3 of the kLaneDims that it has of a chunk.
-  __device__ __forceinline__ void load_queries() {
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      const int row = smaller(warp_row_ + lane_ / 4 + 8 * i, num_rows_ - 1);
-      const int token = row / group_;
-      const int64_t index = first_token_ + token;
-      const int head = blockIdx.x * group_ + row - token * group_;
-      const int num_kv_heads = arguments_.pages.num_kv_heads;
-      const int64_t row_heads = arguments_.num_heads + 2 * num_kv_heads;
-      const QkvRow qkv{arguments_.qkv + index * row_heads * kHeadDim, arguments_.num_heads,
-                       num_kv_heads, arguments_.num_ranks};
-      const fp16* const query = qkv.values + qkv.head_index(0, head) * kHeadDim;
-      const float2* const rotation = arguments_.rotation + index * (kHeadDim / 2);
-      float scale = arguments_.query_scale[index];
-      if (kKv == Kv::kStatic) scale *= arguments_.kv_scale[4 * blockIdx.x];
-      const float factor = arguments_.q_norm == nullptr ? 1.0f : norm_factor(query);
-      float sum = 0.0f;
-#pragma unroll
-      for (int step = 0; step < kDimSteps; ++step) {
-        const int dim = step / kChunkSteps * kChunkDims + lane_ % 4 * kLaneDims +
-                        step % kChunkSteps * 4;
-        float values[4];
-        load_four(values, query + dim);
-        if (arguments_.q_norm != nullptr) {
-          float weights[4];
-          load_four(weights, arguments_.q_norm + dim);
-#pragma unroll
-          for (int j = 0; j < 4; ++j) values[j] *= factor * weights[j];
-        }
-        const float4 turn = *reinterpret_cast<const float4*>(rotation + dim / 2);
-        const uint32_t low = pack_fp16((values[0] * turn.x - values[1] * turn.y) * scale,
-                                       (values[0] * turn.y + values[1] * turn.x) * scale);
-        const uint32_t high = pack_fp16((values[2] * turn.z - values[3] * turn.w) * scale,
-                                        (values[2] * turn.w + values[3] * turn.z) * scale);
-        uint32_t* const words =
-            reinterpret_cast<uint32_t*>(queries_ + (i / 2 * kDimSteps + step) * kWarpSize);
-        words[i % 2] = low;
-        words[i % 2 + 2] = high;
-        sum += low_to_float(low) + high_to_float(low) + low_to_float(high) + high_to_float(high);
-      }
-      query_sums()[i] = lanes_sum<4>(sum);
-    }
-  }
-
-  static __device__ __forceinline__ void load_four(float (&values)[4], const fp16* source) {
-    const uint2 words = *reinterpret_cast<const uint2*>(source);
-    values[0] = low_to_float(words.x);
-    values[1] = high_to_float(words.x);
-    values[2] = low_to_float(words.y);
-    values[3] = high_to_float(words.y);
-  }
-
-  __device__ __forceinline__ float norm_factor(const fp16* query) const {
-    float squares = 0.0f;
-#pragma unroll
-    for (int i = 0; i < kDimSteps; ++i) {
-      float values[4];
-      load_four(values, query + 4 * (lane_ % 4 + 4 * i));
-#pragma unroll
-      for (int j = 0; j < 4; ++j) squares = fmaf(values[j], values[j], squares);
-    }
-    return rsqrtf(lanes_sum<4>(squares) / static_cast<float>(kHeadDim) + arguments_.eps);
   }
 
   static __device__ __forceinline__ void load_words(uint32_t (&words)[4], const void* shared) {
@@ -298,7 +196,7 @@ class PrefillTile {
   __device__ __forceinline__ void mask(float (&scores)[kRowTiles][kKeyTiles][4], int first) const {
 #pragma unroll
     for (int own = 0; own < kRows; ++own) {
-      const int limit = last_position(warp_row_ + lane_ / 4 + 8 * own + 1) - first - lane_ % 4;
+      const int limit = rows_.last_position(rows_.warp_row + lane_ / 4 + 8 * own + 1) - first - lane_ % 4;
 #pragma unroll
       for (int j = 0; j < kKeyTiles; ++j)
 #pragma unroll
@@ -440,14 +338,9 @@ class PrefillTile {
       const float inverse = 1.0f / lanes_sum<4>(total_[i]);
       const float factor = inverse * (kKv == Kv::kOnline ? peak_ : scale);
       const float offset = kKv == Kv::kOnline ? lanes_sum<4>(middles_[i]) * inverse : zero;
-      const int row = warp_row_ + lane_ / 4 + 8 * i;
-      if (row >= num_rows_) continue;
-      const int token = row / group_;
-      const int head = blockIdx.x * group_ + row - token * group_;
-      fp16* const out = arguments_.out +
-                        (static_cast<int64_t>(first_token_ + token) * arguments_.num_heads + head) *
-                            kHeadDim +
-                        lane_ % 4 * 2;
+      const int row = rows_.warp_row + lane_ / 4 + 8 * i;
+      if (row >= rows_.num_rows) continue;
+      fp16* const out = rows_.out_of(row) + lane_ % 4 * 2;
 #pragma unroll
       for (int n = 0; n < kOutTiles; ++n) {
         const float(&sums)[4] = mixed_[i / 2][n];
@@ -459,15 +352,10 @@ class PrefillTile {
   }
 
   const PrefillArguments& arguments_;
+  const Rows rows_;
   const int warp_;
   const int lane_;
-  const int group_;  // query heads of a kv head
-  int warp_row_;
-  int first_token_;
-  int num_rows_;
-  int first_position_;
   int length_;
-  const int32_t* page_list_;
   uint4* queries_;
   float top_[kRows];
   float total_[kRows] = {};    // of this lane's keys

@@ -1,0 +1,55 @@
+"""The sampler on the GPU: the reference's tokens, and their frequencies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from device_launch import DeviceLaunch, device_launch
+from sampling_cases import SETTINGS, Rows, check_sampling
+
+from device_runtime.backends.sampling_params import SamplingParams
+
+
+@pytest.fixture(scope="module")
+def launch() -> Iterator[DeviceLaunch]:
+    with device_launch("sample_top", "sample_draw", "mark_seen") as launch:
+        yield launch
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("vocab_size", [1003, 32000, 151936])
+@pytest.mark.parametrize("is_half", [True, False])
+def test_tokens_are_those_of_the_reference(
+    launch: DeviceLaunch, name: str, vocab_size: int, is_half: bool
+) -> None:
+    check_sampling(launch, SETTINGS[name], vocab_size, is_half=is_half)
+
+
+def test_tokens_come_as_often_as_their_probability_says(launch: DeviceLaunch) -> None:
+    draws, vocab_size = 20000, 64
+    one = np.random.default_rng(5).standard_normal(vocab_size).astype(np.float32)
+    params = [
+        SamplingParams(temperature=0.7, top_k=0, top_p=1.0, seed=seed) for seed in range(draws)
+    ]
+    rows = Rows(np.tile(one, (draws, 1)), vocab_size, params)
+    rows.step(launch)
+    weights = np.exp(one.astype(np.float64) / 0.7)
+    expected = weights / weights.sum() * draws
+    counts = np.bincount(rows.tokens, minlength=vocab_size)
+    chi_square = float(((counts - expected) ** 2 / expected).sum())
+    # 63 degrees of freedom: mean 63, standard deviation 11.2; five of them above.
+    assert chi_square < 63 + 5 * 11.2
+
+
+def test_prompts_are_marked_as_seen(launch: DeviceLaunch) -> None:
+    rng = np.random.default_rng(6)
+    tokens = rng.integers(0, 5000, 3000).astype(np.int32)
+    rows = rng.integers(0, 4, 3000).astype(np.int32)
+    seen = np.zeros((4, 157), np.uint32)
+    launch("mark_seen", (3, 1, 1), [seen, tokens, rows, 3000, 157])
+    want = np.zeros((4, 157 * 32), bool)
+    want[rows, tokens] = True
+    bits = np.unpackbits(seen.view(np.uint8), axis=1, bitorder="little").astype(bool)
+    assert (bits == want).all()

@@ -1,0 +1,72 @@
+"""The attention kernels on the emulator: indexing, barriers and arithmetic without a GPU."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import pytest
+from attention_cases import Heads, check_decode, check_prefill
+from emulator import emulator
+
+from device_runtime.kernels.attention_shape import prefill_tiles, store_spans
+
+pytestmark = pytest.mark.skipif(
+    not emulator.has_compiler(), reason="g++ builds the emulator; it runs where there is one"
+)
+PLAIN = partial(emulator.launch, flags=("-DTURBOJET_PLAIN=1",))
+EARLY = partial(emulator.launch, flags=("-DTURBOJET_EMULATE_EARLY=1",))
+
+
+@pytest.mark.parametrize(
+    ("heads", "lengths", "splits"),
+    [
+        # A page's end, one token alone, an idle row, blocks that share a head.
+        (Heads(8, 128, 4, 4), [200, 1, 64, 65], 3),
+        (Heads(8, 128, 12, 2, has_norm=True), [130, 0, 33], 3),
+        (Heads(8, 64, 9, 3, page_size=192), [300, 257], 2),
+        (Heads(4, 128, 4, 2, num_ranks=2), [129], 1),
+        (Heads(0, 128, 2, 2), [97, 32, 1], 2),
+        (Heads(0, 64, 8, 1, has_norm=True), [333], 4),
+    ],
+)
+def test_a_new_token_attends_to_all_before_it(
+    heads: Heads, lengths: list[int], splits: int
+) -> None:
+    check_decode(emulator.launch, heads, lengths, max_splits=splits)
+
+
+@pytest.mark.parametrize(
+    ("heads", "sequences"),
+    [
+        (Heads(8, 128, 2, 2), [(0, 140)]),
+        (Heads(8, 128, 12, 2, has_norm=True), [(130, 20), (0, 65), (63, 2), (7, 1)]),
+        (Heads(4, 128, 4, 2, num_ranks=2), [(129, 40)]),
+        (Heads(0, 64, 8, 1, page_size=128), [(97, 40), (0, 32)]),
+    ],
+)
+def test_a_chunk_attends_to_the_cache_and_itself(
+    heads: Heads, sequences: list[tuple[int, int]]
+) -> None:
+    check_prefill(emulator.launch, heads, sequences)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launch", [PLAIN, EARLY])
+def test_plain_products_and_early_copies_give_the_same(launch: partial[None]) -> None:
+    for policy in (0, 4, 8):
+        check_decode(launch, Heads(policy, 128, 6, 1), [70, 170])
+        check_prefill(launch, Heads(policy, 64, 7, 1), [(70, 50)])
+
+
+def test_tiles_cover_every_row_longest_first() -> None:
+    # Sequence 0: 200 rows from position 0; sequence 1: 4 rows at position 500.
+    start, positions = np.array([0, 100, 102], np.int32), np.r_[0:100, 500:502].astype(np.int32)
+    assert prefill_tiles(start, positions, 2).tolist() == [[1, 0], [0, 128], [0, 0]]
+
+
+def test_spans_cover_every_position_once() -> None:
+    start = np.array([0, 3, 3, 70], np.int32)
+    positions = np.r_[62:65, 128:195].astype(np.int32)
+    # 62..64 lie in spans 0 and 1, 128..194 in 2 and 3; the empty sequence has none.
+    assert store_spans(start, positions).tolist() == [[0, 0], [0, 1], [2, 2], [2, 3]]
