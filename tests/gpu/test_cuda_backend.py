@@ -144,13 +144,18 @@ def test_greedy_tokens_follow_the_references_logits(root: Path, cuda: Engine) ->
     assert (logits.argmax(1) == chosen).mean() > 0.97
 
 
-def test_a_sequence_gives_the_same_tokens_alone_and_in_a_batch_of_8(cuda: Engine) -> None:
+def test_a_sequence_gives_the_same_tokens_alone_and_in_a_batch_of_8(
+    root: Path, cuda: Engine
+) -> None:
     prompts = [prompt(length, seed=length) for length in (9, 3, 70, 20, 33, 64, 65, 12)]
     for sampling in (GREEDY, SamplingParams(seed=7, repetition_penalty=1.1)):
         params = GenerationParams(max_tokens=60, sampling=sampling, ignore_eos=True)
         together = tokens_of(cuda, prompts, params)
         for index in (0, 2, 7):
-            (alone,) = tokens_of(cuda, [prompts[index]], params)
+            # A fresh engine: pages that hold the start of a prompt save computing, and what is
+            # left of it goes through kernels that round differently.
+            with Engine.open(root, EngineOptions(backend="cuda")) as fresh:
+                (alone,) = tokens_of(fresh, [prompts[index]], params)
             assert alone == together[index]
 
 

@@ -200,6 +200,9 @@ class FakeCuda:
     def do_cuGraphInstantiateWithFlags(self, executable, graph, flags):
         executable._obj.value = graph.value
 
+    def do_cuEventElapsedTime(self, milliseconds, earlier, later):
+        milliseconds._obj.value = 0.5
+
     def do_cuGraphLaunch(self, executable, stream):
         for launched in self._graphs[executable.value - 1]:
             self._run(launched)

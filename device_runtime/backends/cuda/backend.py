@@ -8,19 +8,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from device_runtime.backends.base import Batch
+from device_runtime.backends.cuda.driver import CudaDriver
 from device_runtime.backends.cuda.kernel_set import find_cubins, kernel_folders
 from device_runtime.backends.cuda.runner import Runner
-from device_runtime.backends.cuda.sizes import step_limits, upload_bytes
+from device_runtime.backends.cuda.sizes import MAX_STEPS_AHEAD, step_limits, upload_bytes
+from device_runtime.backends.cuda.state import Awaited
 from device_runtime.backends.cuda.support import check_model, sources_for
 from device_runtime.backends.cuda.survey import LAUNCH_BYTES, OpenDevice, open_device
 from device_runtime.backends.cuda.weights import weight_layout
 from device_runtime.backends.kv_format import KvFormat
 from device_runtime.backends.memory_plan import MIB, CacheRequest, MemoryPlan, MemorySurvey
+from device_runtime.backends.reference.backend import available_memory_bytes
 from device_runtime.backends.reference.kv_cache import read_kv_scales
 from device_runtime.errors import InternalError
 from device_runtime.package_format.package import Package
-
-MAX_STEPS_AHEAD = 3
 
 
 class CudaBackend:
@@ -37,7 +38,19 @@ class CudaBackend:
         """
         self._device: OpenDevice | None = open_device()
         self._runner: Runner | None = None
-        self._pending: deque[list[tuple[int, int, int]]] = deque()
+        self._pending: deque[list[Awaited]] = deque()
+
+    @property
+    def driver(self) -> CudaDriver:
+        """The open device, for measurements."""
+        return self._open().driver
+
+    def used_bytes(self) -> int:
+        """Return what of the device is in use since it was opened, the context included."""
+        device = self._open()
+        if device.driver.attribute("integrated"):
+            return device.free_bytes + device.context_bytes - available_memory_bytes()
+        return device.free_bytes + device.context_bytes - device.driver.memory_info()[0]
 
     def check(self, package: Package) -> None:
         """Refuse a package that this device cannot run.
@@ -101,8 +114,8 @@ class CudaBackend:
         state = self._loaded().state
         try:
             return [
-                (sequence_id, state.take_token(slot, position))
-                for sequence_id, slot, position in self._pending.popleft()
+                (awaited.sequence_id, state.take_token(awaited))
+                for awaited in self._pending.popleft()
             ]
         except BaseException:
             self._fail()

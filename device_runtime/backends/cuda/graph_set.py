@@ -31,9 +31,12 @@ class GraphSet:
             self.close()
             raise
 
-    def launch(self, num_slots: int, *, is_greedy: bool) -> None:
-        """Enqueue one step of the first slots."""
-        width = next(width for width in self._widths if width >= num_slots)
+    def width(self, num_slots: int) -> int:
+        """Return the narrowest width for so many sequences."""
+        return next(width for width in self._widths if width >= num_slots)
+
+    def launch(self, width: int, *, is_greedy: bool) -> None:
+        """Enqueue one step of the first ``width`` slots."""
         self._graphs[width, is_greedy].launch(self._stream)
 
     def close(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from ctypes import c_float, c_int32, c_uint64, c_void_p
+from ctypes import c_float, c_int, c_int32, c_uint64, c_void_p
 from pathlib import Path
 
 from device_runtime.backends.cuda.driver import CudaDriver
@@ -18,7 +18,7 @@ VARIABLE = "TURBOJET_KERNELS"
 """Folder of cubins that takes the place of the package's."""
 PLAIN_VARIABLE = "TURBOJET_PLAIN_KERNELS"
 """When set, the plain variant of the kernels runs: what sm_72 gets, on a newer GPU."""
-_STATIC_SHARED_LIMIT = 48 << 10
+_CARVEOUT = 9  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, per cent
 
 
 def kernel_folders(package_folder: Path) -> tuple[Path, ...]:
@@ -78,11 +78,11 @@ class KernelSet:
         """
         self._driver = driver
         self._functions: dict[str, c_void_p] = {}
+        self._shared_bytes: dict[str, int] = {}
         self._modules: dict[str, Module] = {}
         self.is_programmatic = driver.sm >= 90 and driver.has("cuLaunchKernelEx")
         self.num_sms = driver.attribute("multiprocessor_count")
         self.max_shared_bytes = driver.attribute("max_shared_memory_per_block")
-        self.sm_shared_bytes = driver.attribute("max_shared_memory_per_multiprocessor")
         try:
             for source, path in files.items():
                 self._modules[source] = Module(driver, path.read_bytes())
@@ -122,7 +122,9 @@ class KernelSet:
         if min(grid) < 1:
             raise InternalError(f"{name} is launched with the grid {grid}")
         shape = LaunchShape(grid, row.block, shared_bytes, self.is_programmatic)
-        return Launch(self._driver, self._function(row), shape, to_arguments(row, arguments))
+        return Launch(
+            self._driver, self._function(row, shared_bytes), shape, to_arguments(row, arguments)
+        )
 
     def close(self) -> None:
         """Unload everything; a second call does nothing."""
@@ -131,14 +133,18 @@ class KernelSet:
             module.close()
         self._modules.clear()
 
-    def _function(self, row: Kernel) -> c_void_p:
-        if row.name not in self._functions:
-            if row.source not in self._modules:
-                raise InternalError(f"{row.name} was not among the kernels that were asked for")
-            # Static and dynamic shared memory share the limit of a block.
-            room = self.max_shared_bytes - (1 << 10)
-            self._functions[row.name] = self._modules[row.source].function(row.name, room)
-        return self._functions[row.name]
+    def _function(self, row: Kernel, shared_bytes: int) -> c_void_p:
+        known = self._functions.get(row.name)
+        if known is not None and shared_bytes <= self._shared_bytes[row.name]:
+            return known
+        if row.source not in self._modules:
+            raise InternalError(f"{row.name} was not among the kernels that were asked for")
+        function = self._modules[row.source].function(row.name, shared_bytes)
+        # The same split of L1 for all, or an SM must be empty before the next kernel may start.
+        self._driver.call("cuFuncSetAttribute", function, c_int(_CARVEOUT), c_int(100))
+        self._functions[row.name] = function
+        self._shared_bytes[row.name] = shared_bytes
+        return function
 
 
 def to_arguments(row: Kernel, values: Sequence[int | float | None]) -> list[Argument]:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from device_runtime.backends.cuda.kernel_set import KernelSet
 from device_runtime.backends.cuda.weights import layer_name
-from device_runtime.errors import InternalError
 from device_runtime.kernels.gemm_shape import W4A16_TILES, GemmShape, fastest_tile
 from device_runtime.kernels.gemv_shape import GemvShape, plan_gemv
 from device_runtime.kernels.graphs import Launch
@@ -16,8 +15,6 @@ from device_runtime.package_format import names
 from device_runtime.package_format.model_config import ModelConfig
 
 MAX_GEMV_TOKENS = max(GEMV_STAGES)
-_RESERVED_SHARED_BYTES = 1 << 10
-"""What the system takes of an SM's shared memory for each block (CUDA programming guide)."""
 
 
 Resized = tuple[tuple[int, int, int], dict[int, int]]
@@ -122,28 +119,16 @@ class Linears:
         buffers = self._buffers
         if num_tokens <= MAX_GEMV_TOKENS:
             shape = self._gemv(matrix, num_tokens)
+            source = (buffers["residual"], norm)
+            steps, x = self._quantized("quantize_norm", source, shape, num_tokens)
+            bias = () if is_silu else (matrix.bias,)
             name = (
                 f"w4a16_gemv_norm_silu_{shape.width}"
                 if is_silu
                 else (f"w4a16_gemv_norm_{shape.width}")
             )
-            bias = () if is_silu else (matrix.bias,)
-            arguments = (
-                out,
-                buffers["gemv_sums"],
-                buffers["residual"],
-                norm,
-                *bias,
-                matrix.codes,
-                matrix.scales_zeros,
-                num_tokens,
-                matrix.num_inputs,
-                matrix.num_outputs,
-                shape.phase_units,
-                shape.held_tiles,
-                eps,
-            )
-            return [self._launch_gemv(name, shape, arguments)]
+            head = (out, buffers["gemv_sums"], *x, *bias)
+            return [*steps, self._launch_gemv(name, shape, head, matrix, num_tokens, (eps,))]
         norm_step = Step(
             self._kernels.launch(
                 "rms_norm_f16",
@@ -162,45 +147,61 @@ class Linears:
         buffers = self._buffers
         if num_tokens <= MAX_GEMV_TOKENS:
             shape = self._gemv(matrix, num_tokens)
-            arguments = (
-                buffers["residual"],
-                buffers["gemv_sums"],
-                x,
-                matrix.bias,
-                matrix.codes,
-                matrix.scales_zeros,
-                num_tokens,
-                matrix.num_inputs,
-                matrix.num_outputs,
-                shape.phase_units,
-                shape.held_tiles,
-            )
-            return [self._launch_gemv(f"w4a16_gemv_add_{shape.width}", shape, arguments)]
+            steps, activations = self._quantized("quantize", (x,), shape, num_tokens)
+            head = (buffers["residual"], buffers["gemv_sums"], *activations, matrix.bias)
+            name = f"w4a16_gemv_add_{shape.width}"
+            return [*steps, self._launch_gemv(name, shape, head, matrix, num_tokens, ())]
         name = f"w4a16_gemm_add_{gemm_tile(num_tokens)}"
         return [self._gemm(name, buffers["residual"], x, (matrix.bias,), matrix, num_tokens)]
 
     def _gemv(self, matrix: Matrix, num_tokens: int) -> GemvShape:
         width = min(width for width in GEMV_STAGES if width >= num_tokens)
-        kernels = self._kernels
-        # Half of an SM each, so that one kernel reads ahead while its predecessor drains.
-        half = min(kernels.sm_shared_bytes // 2, kernels.max_shared_bytes) - _RESERVED_SHARED_BYTES
-        for most in (half, kernels.max_shared_bytes - _RESERVED_SHARED_BYTES):
-            try:
-                return plan_gemv(
-                    width=width,
-                    num_inputs=matrix.num_inputs,
-                    num_outputs=matrix.num_outputs,
-                    group_size=self._model.group_size,
-                    num_sms=kernels.num_sms,
-                    max_shared_bytes=most,
-                )
-            except InternalError as error:
-                failure = error
-        raise failure
+        return plan_gemv(
+            width=width,
+            num_inputs=matrix.num_inputs,
+            num_outputs=matrix.num_outputs,
+            group_size=self._model.group_size,
+            num_sms=self._kernels.num_sms,
+            max_shared_bytes=self._kernels.max_shared_bytes,
+        )
+
+    def _quantized(
+        self, name: str, source: tuple[int, ...], shape: GemvShape, num_tokens: int
+    ) -> tuple[list[Step], tuple[int, ...]]:
+        """Return what makes the activations of a GEMV, and where they are.
+
+        For one token every block makes them itself.
+        """
+        if shape.width == 1:
+            return [], source
+        activations = self._buffers["gemv_activations"]
+        launch = self._kernels.launch(
+            f"w4a16_{name}_{shape.width}",
+            (shape.quantize_grid, 1, 1),
+            (activations, *source, num_tokens, shape.num_inputs),
+        )
+        return [Step(launch, None)], (activations,)
 
     def _launch_gemv(
-        self, name: str, shape: GemvShape, arguments: tuple[int | float | None, ...]
+        self,
+        name: str,
+        shape: GemvShape,
+        head: tuple[int | None, ...],
+        matrix: Matrix,
+        num_tokens: int,
+        tail: tuple[float, ...],
     ) -> Step:
+        arguments = (
+            *head,
+            matrix.codes,
+            matrix.scales_zeros,
+            num_tokens,
+            matrix.num_inputs,
+            matrix.num_outputs,
+            shape.phase_units,
+            shape.held_tiles,
+            *tail,
+        )
         grid = (shape.grid, 1, 1)
         return Step(
             self._kernels.launch(name, grid, arguments, shared_bytes=shape.shared_bytes), None

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from device_runtime.backends.cuda.arena import allocate_arena
 from device_runtime.backends.cuda.driver import CudaDriver
+from device_runtime.backends.cuda.fill import fill_weights
 from device_runtime.backends.cuda.kernel_set import KernelSet, find_cubins, kernel_folders
 from device_runtime.backends.cuda.loader import load_weights
 from device_runtime.backends.cuda.programs import Memory, Programs
@@ -16,6 +17,7 @@ from device_runtime.backends.cuda.weights import static_kv_parameters, weight_la
 from device_runtime.backends.cuda.workspace import StepLimits
 from device_runtime.backends.memory_plan import MemoryPlan
 from device_runtime.backends.reference.kv_cache import read_kv_scales
+from device_runtime.backends.synthetic import SyntheticPackage
 from device_runtime.kernels.libcuda import Stream
 from device_runtime.package_format.package import Package
 
@@ -87,7 +89,10 @@ def load_memory(
     for name, address in buffers.items():
         driver.fill(address, 0, -(-sizes[name] // 4), stream)
     places = layout.places(weights.addresses)
-    load_weights(driver, stream, package.root, layout.pieces, places)
+    if isinstance(package, SyntheticPackage):
+        fill_weights(driver, stream, package, layout, places)
+    else:
+        load_weights(driver, stream, package.root, layout.pieces, places)
     if "kv_scales" in buffers:
         _put_kv_scales(driver, package, buffers["kv_scales"])
     return LoadedMemory(stream, limits, kernels, places, buffers, kv.addresses)

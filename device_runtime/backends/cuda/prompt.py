@@ -1,8 +1,6 @@
-"""New tokens of prompts: packed into one pass, all sequences together."""
+"""New tokens of prompts: a pass over each sequence's share of a step."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,13 +17,13 @@ from device_runtime.kernels.graphs import Launch
 from device_runtime.kernels.libcuda import Stream
 
 
-def single_rows(batch: Batch, row: int) -> NDArray[np.int32]:
+def single_row(batch: Batch, row: int) -> NDArray[np.int32]:
     """Return the token ids of one row of a batch."""
     return batch.token_ids[batch.query_start[row] : batch.query_start[row + 1]]
 
 
 class PromptRunner:
-    """Uploads packed rows and launches passes over them."""
+    """Uploads rows and launches passes over them."""
 
     def __init__(
         self,
@@ -44,30 +42,21 @@ class PromptRunner:
         self._buffers = buffers
         self._uploads = uploads
         self._heads: dict[int, list[Launch]] = {}
-        self._samples: dict[tuple[int, bool], list[Launch]] = {}
+        self._samples: dict[bool, list[Launch]] = {}
 
-    def run(self, batch: Batch, rows: NDArray[np.int64], slots: Sequence[int]) -> None:
-        """Enqueue a pass over some rows of a batch: keys, values and last hidden states.
-
-        Args:
-            batch: a step.
-            rows: which of its rows.
-            slots: of the rows.
-        """
-        lengths = np.diff(batch.query_start)[rows]
-        tokens = np.concatenate([np.arange(*batch.query_start[row : row + 2]) for row in rows])
-        positions = batch.positions[tokens]
-        start = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    def run(self, batch: Batch, row: int, slot: int) -> None:
+        """Enqueue a pass over one row of a batch: keys, values and last hidden states."""
+        tokens = single_row(batch, row)
+        positions = batch.positions[batch.query_start[row] : batch.query_start[row + 1]]
+        start = np.array([0, len(tokens)], np.int32)
         model = self._limits.model
         tiles = prefill_tiles(start, positions, model.num_attention_heads // model.num_kv_heads)
         spans = store_spans(start, positions)
-        pages = np.zeros((len(rows), self._limits.max_pages), np.int32)
-        table = batch.page_table[rows]
-        pages[:, : table.shape[1]] = table
+        pages = batch.page_table[row]
         for name, values in (
-            ("prompt_tokens", batch.token_ids[tokens]),
+            ("prompt_tokens", tokens),
             ("prompt_positions", positions),
-            ("prompt_slots", np.repeat(np.array(slots, np.int32), lengths)),
+            ("prompt_slots", np.full(len(tokens), slot, np.int32)),
             ("prompt_start", start),
             ("prompt_pages", pages),
             ("prompt_tiles", tiles),
@@ -77,35 +66,21 @@ class PromptRunner:
         for step in self._passes.fitted(PassSize(len(tokens), len(tiles), len(spans))):
             step.launch.enqueue(self._stream)
 
-    def sample(
-        self,
-        batch: Batch,
-        rows: NDArray[np.int64],
-        places: Sequence[int],
-        slots: Sequence[int],
-        *,
-        is_greedy: bool,
-    ) -> None:
-        """Enqueue the choice of a token after the last one of some rows of the newest pass.
+    def sample(self, token: int, slot: int, *, is_greedy: bool) -> None:
+        """Enqueue the choice of a token after one token of the newest pass.
 
         Args:
-            batch: the step.
-            rows: of the pass.
-            places: which of ``rows``.
-            slots: of those.
-            is_greedy: none draws at random.
+            token: index in the pass.
+            slot: whose row of state moves on.
+            is_greedy: it does not draw at random.
         """
-        ends = np.cumsum(np.diff(batch.query_start)[rows])[list(places)] - 1
-        self._uploads.put(self._buffers["head_rows"], ends.astype(np.int32))
-        self._uploads.put(self._buffers["head_slots"], np.array(slots, np.int32))
-        for launch in self._head(len(slots)):
-            launch.enqueue(self._stream)
-        key = (len(slots), is_greedy)
-        if key not in self._samples:
-            self._samples[key] = self._programs.sample(
-                len(slots), self._buffers["head_slots"], is_greedy=is_greedy
+        self._uploads.put(self._buffers["head_rows"], np.array([token], np.int32))
+        self._uploads.put(self._buffers["head_slots"], np.array([slot], np.int32))
+        if is_greedy not in self._samples:
+            self._samples[is_greedy] = self._programs.sample(
+                1, self._buffers["head_slots"], is_greedy=is_greedy
             )
-        for launch in self._samples[key]:
+        for launch in (*self._head(1), *self._samples[is_greedy]):
             launch.enqueue(self._stream)
 
     def read_logits(self, num_tokens: int) -> NDArray[np.float32]:

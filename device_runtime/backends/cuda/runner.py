@@ -11,17 +11,14 @@ from device_runtime.backends.base import Batch
 from device_runtime.backends.cuda.driver import CudaDriver
 from device_runtime.backends.cuda.graph_set import GraphSet
 from device_runtime.backends.cuda.loading import LoadedMemory, load_memory
-from device_runtime.backends.cuda.prompt import PromptRunner, single_rows
+from device_runtime.backends.cuda.prompt import PromptRunner, single_row
 from device_runtime.backends.cuda.sizes import upload_bytes
 from device_runtime.backends.cuda.slots import IDLE, Slot
-from device_runtime.backends.cuda.state import StepState
+from device_runtime.backends.cuda.state import Awaited, StepState
 from device_runtime.backends.cuda.uploads import Uploads
 from device_runtime.backends.memory_plan import MemoryPlan
 from device_runtime.errors import DeviceError, InternalError
 from device_runtime.package_format.package import Package
-
-Chosen = tuple[int, int, int]
-"""A sequence, its slot, and the position that a step chooses a token for."""
 
 
 class Runner:
@@ -60,41 +57,42 @@ class Runner:
             self.close()
             raise
 
-    def submit(self, batch: Batch) -> list[Chosen]:
+    def submit(self, batch: Batch) -> list[Awaited]:
         """Enqueue a step; return what tokens it will choose, in the batch's order."""
         self._uploads.begin()
         slots = [self._slot(batch, row) for row in range(batch.num_sequences)]
         lengths = np.diff(batch.query_start)
         last = batch.positions[batch.query_start[1:] - 1]
-        is_decoding = np.array(
-            [
-                bool(batch.is_sampled[row])
-                and lengths[row] == 1
-                and self.state.slots.chosen[slot.index] == last[row]
-                for row, slot in enumerate(slots)
-            ]
-        )
-        if (batch.is_chained & ~is_decoding).any():
-            raise InternalError("a row is chained to a token that the device did not choose")
-        decoding = np.flatnonzero(is_decoding)
-        if len(decoding):
-            self._decode(batch, [slots[row] for row in decoding], decoding, last)
-        prompts = np.flatnonzero(~is_decoding)
-        if len(prompts):
-            self._run_prompts(batch, slots, prompts, last)
+        decoding, prompts = [], []
+        for row, slot in enumerate(slots):
+            is_ready = self.state.slots.chosen[slot.index] == last[row]
+            if batch.is_sampled[row] and lengths[row] == 1 and is_ready:
+                decoding.append(row)
+            elif batch.is_chained[row]:
+                raise InternalError("a row is chained to a token that the device did not choose")
+            else:
+                prompts.append(row)
+        awaited: dict[int, Awaited] = {}
+        if decoding:
+            awaited |= self._decode(batch, slots, decoding)
+        for row in prompts:
+            # One by one, so that a prompt's numbers do not depend on what else is in the step.
+            self._prompts.run(batch, row, slots[row].index)
+            if slots[row].sampling.repetition_penalty != 1.0 and not len(batch.history[row]):
+                self._prompts.mark(slots[row].index, single_row(batch, row))
+            if batch.is_sampled[row]:
+                awaited[row] = self._choose_first(batch, row, slots[row])
         self._uploads.end()
-        return [
-            (batch.sequence_ids[row], slots[row].index, int(last[row]) + 1)
-            for row in np.flatnonzero(batch.is_sampled)
-        ]
+        return [awaited[row] for row in sorted(awaited)]
 
     def logits(self, batch: Batch) -> NDArray[np.float32]:
         """Return ``[num_tokens, vocab_size]``; waits for everything."""
         self._uploads.begin()
         slots = [self._slot(batch, row) for row in range(batch.num_sequences)]
         try:
-            rows = np.arange(batch.num_sequences)
-            self._prompts.run(batch, rows, [slot.index for slot in slots])
+            if batch.num_sequences != 1:
+                raise InternalError(f"logits of {batch.num_sequences} sequences, expected 1")
+            self._prompts.run(batch, 0, slots[0].index)
             result = self._prompts.read_logits(batch.num_tokens)
             self._uploads.end()
         finally:
@@ -130,42 +128,31 @@ class Runner:
                 self._prompts.mark(slot.index, batch.history[row])
         return slot
 
-    def _decode(
-        self, batch: Batch, slots: list[Slot], rows: NDArray[np.int64], last: NDArray[np.int32]
-    ) -> None:
+    def _decode(self, batch: Batch, slots: list[Slot], rows: list[int]) -> dict[int, Awaited]:
         state = self.state
-        active = {slot.index for slot in slots}
-        for index in np.flatnonzero(state.slots.positions != IDLE):
+        width = self._graphs.width(len(rows))
+        for slot, place in state.slots.plan_moves([slots[row] for row in rows], width):
+            state.move(slot, place)
+        active = {slots[row].index for row in rows}
+        for index in np.flatnonzero(state.slots.positions[:width] != IDLE):
             if int(index) not in active:
                 state.set_position(int(index), IDLE)
-        for slot, row in zip(slots, rows, strict=True):
+        awaited = {}
+        for row in rows:
+            slot = slots[row]
+            position = int(batch.positions[batch.query_start[row]])
             state.set_pages(slot, batch.page_table[row])
-            state.set_position(slot.index, int(last[row]))
-        is_greedy = all(slot.sampling.temperature == 0.0 for slot in slots)
-        for slot, row in zip(slots, rows, strict=True):
-            state.expect(slot.index, int(last[row]) + 1)
-        self._graphs.launch(max(active) + 1, is_greedy=is_greedy)
+            state.set_position(slot.index, position)
+            awaited[row] = state.expect(batch.sequence_ids[row], slot.index, position + 1)
+        is_greedy = all(slots[row].sampling.temperature == 0.0 for row in rows)
+        self._graphs.launch(width, is_greedy=is_greedy)
+        return awaited
 
-    def _run_prompts(
-        self,
-        batch: Batch,
-        slots: list[Slot],
-        rows: NDArray[np.int64],
-        last: NDArray[np.int32],
-    ) -> None:
-        self._prompts.run(batch, rows, [slots[row].index for row in rows])
-        penalized = [row for row in rows if slots[row].sampling.repetition_penalty != 1.0]
-        for row in penalized:
-            if not len(batch.history[row]):
-                self._prompts.mark(slots[row].index, single_rows(batch, row))
-        sampled = [int(row) for row in rows if batch.is_sampled[row]]
-        if not sampled:
-            return
-        for row in sampled:
-            self.state.set_position(slots[row].index, int(last[row]))
-            self.state.expect(slots[row].index, int(last[row]) + 1)
-        is_greedy = all(slots[row].sampling.temperature == 0.0 for row in sampled)
-        places = [rows.tolist().index(row) for row in sampled]
-        self._prompts.sample(
-            batch, rows, places, [slots[row].index for row in sampled], is_greedy=is_greedy
-        )
+    def _choose_first(self, batch: Batch, row: int, slot: Slot) -> Awaited:
+        last = int(batch.positions[batch.query_start[row + 1] - 1])
+        self.state.set_position(slot.index, last)
+        awaited = self.state.expect(batch.sequence_ids[row], slot.index, last + 1)
+        num_tokens = int(batch.query_start[row + 1] - batch.query_start[row])
+        is_greedy = slot.sampling.temperature == 0.0
+        self._prompts.sample(num_tokens - 1, slot.index, is_greedy=is_greedy)
+        return awaited

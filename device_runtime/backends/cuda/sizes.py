@@ -7,6 +7,8 @@ from device_runtime.backends.memory_plan import CacheRequest, MemoryPlan
 from device_runtime.kernels.reference.kv_pages import KvLayout
 from device_runtime.package_format.model_config import ModelConfig
 
+MAX_STEPS_AHEAD = 3
+"""Steps on their way while the host looks at the tokens of an earlier one."""
 WIDTHS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 """Sequences that a decode graph is built for."""
 
@@ -22,7 +24,9 @@ def step_limits(model: ModelConfig, asked: CacheRequest | MemoryPlan, num_sms: i
     return StepLimits(
         model=model,
         layout=KvLayout(asked.kv_format.value, model.head_dim, asked.page_size),
-        num_slots=decode_widths(asked.max_batch_size)[-1],
+        width=decode_widths(asked.max_batch_size)[-1],
+        # Every step may end all sequences and start as many others.
+        num_slots=decode_widths(asked.max_batch_size)[-1] * (MAX_STEPS_AHEAD + 2),
         max_tokens=asked.max_tokens_per_step,
         max_pages=-(-asked.session_len // asked.page_size),
         num_sms=num_sms,
@@ -30,7 +34,7 @@ def step_limits(model: ModelConfig, asked: CacheRequest | MemoryPlan, num_sms: i
 
 
 def upload_bytes(limits: StepLimits) -> int:
-    """Return the bytes of small arrays that one step may send: a pass, and every row new."""
-    a_pass = 20 * limits.rows + 8 * (limits.max_tiles + limits.max_spans)
-    a_row = 8 * limits.max_pages + 8 * limits.model.head_dim + 128
-    return a_pass + limits.num_slots * a_row + 4096
+    """Return the bytes of small arrays that one step may send: tokens, and every row new."""
+    tokens = 20 * limits.rows + 8 * (limits.max_tiles + limits.max_spans)
+    a_row = 8 * limits.max_pages + 8 * limits.model.head_dim + 256
+    return tokens + limits.width * a_row + 4096

@@ -17,12 +17,12 @@ IDLE = -1
 """Position of a slot that takes no part in a step."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Slot:
-    """What stays the same in one row while a sequence has it.
+    """A sequence's row.
 
     Attributes:
-        index: of the row.
+        index: of the row; changes when the sequence moves.
         sampling: how its tokens are drawn.
         rope_theta: of its rotary angles.
     """
@@ -72,6 +72,34 @@ class Slots:
         if slot is not None:
             self._free.append(slot.index)
             self._free.sort(reverse=True)
+
+    def plan_moves(self, decoding: list[Slot], width: int) -> list[tuple[Slot, int]]:
+        """Return moves, in order, that bring all decoding slots below ``width``.
+
+        A narrow graph serves them then. Who does not decode makes way to a free row beyond.
+        """
+        inside = {slot.index for slot in decoding if slot.index < width}
+        places = (index for index in range(width) if index not in inside)
+        taken = {slot.index: slot for slot in self._by_sequence.values()}
+        beyond = (index for index in self._free[::-1] if index >= width)
+        moves: list[tuple[Slot, int]] = []
+        for slot in decoding:
+            if slot.index < width:
+                continue
+            place = next(places)
+            if place in taken:
+                moves.append((taken[place], next(beyond)))
+            moves.append((slot, place))
+        return moves
+
+    def move(self, slot: Slot, place: int) -> None:
+        """Note that a sequence now has a row that was free."""
+        self._free.remove(place)
+        self._free.append(slot.index)
+        self._free.sort(reverse=True)
+        for books in (self.positions, self.chosen, self.pages):
+            books[place] = books[slot.index]
+        slot.index = place
 
     @property
     def num_taken(self) -> int:

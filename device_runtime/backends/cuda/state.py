@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from ctypes import c_size_t, c_uint, c_ulonglong
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +18,7 @@ from device_runtime.backends.sampling_params import SamplingParams
 from device_runtime.errors import InternalError, PackageError
 from device_runtime.kernels.libcuda import Stream
 from device_runtime.kernels.reference.embedding import turns
-from device_runtime.kernels.sampling_row import sampling_row
+from device_runtime.kernels.sampling_row import SAMPLING_ROW, sampling_row
 
 _EMPTY = np.uint64(2**64 - 1)
 _NO_TOKEN = 0xFFFFFFFF
@@ -27,6 +28,23 @@ _NEVER = 1 << 30
 _SPINS = 200
 _NAP_S = 50e-6
 _CHECK_EVERY = 2000
+
+
+@dataclass
+class Awaited:
+    """A token that a step will choose.
+
+    Attributes:
+        sequence_id: whose.
+        slot: the row that the sequence had in that step.
+        position: of the token.
+        token_id: once it was read, which is when it is asked for or its place is needed.
+    """
+
+    sequence_id: int
+    slot: int
+    position: int
+    token_id: int | None = None
 
 
 class StepState:
@@ -51,6 +69,7 @@ class StepState:
             limits.num_slots, RING_SIZE
         )
         self._ring[:] = _EMPTY
+        self._awaited: dict[tuple[int, int], Awaited] = {}
         self._fill(buffers["positions"], IDLE, limits.num_slots)
         self._fill(buffers["last_positions"], _NEVER, limits.num_slots)
         self._fill(buffers["stop_ids"], -1, 8 * limits.num_slots)
@@ -100,28 +119,56 @@ class StepState:
             self._fill(self._buffers["positions"] + 4 * slot, position, 1)
             self.slots.positions[slot] = position
 
-    def expect(self, slot: int, position: int) -> None:
+    def expect(self, sequence_id: int, slot: int, position: int) -> Awaited:
         """Prepare the ring for the token that a step will choose for a position."""
-        self._ring[slot, position % RING_SIZE] = _EMPTY
+        place = (slot, position % RING_SIZE)
+        earlier = self._awaited.get(place)
+        if earlier is not None:  # of another sequence that had the row: read it before it is gone
+            self.take_token(earlier)
+        self._ring[place] = _EMPTY
         self.slots.positions[slot] = self.slots.chosen[slot] = position
+        awaited = self._awaited[place] = Awaited(sequence_id, slot, position)
+        return awaited
+
+    def move(self, slot: Slot, place: int) -> None:
+        """Give a sequence another row; tokens of earlier steps still come in the old one."""
+        words = {
+            "tokens": 1,
+            "positions": 1,
+            "seen": self._limits.seen_words,
+            "sampling": SAMPLING_ROW.itemsize // 4,
+            "turns": self._limits.model.head_dim,
+            "page_table": self._limits.max_pages,
+        }
+        for name, count in words.items():
+            base = self._buffers[name]
+            source, target = base + 4 * count * slot.index, base + 4 * count * place
+            self._driver.copy_on_device(target, source, 4 * count, self._stream)
+        old = slot.index
+        self.slots.move(slot, place)
+        self._fill(self._buffers["positions"] + 4 * old, IDLE, 1)
+        self.slots.positions[old] = IDLE
 
     def reset(self) -> None:
         """Make every row idle after a failure."""
         self._fill(self._buffers["positions"], IDLE, self._limits.num_slots)
         self.slots.positions[:] = self.slots.chosen[:] = IDLE
+        self._awaited.clear()
 
-    def take_token(self, slot: int, position: int) -> int:
-        """Wait for the token that a step chose for a position.
+    def take_token(self, awaited: Awaited) -> int:
+        """Return a token, once its step has chosen it.
 
         Raises:
             DeviceError: the device failed.
             PackageError: the logits were not finite.
         """
-        ring = self._ring[slot]
-        place = position % RING_SIZE
+        if awaited.token_id is not None:
+            return awaited.token_id
+        position = awaited.position
+        place = (awaited.slot, position % RING_SIZE)
         num_waits = 0
         while True:
-            word = int(ring[place])
+            word = int(self._ring[place])
             if word >> 32 == position:
                 break
             num_waits += 1
@@ -129,14 +176,16 @@ class StepState:
                 time.sleep(_NAP_S)
             if num_waits % _CHECK_EVERY == 0:
                 is_done = self._driver.check(self._stream)
-                if is_done and int(ring[place]) >> 32 != position:
+                if is_done and int(self._ring[place]) >> 32 != position:
                     raise InternalError(f"the device chose no token for position {position}")
+        del self._awaited[place]
         token_id = word & _NO_TOKEN
         if token_id == _NO_TOKEN:
             raise PackageError(
                 f"the logits at position {position} are not finite; verify the package or "
                 "convert it again"
             )
+        awaited.token_id = token_id
         return token_id
 
     def close(self) -> None:

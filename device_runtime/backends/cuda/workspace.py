@@ -9,17 +9,19 @@ from device_runtime.backends.cuda.arena import arena_bytes
 from device_runtime.backends.cuda.weights import padded_rows
 from device_runtime.kernels.attention_shape import PREFILL_ROWS, SPAN_TOKENS, DecodeAttentionShape
 from device_runtime.kernels.gemm_shape import W4A16_TILES
+from device_runtime.kernels.gemv_shape import GemvShape
 from device_runtime.kernels.head_shape import MAX_ROWS
 from device_runtime.kernels.reference.kv_pages import KvLayout
 from device_runtime.kernels.sampling_row import SAMPLING_ROW, STOP_IDS
+from device_runtime.kernels.table import GEMV_STAGES
 from device_runtime.package_format.model_config import ModelConfig
 
-RING_SIZE = 16
+RING_SIZE = 64
 """Tokens of a slot that the host may not have read yet; more than the steps that run ahead."""
 GEMM_TICKETS = 8192
-SPLIT_UNITS = 8
+SPLIT_UNITS = 12
 """Units of the KV cache (64 int8 or 32 fp16 tokens) that one block takes before a second helps."""
-MAX_SPLITS = 16
+MAX_SPLITS = 8
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,8 @@ class StepLimits:
     Attributes:
         model: what runs.
         layout: of the KV cache.
-        num_slots: sequences with state on the device.
+        width: sequences that decode together.
+        num_slots: rows of state; sequences that left keep theirs until their last step is done.
         max_tokens: tokens of one pass.
         max_pages: width of the page table.
         num_sms: of the device.
@@ -37,6 +40,7 @@ class StepLimits:
 
     model: ModelConfig
     layout: KvLayout
+    width: int
     num_slots: int
     max_tokens: int
     max_pages: int
@@ -45,7 +49,7 @@ class StepLimits:
     @property
     def rows(self) -> int:
         """Tokens that activations have room for."""
-        return max(self.max_tokens, self.num_slots)
+        return max(self.max_tokens, self.width)
 
     @property
     def seen_words(self) -> int:
@@ -55,7 +59,7 @@ class StepLimits:
     @property
     def logits_rows(self) -> int:
         """Rows of logits in memory."""
-        return max(self.num_slots, MAX_ROWS)
+        return max(self.width, MAX_ROWS)
 
     @property
     def max_splits(self) -> int:
@@ -86,21 +90,22 @@ class StepLimits:
             "inner": 2 * rows * 2 * model.intermediate_size,
             "rotation": 8 * rows * pairs,
             "query_scale": 4 * rows,
-            "partials": 4 * self.attention(slots).partials_floats,
-            "attention_tickets": 4 * slots * model.num_kv_heads,
+            "partials": 4 * self.attention(self.width).partials_floats,
+            "attention_tickets": 4 * self.width * model.num_kv_heads,
             "gemm_sums": self.gemm_bytes,
             "gemm_tickets": 4 * GEMM_TICKETS,
+            "gemv_activations": self.gemv_activation_bytes,
             "gemv_sums": 4 * 8 * max(model.qkv_size, 2 * model.intermediate_size),
             "logits": 4 * self.logits_rows * padded_rows(model),
             "prompt_tokens": 4 * rows,
             "prompt_positions": 4 * rows,
             "prompt_slots": 4 * rows,
-            "prompt_start": 4 * (slots + 1),
-            "prompt_pages": 4 * slots * self.max_pages,
+            "prompt_start": 8,
+            "prompt_pages": 4 * self.max_pages,
             "prompt_tiles": 8 * self.max_tiles,
             "prompt_spans": 8 * self.max_spans,
             "head_rows": 4 * rows,
-            "head_slots": 4 * rows,
+            "head_slots": 4,
             "tokens": 4 * slots,
             "positions": 4 * slots,
             "seen": 4 * slots * self.seen_words,
@@ -119,12 +124,29 @@ class StepLimits:
     def max_tiles(self) -> int:
         """Blocks of the prompt attention, times kv heads, in the worst case."""
         group = self.model.num_attention_heads // self.model.num_kv_heads
-        return self.rows * group // PREFILL_ROWS + self.num_slots
+        return self.rows * group // PREFILL_ROWS + 1
 
     @property
     def max_spans(self) -> int:
         """Spans of positions that the new tokens of a pass can touch."""
-        return self.rows // SPAN_TOKENS + 2 * self.num_slots
+        return self.rows // SPAN_TOKENS + 2
+
+    @property
+    def gemv_activation_bytes(self) -> int:
+        """Bytes of the quantized activations of the widest GEMV."""
+        model = self.model
+        return max(
+            GemvShape(
+                width=max(GEMV_STAGES),
+                num_inputs=num_inputs,
+                num_outputs=32,
+                group_size=model.group_size or 128,
+                grid=1,
+                phase_units=1,
+                held_tiles=1,
+            ).activation_bytes
+            for num_inputs in (model.hidden_size, model.q_size, model.intermediate_size)
+        )
 
     @property
     def gemm_bytes(self) -> int:

@@ -1,0 +1,175 @@
+"""`turbojet bench`: how fast a model answers on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from dataclasses import replace
+
+from device_runtime import __version__
+from device_runtime.apps.bench_device import describe_machine, machine_facts, memory_use
+from device_runtime.apps.bench_engine import OpenEngine, open_engine, step_bytes
+from device_runtime.apps.bench_report import print_report, result_facts, to_csv
+from device_runtime.apps.bench_runs import Result, Workload, run_workload
+from device_runtime.apps.chat_view import make_console
+from device_runtime.apps.engine_flags import add_engine_arguments, engine_options
+from device_runtime.apps.places import data_dir
+from device_runtime.apps.store import Store, find_package
+from device_runtime.backends.sampling_params import SamplingParams
+from device_runtime.backends.synthetic import SHAPES, synthetic_package
+from device_runtime.errors import UsageError
+from device_runtime.package_format.package import Package, open_package
+
+DEFAULT_PROMPT = "128"
+DEFAULT_COMPLETION = "128"
+DEFAULT_CONCURRENCY = "1"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``turbojet bench``."""
+    parser.epilog = "Lists are numbers with commas; every combination is measured."
+    parser.add_argument(
+        "target", metavar="NAME|FOLDER", nargs="?", help="an installed model, or a folder"
+    )
+    parser.add_argument(
+        "--synthetic",
+        metavar="MODEL",
+        help=f"random weights of a model's shape: {', '.join(SHAPES)}",
+    )
+    parser.add_argument(
+        "--head", choices=("fp16", "int8"), default="fp16", help="output head of --synthetic"
+    )
+    parser.add_argument("--group-size", type=int, metavar="N", help="of --synthetic: 128, 64 or 32")
+    parser.add_argument(
+        "--prompt", default=DEFAULT_PROMPT, metavar="N,..", help="tokens of the prompt"
+    )
+    parser.add_argument(
+        "--completion", default=DEFAULT_COMPLETION, metavar="N,..", help="tokens of the answer"
+    )
+    parser.add_argument(
+        "--concurrency", default=DEFAULT_CONCURRENCY, metavar="N,..", help="sequences at once"
+    )
+    parser.add_argument("--warm-up", type=int, default=1, metavar="N", help="rounds before (1)")
+    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="rounds that count (5)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, metavar="X", help="0, the default, is greedy"
+    )
+    shape = parser.add_mutually_exclusive_group()
+    shape.add_argument("--json", action="store_true", help="print the results as JSON")
+    shape.add_argument("--csv", action="store_true", help="print the results as CSV")
+    add_engine_arguments(parser)
+
+
+def run_bench(args: argparse.Namespace) -> int:
+    """Measure every combination and print what came out; return the exit code.
+
+    Raises:
+        TurbojetError: an argument means nothing, or the engine does not open.
+    """
+    workloads = read_workloads(args.prompt, args.completion, args.concurrency)
+    if args.warm_up < 0 or args.repeats < 1:
+        raise UsageError(
+            f"--warm-up is {args.warm_up} and --repeats {args.repeats}, expected at least 0 and 1"
+        )
+    options = engine_options(args, os.environ)
+    concurrency = max(workload.concurrency for workload in workloads)
+    longest = max(w.prompt_tokens + w.completion_tokens for w in workloads)
+    if options.max_batch_size is None:
+        options = replace(options, max_batch_size=concurrency)
+    package, title = find_target(args, concurrency, longest)
+    opened = open_engine(package, options)
+    with opened.engine:
+        machine = describe_machine(opened.backend, package)
+        results = [_measure(opened, workload, args) for workload in workloads]
+        memory = memory_use(opened.backend, opened.engine.plan)
+    rows = [result_facts(result, machine) for result in results]
+    if args.json:
+        facts = {
+            "model": title,
+            "backend": opened.backend.name,
+            "version": __version__,
+            "quant_policy": opened.engine.plan.kv_format.value,
+            **machine_facts(machine, memory),
+            "results": rows,
+        }
+        print(json.dumps(facts, indent=2, ensure_ascii=False))
+    elif args.csv:
+        print(to_csv(rows), end="")
+    else:
+        heading = f"{title}, {opened.backend.name}, {opened.engine.plan.kv_format.title} KV cache"
+        print_report(make_console(), heading, results, machine, memory)
+    return 0
+
+
+def find_target(args: argparse.Namespace, concurrency: int, longest: int) -> tuple[Package, str]:
+    """Return the package to measure and what to call it.
+
+    Raises:
+        UsageError: neither or both of a model and --synthetic are given, or there is no such model.
+    """
+    if (args.target is None) == (args.synthetic is None):
+        raise UsageError("bench takes the name of a model, a folder, or --synthetic MODEL")
+    if args.synthetic is not None:
+        package: Package = synthetic_package(
+            args.synthetic,
+            head_type=args.head,
+            group_size=args.group_size,
+            max_batch_size=concurrency,
+            session_len=max(longest, 64),
+        )
+        model = package.model
+        return package, f"{args.synthetic} (synthetic, W4 g{model.group_size}, {args.head} head)"
+    release = Store(data_dir()).find(args.target, None)
+    package = open_package(release.root if release else find_package(args.target))
+    return package, package.name
+
+
+def read_workloads(prompts: str, completions: str, concurrencies: str) -> list[Workload]:
+    """Return every combination of three lists.
+
+    Raises:
+        UsageError: a list holds something that is not a number above 0.
+    """
+    lists = [
+        read_numbers(text, flag)
+        for text, flag in (
+            (concurrencies, "--concurrency"),
+            (prompts, "--prompt"),
+            (completions, "--completion"),
+        )
+    ]
+    return [
+        Workload(prompt, completion, concurrency)
+        for concurrency in lists[0]
+        for prompt in lists[1]
+        for completion in lists[2]
+    ]
+
+
+def read_numbers(text: str, flag: str) -> list[int]:
+    """Return the numbers of a list such as ``128,512``.
+
+    Raises:
+        UsageError: something in it is not a whole number above 0.
+    """
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = [0]
+    if min(numbers) < 1:
+        raise UsageError(f"{flag} is {text[:60]!r}, expected whole numbers above 0 with commas")
+    return numbers
+
+
+def _measure(opened: OpenEngine, workload: Workload, args: argparse.Namespace) -> Result:
+    engine = opened.engine
+    quant_policy = engine.plan.kv_format.value
+    return run_workload(
+        engine,
+        workload,
+        warm_up=args.warm_up,
+        repeats=args.repeats,
+        sampling=SamplingParams(temperature=args.temperature),
+        bytes_per_step=step_bytes(engine.package.model, quant_policy, workload),
+    )
