@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer as FastTokenizer
 
 from device_runtime.errors import PackageError
 from device_runtime.package_format import names
+from device_runtime.package_format.files import check_file
 from device_runtime.package_format.manifest import TokenizerFacts
 from device_runtime.package_format.package import Package
 from device_runtime.templates.message import Segment, joined_text
-
-MAX_TOKENIZER_BYTES = 256 << 20
+from device_runtime.tokenization.folder import ORIGINAL_FILES, tokenizer_definition
 
 
 class Tokenizer:
@@ -43,10 +43,9 @@ class Tokenizer:
         """Open the tokenizer of a package or workspace.
 
         Raises:
-            PackageError: there is no tokenizer.json, or it is none.
+            PackageError: there is no tokenizer.json, nor what it is made from, or it is none.
         """
-        path = package.root / names.tokenizer_path(names.TOKENIZER_JSON)
-        definition = _read(path)
+        definition = package_definition(package)
         if package.manifest is not None:
             return cls(definition, package.manifest.tokenizer)
         # A plain workspace says no more than this; whether bos is added its tokenizer shows.
@@ -186,19 +185,16 @@ class Tokenizer:
         return self._continuing
 
 
-def _read(path: Path) -> str:
-    try:
-        if path.stat().st_size > MAX_TOKENIZER_BYTES:
-            raise PackageError(
-                f"{path} has {path.stat().st_size} bytes, expected at most {MAX_TOKENIZER_BYTES}"
-            )
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise PackageError(
-            f"{path} is missing; convert the model again, which makes it from tokenizer.model"
-        ) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise PackageError(f"{path} cannot be read: {error}") from error
+def package_definition(package: Package) -> str:
+    """Return the text of a package's tokenizer.json, made in memory for a plain workspace.
+
+    Raises:
+        PackageError: there is neither it nor an original, or what there is is damaged.
+    """
+    for name in (names.TOKENIZER_JSON, *ORIGINAL_FILES):
+        if os.path.lexists(package.tokenizer_dir / name):
+            check_file(package.root, names.tokenizer_path(name))
+    return tokenizer_definition(package.tokenizer_dir)
 
 
 def _build(definition: str) -> FastTokenizer:

@@ -174,7 +174,7 @@ def test_a_missing_tokenizer_is_a_package_error(tmp_path) -> None:
     made = make_package(tmp_path / "p", has_manifest=False)
     path = made.root / names.tokenizer_path(names.TOKENIZER_JSON)
     path.unlink()
-    with pytest.raises(PackageError, match=r"tokenizer.json is missing; convert the model again"):
+    with pytest.raises(PackageError, match=r"tokenizer.json is missing, and so are tokenizer"):
         Tokenizer.open(open_package(made.root))
     path.write_bytes(b"\xff")
     with pytest.raises(PackageError, match=r"tokenizer.json cannot be read"):
