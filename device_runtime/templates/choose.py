@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,10 +11,10 @@ from device_runtime.package_format.manifest import TemplateChoice
 from device_runtime.templates.builtin import BUILTIN_TEMPLATES, BuiltinTemplate
 from device_runtime.templates.jinja_template import JinjaTemplate
 from device_runtime.templates.message import ChatTemplate, Message
+from device_runtime.tokenization.settings_files import read_settings, read_text
 
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 """Where checkpoints of transformers 4.52 and later keep it, beside tokenizer_config.json."""
-_MAX_JSON_BYTES = 64 << 20
 
 _PATTERNS: tuple[tuple[tuple[str, ...], tuple[str, ...], str], ...] = (
     # Words that all occur, words of which one occurs (or none given), built-in; first match wins.
@@ -110,7 +109,7 @@ def open_template(
         return JinjaTemplate(
             name=choice.name,
             source=choice.source,
-            variables=_token_variables(_read_tokenizer_config(tokenizer_dir)),
+            variables=_token_variables(read_settings(tokenizer_dir / names.TOKENIZER_CONFIG)),
             special_tokens=tuple(special_tokens),
         )
     for built in BUILTIN_TEMPLATES:
@@ -125,8 +124,8 @@ def open_template(
 def _own_template(tokenizer_dir: Path) -> TemplateChoice | None:
     path = tokenizer_dir / CHAT_TEMPLATE_FILE
     if path.is_file():
-        return TemplateChoice("jinja", CHAT_TEMPLATE_FILE, _read_text(path))
-    source = _read_tokenizer_config(tokenizer_dir).get("chat_template")
+        return TemplateChoice("jinja", CHAT_TEMPLATE_FILE, read_text(path))
+    source = read_settings(tokenizer_dir / names.TOKENIZER_CONFIG).get("chat_template")
     if isinstance(source, list):
         # Several named ones, for tools and the like; "default" is the one for a chat.
         named = {
@@ -147,27 +146,3 @@ def _token_variables(config: dict[str, object]) -> dict[str, str]:
         if key.endswith("_token") and isinstance(value, str):
             found[key] = value
     return found
-
-
-def _read_tokenizer_config(tokenizer_dir: Path) -> dict[str, object]:
-    path = tokenizer_dir / names.TOKENIZER_CONFIG
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(_read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise PackageError(f"{path} is not JSON: {str(error)[:120]}") from error
-    if not isinstance(value, dict):
-        raise PackageError(f"{path} is not a JSON object")
-    return value
-
-
-def _read_text(path: Path) -> str:
-    try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise PackageError(
-                f"{path} has {path.stat().st_size} bytes, expected at most {_MAX_JSON_BYTES}"
-            )
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise PackageError(f"{path} cannot be read: {error}") from error

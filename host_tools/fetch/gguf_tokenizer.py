@@ -15,19 +15,14 @@ from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 
 from device_runtime.errors import PackageError
-from host_tools.fetch.gguf_metadata import Metadata
-from host_tools.fetch.sentencepiece_bpe import SentencePieceRules, build_sentencepiece
-
-MAX_TOKENS = 1 << 20
-MAX_TOKEN_CHARACTERS = 4096
-
-# Values of tokenizer.ggml.token_type.
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
-
-_TIKTOKEN_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+from device_runtime.tokenization.sentencepiece_bpe import (
+    PieceKind,
+    SentencePieceRules,
+    build_sentencepiece,
+    check_vocabulary,
 )
+from device_runtime.tokenization.tiktoken_ranks import TIKTOKEN_SPLIT
+from host_tools.fetch.gguf_metadata import Metadata
 
 
 @dataclass(frozen=True)
@@ -51,8 +46,8 @@ class PreTokenizer:
 
 GPT2 = PreTokenizer()
 SMOLLM = PreTokenizer(has_single_digits=True)
-LLAMA3 = PreTokenizer(split=_TIKTOKEN_SPLIT % "{1,3}", ignores_merges=True, adds_bos=True)
-QWEN2 = PreTokenizer(split=_TIKTOKEN_SPLIT % "", is_nfc=True)
+LLAMA3 = PreTokenizer(split=TIKTOKEN_SPLIT % "{1,3}", ignores_merges=True, adds_bos=True)
+QWEN2 = PreTokenizer(split=TIKTOKEN_SPLIT % "", is_nfc=True)
 
 PRE_TOKENIZERS = {
     "default": GPT2,
@@ -152,21 +147,12 @@ def rebuild_tokenizer(metadata: Metadata, vocab_size: int) -> RebuiltTokenizer:
 
 
 def _check_tokens(metadata: Metadata, tokens: Sequence[str], vocab_size: int) -> None:
-    name = metadata.file_name
-    if not 1 <= len(tokens) <= min(MAX_TOKENS, vocab_size):
+    if not 1 <= len(tokens) <= vocab_size:
         raise PackageError(
-            f"{name} has {len(tokens)} tokens for {vocab_size} rows of its embedding, expected 1 "
-            f"to {min(MAX_TOKENS, vocab_size)}"
+            f"{metadata.file_name} has {len(tokens)} tokens for {vocab_size} rows of its "
+            f"embedding, expected 1 to {vocab_size}"
         )
-    if len(set(tokens)) != len(tokens):
-        raise PackageError(
-            f"{name} has {len(tokens)} tokens, but {len(set(tokens))} different ones"
-        )
-    longest = max(map(len, tokens))
-    if longest > MAX_TOKEN_CHARACTERS:
-        raise PackageError(
-            f"{name} has a token of {longest} characters, expected at most {MAX_TOKEN_CHARACTERS}"
-        )
+    check_vocabulary(tokens, metadata.file_name)
 
 
 def _build_byte_level(
@@ -219,16 +205,16 @@ def _build_sentencepiece(
         unk_token=tokens[special.unk],
         has_space_prefix=metadata.flag("tokenizer.ggml.add_space_prefix", True),
     )
-    mergeable = [kind in (NORMAL, USER_DEFINED) for kind in types]
+    mergeable = [kind in (PieceKind.NORMAL, PieceKind.USER_DEFINED) for kind in types]
     return build_sentencepiece(tokens, scores, mergeable, rules)
 
 
 def _add_marked_tokens(tokenizer: Tokenizer, tokens: Sequence[str], types: Sequence[int]) -> None:
     """Mark the tokens that are found in text before anything else is done to it."""
     marked = [
-        AddedToken(token, normalized=False, special=kind in (CONTROL, UNKNOWN))
+        AddedToken(token, normalized=False, special=kind in (PieceKind.CONTROL, PieceKind.UNKNOWN))
         for token, kind in zip(tokens, types, strict=True)
-        if kind in (CONTROL, USER_DEFINED, UNKNOWN) and token
+        if kind in (PieceKind.CONTROL, PieceKind.USER_DEFINED, PieceKind.UNKNOWN) and token
     ]
     # They are in the vocabulary already, so none of them gets a new id.
     tokenizer.add_tokens(marked)
@@ -255,14 +241,14 @@ def _tokenizer_config(
     config["added_tokens_decoder"] = {
         str(index): {
             "content": token,
-            "special": kind != USER_DEFINED,
+            "special": kind != PieceKind.USER_DEFINED,
             "normalized": False,
             "lstrip": False,
             "rstrip": False,
             "single_word": False,
         }
         for index, (token, kind) in enumerate(zip(tokens, types, strict=True))
-        if kind in (CONTROL, USER_DEFINED, UNKNOWN) and token
+        if kind in (PieceKind.CONTROL, PieceKind.USER_DEFINED, PieceKind.UNKNOWN) and token
     }
     if "tokenizer.chat_template" in metadata:
         config["chat_template"] = metadata.text("tokenizer.chat_template")

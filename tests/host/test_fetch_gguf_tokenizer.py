@@ -10,8 +10,8 @@ import tiny_gguf as tiny
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
+from device_runtime.tokenization.sentencepiece_bpe import SentencePieceRules, build_sentencepiece
 from host_tools.fetch import fetch
-from host_tools.fetch.sentencepiece_bpe import SentencePieceRules, build_sentencepiece
 
 MODEL = tiny.random_model("llama")
 FIRST_BYTE = 3

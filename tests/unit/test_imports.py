@@ -14,8 +14,18 @@ DEVICE = ROOT / "device_runtime"
 HOST = ROOT / "host_tools"
 
 # Lowest first: a module may import from its own layer and from layers before it.
-LAYERS = ("errors", "package_format", "templates", "kernels", "backends", "engine", "apps", "cli")
-HOST_MAY_IMPORT = ("errors", "package_format", "templates", "kernels", "engine")
+LAYERS = (
+    "errors",
+    "package_format",
+    "tokenization",
+    "templates",
+    "kernels",
+    "backends",
+    "engine",
+    "apps",
+    "cli",
+)
+HOST_MAY_IMPORT = ("errors", "package_format", "tokenization", "templates", "kernels", "engine")
 DEVICE_LIBRARIES = {
     "numpy",
     "rich",

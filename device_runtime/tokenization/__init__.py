@@ -1,0 +1,1 @@
+"""Tokenizers from the files models are published with, without running any of their code."""
