@@ -21,6 +21,7 @@ from host_tools.package_options import ConvertOptions
 from host_tools.progress import Progress
 from host_tools.stage import RECORD_DIR, Stage, exclusive
 from host_tools.tokenizer_folder import SourceTokenizer
+from host_tools.tokenizer_proof import prove_tokenizer
 from host_tools.turbomind_tensors import global_tensors, layer_tensors
 
 STAGE_VERSION = 1
@@ -42,8 +43,9 @@ def convert(
 
     Raises:
         UsageError: ``output`` holds something else, another process writes it, or the group size
-            is not the checkpoint's.
-        PackageError: the checkpoint is damaged or cannot be laid out so.
+            is not the checkpoint's, or the library of its tokenizer is not installed.
+        PackageError: the checkpoint is damaged or cannot be laid out so, or its tokenizer.model
+            or qwen.tiktoken cannot be converted exactly.
     """
     stage = convert_stage(checkpoint_dir, output, options)
     if is_converted(stage):
@@ -57,6 +59,12 @@ def convert(
     manifest, config = describe(
         checkpoint, model, source, options, source_sha256=stage.input_hashes[0]
     )
+    if source.converted is not None:
+        num_strings = prove_tokenizer(source.converted, progress)
+        progress.note(
+            f"convert: {source.converted.path.name} became {names.TOKENIZER_JSON}, equal to "
+            f"{source.converted.kind} on {num_strings} strings"
+        )
     with exclusive(part):
         shutil.rmtree(part / names.TRITON_MODELS, ignore_errors=True)
         writer = WorkspaceWriter(part, model)

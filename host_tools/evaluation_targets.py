@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 
 from device_runtime.engine.engine import Engine
 from device_runtime.engine.options import EngineOptions
+from device_runtime.engine.tokenizer import package_definition
 from device_runtime.errors import PackageError, UsageError
 from device_runtime.package_format import names
 from device_runtime.package_format.archive_reader import extract_archive
@@ -177,8 +178,9 @@ def _engine_options(package: Package, options: EvaluateOptions) -> EngineOptions
 
 
 def _package_tokenizer(package: Package) -> Tokenizer:
-    path = package.tokenizer_dir / names.TOKENIZER_JSON
+    definition = package_definition(package)
     try:
-        return Tokenizer.from_file(str(path))
+        return Tokenizer.from_str(definition)
     except Exception as error:  # the library raises nothing narrower
+        path = package.tokenizer_dir / names.TOKENIZER_JSON
         raise PackageError(f"{path} is no tokenizer, convert again") from error

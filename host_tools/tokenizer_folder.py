@@ -12,6 +12,12 @@ from tokenizers import Tokenizer
 from device_runtime.errors import PackageError
 from device_runtime.package_format import names
 from device_runtime.package_format.manifest import SamplingDefaults
+from device_runtime.tokenization.folder import (
+    ORIGINAL_FILES,
+    ConvertedTokenizer,
+    convert_tokenizer,
+    original_file,
+)
 from host_tools.checkpoint.config_reader import read_json
 from host_tools.checkpoint.reader import CONFIG_JSON
 
@@ -19,10 +25,9 @@ TOKENIZER_FILES = (
     names.TOKENIZER_JSON,
     names.TOKENIZER_CONFIG,
     names.GENERATION_CONFIG,
-    names.TOKENIZER_MODEL,
-    names.TOKENIZER_TIKTOKEN,
+    *ORIGINAL_FILES,
 )
-"""What is copied where it exists; the first must."""
+"""What is copied where it exists; the first is made from an original where it does not."""
 
 _SAMPLING_RANGES = {
     "temperature": (0.0, 100.0),
@@ -39,7 +44,8 @@ class SourceTokenizer:
 
     Attributes:
         folder: the checkpoint.
-        tokenizer: its tokenizer.json.
+        tokenizer: its tokenizer.json, or the same made from its original.
+        converted: what was made from an original, None where there is a tokenizer.json.
         config: tokenizer_config.json, empty when there is none.
         generation: generation_config.json, empty when there is none.
         model_config: config.json.
@@ -47,6 +53,7 @@ class SourceTokenizer:
 
     folder: Path
     tokenizer: Tokenizer
+    converted: ConvertedTokenizer | None
     config: Mapping[str, object]
     generation: Mapping[str, object]
     model_config: Mapping[str, object]
@@ -60,18 +67,19 @@ class SourceTokenizer:
             vocab_size: rows of its embedding, above every token id.
 
         Raises:
-            PackageError: tokenizer.json is missing or damaged, or has an id without embedding.
+            PackageError: there is no tokenizer.json and nothing to make it from, what there is is
+                damaged, or an id has no embedding.
         """
         path = folder / names.TOKENIZER_JSON
+        converted = None
         if not path.is_file():
-            raise PackageError(
-                f"{folder} has no {names.TOKENIZER_JSON}, save the checkpoint with a fast "
-                "tokenizer (AutoTokenizer.save_pretrained) and convert again"
-            )
-        try:
-            tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises nothing narrower
-            raise PackageError(f"{path} is no tokenizer ({_first_line(error)})") from error
+            converted = _convert(folder)
+            path, tokenizer = converted.path, converted.tokenizer
+        else:
+            try:
+                tokenizer = Tokenizer.from_file(str(path))
+            except Exception as error:  # the library raises nothing narrower
+                raise PackageError(f"{path} is no tokenizer ({_first_line(error)})") from error
         largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
         if not 0 <= largest < vocab_size:
             raise PackageError(
@@ -85,6 +93,7 @@ class SourceTokenizer:
         return cls(
             folder=folder,
             tokenizer=tokenizer,
+            converted=converted,
             config=settings(names.TOKENIZER_CONFIG),
             generation=settings(names.GENERATION_CONFIG),
             model_config=settings(CONFIG_JSON),
@@ -110,10 +119,14 @@ class SourceTokenizer:
         return self.bos_id is not None and self.config.get("add_bos_token") is True
 
     def copy_to(self, folder: Path) -> list[Path]:
-        """Copy the tokenizer's files and return their new paths."""
+        """Copy the tokenizer's files, write what was converted, and return the new paths."""
         folder.mkdir(parents=True, exist_ok=True)
         found = [name for name in TOKENIZER_FILES if (self.folder / name).is_file()]
-        return [Path(shutil.copyfile(self.folder / name, folder / name)) for name in found]
+        paths = [Path(shutil.copyfile(self.folder / name, folder / name)) for name in found]
+        if self.converted is not None:
+            paths.append(folder / names.TOKENIZER_JSON)
+            paths[-1].write_text(self.converted.text, encoding="utf-8")
+        return paths
 
     def sampling_defaults(self, base: SamplingDefaults) -> SamplingDefaults:
         """Return ``base`` with what generation_config.json asks for.
@@ -140,6 +153,8 @@ class SourceTokenizer:
         found: list[int] = []
         token = self.config.get(f"{kind}_token")
         text = token.get("content") if isinstance(token, dict) else token
+        if text is None and self.converted is not None:
+            text = self.converted.bos_token if kind == "bos" else self.converted.eos_token
         if isinstance(text, str):
             token_id = self.tokenizer.token_to_id(text)
             if token_id is not None:
@@ -149,6 +164,15 @@ class SourceTokenizer:
         known = self.tokenizer.get_vocab_size(with_added_tokens=True)
         largest = max(self.tokenizer.get_vocab(with_added_tokens=True).values(), default=known)
         return tuple(dict.fromkeys(token_id for token_id in found if 0 <= token_id <= largest))
+
+
+def _convert(folder: Path) -> ConvertedTokenizer:
+    if original_file(folder) is None:
+        raise PackageError(
+            f"{folder} has no {names.TOKENIZER_JSON}, save the checkpoint with a fast "
+            "tokenizer (AutoTokenizer.save_pretrained) and convert again"
+        )
+    return convert_tokenizer(folder)
 
 
 def _integers(value: object) -> Iterable[int]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from device_runtime.errors import PackageError
 from device_runtime.package_format import names
+from device_runtime.tokenization.folder import ORIGINAL_FILES
 from host_tools.checkpoint_names import (
     CONFIG_JSON,
     GGUF,
@@ -21,8 +22,7 @@ MAX_INDEX_BYTES = 32 << 20
 
 TOKENIZER_FILES = (
     names.TOKENIZER_JSON,
-    names.TOKENIZER_MODEL,
-    names.TOKENIZER_TIKTOKEN,
+    *ORIGINAL_FILES,
     "vocab.json",
 )
 

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
+import tiny_sentencepiece
 import torch
 from test_convert_bytes import GQA_64, int4_tensors
 from tiny_checkpoints import llama_tensors, write_checkpoint
@@ -342,6 +343,21 @@ def test_a_missing_tokenizer_says_how_to_get_one(awq_dir, tmp_path):
     (awq_dir / "tokenizer.json").unlink()
     with pytest.raises(PackageError, match=r"has no tokenizer\.json, save the checkpoint with a"):
         run(awq_dir, tmp_path / "tm")
+
+
+def test_a_sentencepiece_model_becomes_a_tokenizer_json(tmp_path, awq_tensors):
+    write_checkpoint(tmp_path / "awq", GQA_64.config(), awq_tensors)
+    source = tiny_sentencepiece.write_model(tmp_path / "awq")
+    notes = Notes()
+    package = open_package(run(source, tmp_path / "tm", notes, model_name="internlm2-chat-1_8b"))
+    assert package.manifest.tokenizer == TokenizerFacts(1, True, (2,), (276,))
+    assert sorted(path.name for path in package.tokenizer_dir.iterdir()) == [
+        "tokenizer.json",
+        "tokenizer.model",
+    ]
+    assert notes.lines == [
+        "convert: tokenizer.model became tokenizer.json, equal to sentencepiece on 21000 strings"
+    ]
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path):
