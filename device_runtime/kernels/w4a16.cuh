@@ -111,6 +111,9 @@ __device__ __forceinline__ uint32_t word_of(const uint4& words, int index) {
   return index == 0 ? words.x : index == 1 ? words.y : index == 2 ? words.z : words.w;
 }
 
+// The plain variant has more instructions for a row of inputs and would run out of registers.
+constexpr int kRowUnroll = TURBOJET_PLAIN ? 1 : 4;
+
 // Tokens are taken in blocks of four, because a fragment has eight columns for two digits each.
 template <int kTokens>
 constexpr int kTokenBlocks = (kTokens + 3) / 4;
@@ -184,7 +187,7 @@ __device__ __forceinline__ void add_stretch(float (&y)[kTokenBlocks<kTokens>][4]
                                             const StretchActivations<kTokens, kGroupSize>& x,
                                             int lane) {
   constexpr int kTilesPerGroup = kGroupSize / 32;
-#pragma unroll
+#pragma unroll kRowUnroll
   for (int group = 0; group < kStretchInputs / kGroupSize; ++group) {
     uint32_t pairs[4];
 #pragma unroll
@@ -204,7 +207,7 @@ __device__ __forceinline__ void add_stretch(float (&y)[kTokenBlocks<kTokens>][4]
         sums[block][half][3] = static_cast<int>(pairs[2 * half + 1] & 0xf0u) * negated_sum;
       }
     }
-#pragma unroll
+#pragma unroll kRowUnroll
     for (int j = group * kTilesPerGroup; j < (group + 1) * kTilesPerGroup; ++j) {
       const uint4 words = *reinterpret_cast<const uint4*>(codes + j * kTileBytes + lane * 16);
       add_products<kTokens>(sums, words, x.chunks(), j, lane);

@@ -247,7 +247,7 @@ __device__ __forceinline__ void run_quantize(uint4* activations, const Arguments
 // in flight together.
 template <bool kHasNorm>
 struct ActivationBatch {
-  static constexpr int kBatch = kHasNorm ? 4 : 6;
+  static constexpr int kBatch = kHasNorm ? 3 : 6;
 
   float values[kBatch][4];
   float square_sums[kBatch];

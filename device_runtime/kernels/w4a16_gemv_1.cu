@@ -8,7 +8,7 @@ constexpr int kTokens = 1;
 
 }  // namespace
 
-extern "C" __global__ void __launch_bounds__(kThreads)
+extern "C" __global__ void __launch_bounds__(kThreads, 1)
     w4a16_gemv_norm_1(fp16* out, float* workspace, const float* residual, const fp16* norm_weight,
                       const fp16* bias, const uint4* codes, const uint32_t* scales_zeros,
                       int32_t num_tokens, int32_t inputs, int32_t outputs, int32_t phase_units,
@@ -19,7 +19,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
                 num_tokens, phase_units, held_tiles, eps});
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads)
+extern "C" __global__ void __launch_bounds__(kThreads, 1)
     w4a16_gemv_norm_silu_1(fp16* out, float* workspace, const float* residual,
                            const fp16* norm_weight, const uint4* codes,
                            const uint32_t* scales_zeros, int32_t num_tokens, int32_t inputs,
@@ -30,7 +30,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
                 num_tokens, phase_units, held_tiles, eps});
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads)
+extern "C" __global__ void __launch_bounds__(kThreads, 1)
     w4a16_gemv_add_1(float* residual, float* workspace, const fp16* x, const fp16* bias,
                      const uint4* codes, const uint32_t* scales_zeros, int32_t num_tokens,
                      int32_t inputs, int32_t outputs, int32_t phase_units, int32_t held_tiles) {

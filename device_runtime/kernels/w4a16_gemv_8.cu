@@ -26,7 +26,7 @@ extern "C" __global__ void __launch_bounds__(kQuantizeThreads)
   run_quantize<kTokens, false>(activations, arguments, inputs);
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads)
+extern "C" __global__ void __launch_bounds__(kThreads, 1)
     w4a16_gemv_norm_8(fp16* out, float* workspace, const uint4* activations, const fp16* bias,
                       const uint4* codes, const uint32_t* scales_zeros, int32_t num_tokens,
                       int32_t inputs, int32_t outputs, int32_t phase_units, int32_t held_tiles,
@@ -37,7 +37,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
                 phase_units, held_tiles, eps});
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads)
+extern "C" __global__ void __launch_bounds__(kThreads, 1)
     w4a16_gemv_norm_silu_8(fp16* out, float* workspace, const uint4* activations,
                            const uint4* codes, const uint32_t* scales_zeros, int32_t num_tokens,
                            int32_t inputs, int32_t outputs, int32_t phase_units,
@@ -48,7 +48,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
                 phase_units, held_tiles, eps});
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads)
+extern "C" __global__ void __launch_bounds__(kThreads, 1)
     w4a16_gemv_add_8(float* residual, float* workspace, const uint4* activations,
                      const fp16* bias, const uint4* codes, const uint32_t* scales_zeros,
                      int32_t num_tokens, int32_t inputs, int32_t outputs, int32_t phase_units,
