@@ -66,6 +66,11 @@ class DecodeBlock {
     const int head = blockIdx.y;
     const int row = blockIdx.z;
     let_dependents_launch();
+    // Loaded with the position, not after it; what a row does not use is 0.
+    const int32_t* const pages =
+        arguments_.page_table + static_cast<int64_t>(row) * arguments_.max_pages;
+    const int32_t own_page =
+        static_cast<int>(threadIdx.x) < arguments_.max_pages ? pages[threadIdx.x] : 0;
     const int cached = arguments_.positions[row];
     const int pair = row * arguments_.pages.num_kv_heads + head;
     fp16* const out = arguments_.out + static_cast<int64_t>(pair) * group_ * kHeadDim;
@@ -84,10 +89,10 @@ class DecodeBlock {
     const int split = blockIdx.x;
     if (split >= num_splits) return;
     has_newest_ = split == num_splits - 1;
-    const int32_t* const pages =
-        arguments_.page_table + static_cast<int64_t>(row) * arguments_.max_pages;
+    if (static_cast<int>(threadIdx.x) < arguments_.max_pages) page_list_[threadIdx.x] = own_page;
     const int last_page = cached / arguments_.pages.page_size;
-    for (int i = threadIdx.x; i <= last_page; i += kDecodeThreads) page_list_[i] = pages[i];
+    for (int i = threadIdx.x + kDecodeThreads; i <= last_page; i += kDecodeThreads)
+      page_list_[i] = pages[i];
     clear_queries();
     __syncthreads();
 

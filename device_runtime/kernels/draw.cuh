@@ -15,6 +15,7 @@ constexpr int kListSize = 2048;
 constexpr int kEdgeSize = 512;
 constexpr float kFineSteps = 1 << 21;      // of 1 - exp(-(d - bucket start)), below 2^-7
 constexpr float kWeightOne = 17592186044416.0f;  // 2^44
+constexpr float kLargestGap = 1e30f;
 constexpr uint32_t kInfinity = 0x7f800000u;
 static_assert(kOwnBuckets * kDrawThreads == kBuckets, "each thread scans the same number");
 
@@ -60,7 +61,11 @@ class Draw {
  public:
   __device__ __forceinline__ Draw(const Logits<T>& logits, int vocab_size, float top,
                                   const SamplingRow& row)
-      : logits_(logits), vocab_size_(vocab_size), top_(top), row_(row) {}
+      : logits_(logits),
+        vocab_size_(vocab_size),
+        top_(top),
+        row_(row),
+        inverse_(__fdiv_rn(1.0f, row.temperature)) {}
 
   // Returns the token on thread 0.
   __device__ __forceinline__ int run(int position) {
@@ -101,7 +106,7 @@ class Draw {
         const int place = atomicAdd(&shared.num_list, 1);
         shared.list_keys[place] = __float_as_uint(d);
         shared.list_indices[place] = index;
-      });
+      }, last == kBuckets - 1 ? kLargestGap : bucket_start(last + 1));
       __syncthreads();
     }
 
@@ -143,9 +148,18 @@ class Draw {
   }
 
  private:
-  // With kLoads loads of four logits at once.
+  // (top - logit) / temperature, correctly rounded: Markstein, "Computation of elementary functions
+  // on the IBM RISC System/6000 processor" (1990), theorem 8.1, after one step more than it needs.
+  __device__ __forceinline__ float scaled(float gap) const {
+    float quotient = gap * inverse_;
+    quotient = fmaf(fmaf(-row_.temperature, quotient, gap), inverse_, quotient);
+    return fmaf(fmaf(-row_.temperature, quotient, gap), inverse_, quotient);
+  }
+
+  // Those up to `most` and a little behind it, with kLoads loads of four logits at once.
   template <int kLoads, typename F>
-  __device__ __forceinline__ void visit_logits(F f) const {
+  __device__ __forceinline__ void visit_logits(F f, float most = kLargestGap) const {
+    const float most_gap = fminf(most * row_.temperature * 1.0001f, kLargestGap);
     for (int first = 4 * threadIdx.x; first < vocab_size_; first += kLoads * 4 * kDrawThreads) {
       float values[kLoads][4];
 #pragma unroll
@@ -156,9 +170,11 @@ class Draw {
       for (int j = 0; j < kLoads; ++j) {
         const int start = first + j * 4 * kDrawThreads;
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-          if (start + i < vocab_size_)
-            f(__fdiv_rn(__fadd_rn(top_, -values[j][i]), row_.temperature), start + i);
+        for (int i = 0; i < 4; ++i) {
+          // An infinite gap would give NaN; it is as far behind as one of kLargestGap.
+          const float gap = fminf(__fadd_rn(top_, -values[j][i]), kLargestGap);
+          if (start + i < vocab_size_ && gap <= most_gap) f(scaled(gap), start + i);
+        }
       }
     }
   }
@@ -375,6 +391,7 @@ class Draw {
   const int vocab_size_;
   const float top_;
   const SamplingRow row_;
+  const float inverse_;  // of the temperature
   bool has_list_ = false;
   uint64_t total_weight_ = 0;
   uint64_t weight_before_own_ = 0;
