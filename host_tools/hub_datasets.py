@@ -10,6 +10,7 @@ from typing import Literal
 
 from device_runtime.errors import FetchError
 from host_tools.dataset_files import read_documents, read_zip_text
+from host_tools.datasets import BUILTIN
 from host_tools.fetch.hub_address import hub_host
 from host_tools.fetch.hub_worker import HubRequest
 from host_tools.fetch.modelscope import download
@@ -72,7 +73,11 @@ def fetch_split(name: str, split: Split, cache_dir: Path, progress: Progress) ->
                 include=patterns,
                 root=dataset.root,
             )
-            download(request, progress)
+            try:
+                download(request, progress)
+            except FetchError as error:
+                hint = f"{BUILTIN} is a text that needs no network"
+                raise FetchError(f"{error}; {hint}") from error
             finished.touch()
     for pattern in patterns:
         found = sorted(

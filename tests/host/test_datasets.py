@@ -355,3 +355,13 @@ def test_lines_are_found_by_number(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").write_bytes(b"")
     with pytest.raises(UsageError, match=r"b.jsonl holds no line"):
         JsonLines(tmp_path / "b.jsonl")
+
+
+def test_without_a_network_the_text_that_ships_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("MODELSCOPE_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(
+        FetchError, match=r"cannot reach 127\.0\.0\.1 .*; builtin is a text that needs no network"
+    ):
+        hub_datasets.fetch_split("ptb", "train", tmp_path, SILENT)
