@@ -169,11 +169,13 @@ def _read_text(path: Path) -> str:
         data = stream.read(4 * MAX_TEXT_CHARACTERS)
         is_whole = not stream.read(1)
     try:
-        return data.decode("utf-8", errors="strict" if is_whole else "ignore")
+        text = data.decode("utf-8", errors="strict" if is_whole else "ignore")
     except UnicodeDecodeError as error:
         raise UsageError(
             f"{path} is not UTF-8 at byte {error.start}, save it as UTF-8 text"
         ) from error
+    # As Python's text mode reads a file; published figures on text files rest on that.
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _read_parquet(path: Path) -> Iterator[str]:

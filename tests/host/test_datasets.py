@@ -122,6 +122,12 @@ def test_text_beyond_the_limit_is_left_out_and_said(monkeypatch: pytest.MonkeyPa
     assert notes.texts == ["only the first 7 characters of big.txt are used"]
 
 
+def test_line_ends_of_a_text_file_are_read_as_python_reads_them(tmp_path: Path) -> None:
+    path = tmp_path / "mixed.txt"
+    path.write_bytes(b"one\r\ntwo\rthree\n")
+    assert list(read_documents(path)) == ["one\ntwo\nthree\n"]
+
+
 def test_a_long_text_file_is_cut_between_characters(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
