@@ -41,9 +41,7 @@ struct HalfWeights {
     static_assert(T::kThreads % kChunks == 0 && T::kStageInputs % kRows == 0, "whole rows");
     const int chunk = threadIdx.x % kChunks;
     const int output = smaller(first_output + chunk * 8, outputs - 8);
-    // Plain copies pass through registers.
-    constexpr int kUnroll = TURBOJET_PLAIN ? 2 : T::kStageInputs / kRows;
-#pragma unroll kUnroll
+#pragma unroll kCopyUnroll
     for (int i = 0; i < T::kStageInputs / kRows; ++i) {
       const int own = threadIdx.x / kChunks + i * kRows;
       const int row = smaller(step * T::kStageInputs + own, inputs - 1);

@@ -4,7 +4,7 @@
 namespace {
 
 #ifndef TURBOJET_GEMM_TILE
-#define TURBOJET_GEMM_TILE 2, 2, 64, 64, 64, 3, 2
+#define TURBOJET_GEMM_TILE 4, 1, 32, 128, 64, 3, 2
 #endif
 using GemmTile = Tile<TURBOJET_GEMM_TILE>;
 

@@ -21,6 +21,9 @@ namespace {
 #define TURBOJET_GEMM_PAIRS_AHEAD 2
 #endif
 
+// Plain copies pass through registers: few at a time.
+constexpr int kCopyUnroll = TURBOJET_PLAIN ? 1 : 64;
+
 enum class Output { kHalf, kSilu, kAdd };
 
 template <int kWarpsOut_, int kWarpsTokens_, int kWarpOutputs_, int kWarpTokens_,
@@ -119,7 +122,7 @@ struct Pipeline {
         x + static_cast<int64_t>(first_token) * shape.inputs + (is_inside ? input : 0));
     const int last = smaller(shape.num_tokens - first_token, T::kTokens) - 1;
     char* const target = slot(slot_index);
-#pragma unroll
+#pragma unroll kCopyUnroll
     for (int i = 0; i < (T::kTokens + kRows - 1) / kRows; ++i) {
       const int own = row + i * kRows;
       if (T::kTokens % kRows == 0 || own < T::kTokens)
@@ -161,28 +164,25 @@ struct Pipeline {
       float (&sums)[T::kRowTiles][T::kTokenTiles][4], const uint32_t (&a)[T::kRowTiles][4],
       const char* slot, int token, int k, int column) {
     const int lane = threadIdx.x % kWarpSize;
-    uint32_t w[T::kRowTiles][4];
 #pragma unroll
     for (int i = 0; i < T::kRowTiles; ++i) {
+      uint32_t w[4];
 #pragma unroll
       for (int word = 0; word < 4; ++word)
-        w[i][word] = __shfl_sync(kFullMask, a[i][word], (lane & ~3) | column);
-    }
+        w[word] = __shfl_sync(kFullMask, a[i][word], (lane & ~3) | column);
 #pragma unroll
-    for (int j = 0; j < T::kTokenTiles; ++j) {
-      __syncwarp();  // so that the compiler does not load all tokens at once and spill them
+      for (int j = 0; j < T::kTokenTiles; ++j) {
+        __syncwarp();  // so that the compiler does not load all tokens at once and spill them
 #pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        const int row = token + j * 8 + c;
-        const char* const values = slot + row * T::kRowBytes + column * 4;
-        const uint32_t low =
-            *reinterpret_cast<const uint32_t*>(values + ((2 * k ^ (row & 7)) << 4));
-        const uint32_t high =
-            *reinterpret_cast<const uint32_t*>(values + (((2 * k + 1) ^ (row & 7)) << 4));
-#pragma unroll
-        for (int i = 0; i < T::kRowTiles; ++i) {
-          sums[i][j][c] = dot2_f16(w[i][0], low, dot2_f16(w[i][2], high, sums[i][j][c]));
-          sums[i][j][2 + c] = dot2_f16(w[i][1], low, dot2_f16(w[i][3], high, sums[i][j][2 + c]));
+        for (int c = 0; c < 2; ++c) {
+          const int row = token + j * 8 + c;
+          const char* const values = slot + row * T::kRowBytes + column * 4;
+          const uint32_t low =
+              *reinterpret_cast<const uint32_t*>(values + ((2 * k ^ (row & 7)) << 4));
+          const uint32_t high =
+              *reinterpret_cast<const uint32_t*>(values + (((2 * k + 1) ^ (row & 7)) << 4));
+          sums[i][j][c] = dot2_f16(w[0], low, dot2_f16(w[2], high, sums[i][j][c]));
+          sums[i][j][2 + c] = dot2_f16(w[1], low, dot2_f16(w[3], high, sums[i][j][2 + c]));
         }
       }
     }

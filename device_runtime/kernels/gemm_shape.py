@@ -113,7 +113,8 @@ class GemmShape:
         """Tiles that are cut up to keep every block busy."""
         rest = self.num_tiles % self.slots
         if self.num_tiles >= self.slots:
-            return rest if 0 < rest < FULL_WAVE * self.slots else 0
+            is_cut = rest < FULL_WAVE * self.slots and rest * self.num_steps >= self.slots
+            return rest if is_cut else 0
         return self.num_tiles if self.grid > self.num_tiles else 0
 
     @property

@@ -54,7 +54,7 @@ struct QuantizedWeights {
     constexpr int kChunks = kTileRows * kTiles * 32;
     const int first_tile = first_output / 32;
     const int last_tile = outputs / 32 - 1;
-#pragma unroll
+#pragma unroll kCopyUnroll
     for (int i = 0; i < (kChunks + T::kThreads - 1) / T::kThreads; ++i) {
       const int index = threadIdx.x + i * T::kThreads;
       const int tile = smaller(first_tile + index / 32 % kTiles, last_tile);

@@ -25,23 +25,17 @@ void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
   emulated_load_matrices(r, row, true);
 }
 
+uint16_t flushed(uint16_t bits) { return (bits & 0x7c00) == 0 ? bits & 0x8000 : bits; }
+float flushed_half(uint32_t pair, int half) { return emulated_to_float(flushed(pair >> 16 * half)); }
 uint32_t flushed_pair(float low, float high) {
-  const float values[2] = {low, high};
-  uint32_t result = 0;
-  for (int i = 0; i < 2; ++i) {
-    uint16_t bits = emulated_to_bits(values[i]);
-    if ((bits & 0x7c00) == 0) bits &= 0x8000;
-    result |= static_cast<uint32_t>(bits) << 16 * i;
-  }
-  return result;
+  return flushed(emulated_to_bits(low)) | static_cast<uint32_t>(flushed(emulated_to_bits(high))) << 16;
 }
+// .ftz: subnormal operands and results are zeros of their sign.
 uint32_t subtract_pairs(uint32_t a, uint32_t b) {
-  return flushed_pair(emulated_to_float(a & 0xffff) - emulated_to_float(b & 0xffff),
-                      emulated_to_float(a >> 16) - emulated_to_float(b >> 16));
+  return flushed_pair(flushed_half(a, 0) - flushed_half(b, 0), flushed_half(a, 1) - flushed_half(b, 1));
 }
 uint32_t multiply_pairs(uint32_t a, uint32_t b) {
-  return flushed_pair(emulated_to_float(a & 0xffff) * emulated_to_float(b & 0xffff),
-                      emulated_to_float(a >> 16) * emulated_to_float(b >> 16));
+  return flushed_pair(flushed_half(a, 0) * flushed_half(b, 0), flushed_half(a, 1) * flushed_half(b, 1));
 }
 void copy16_or_zeros_async(void* shared, const void* global, bool has_data) {
   alignas(16) static const char zeros[16] = {};

@@ -46,7 +46,8 @@ def library(source: str, *flags: str) -> ctypes.CDLL:
     rows = [row for row in table.KERNELS if row.source == source]
     stubs = "struct Any { void* p; template <typename T> operator T*() const { return (T*)p; } };\n"
     stubs += "".join(_stub(row) for row in rows)
-    files = [HEADER, *sorted(KERNELS.glob("*.cuh")), KERNELS / f"{source}.cu"]
+    headers = [*sorted(HEADER.parent.glob("*.h")), *sorted(KERNELS.glob("*.cuh"))]
+    files = [*headers, KERNELS / f"{source}.cu"]
     digest = hashlib.sha256(repr(flags).encode() + stubs.encode())
     for file in files:
         digest.update(file.read_bytes())

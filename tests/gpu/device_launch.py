@@ -64,12 +64,12 @@ class DeviceLaunch:
 
 
 @contextmanager
-def device_launch(*sources: str) -> Iterator[DeviceLaunch]:
+def device_launch(*sources: str, group_size: int = 0) -> Iterator[DeviceLaunch]:
     """Open the device with the kernels of some sources, and leave it clean."""
     driver = open_driver()
     try:
         folders = (Path(os.environ["TURBOJET_KERNELS"]),)
-        kernels = KernelSet(driver, find_cubins(folders, sources, 0, driver))
+        kernels = KernelSet(driver, find_cubins(folders, sources, group_size, driver))
         stream = driver.new_stream()
         try:
             yield DeviceLaunch(driver, kernels, stream)
