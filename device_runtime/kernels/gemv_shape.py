@@ -28,6 +28,7 @@ class GemvShape:
         grid: blocks.
         phase_units: units whose activations are in shared memory at once.
         held_tiles: tiles whose partial sums are in shared memory at once.
+        stages: units that a warp keeps in flight; the plain variant needs only one.
     """
 
     width: int
@@ -37,6 +38,7 @@ class GemvShape:
     grid: int
     phase_units: int
     held_tiles: int
+    stages: int
 
     @property
     def num_units(self) -> int:
@@ -53,7 +55,7 @@ class GemvShape:
         """Dynamic shared memory of a block, as w4a16_gemv.cuh lays it out."""
         groups = UNIT_INPUTS // self.group_size
         unit_bytes = UNIT_INPUTS * TILE_OUTPUTS // 2 + groups * TILE_OUTPUTS * 4
-        ring = GEMV_WARPS * GEMV_STAGES[self.width] * unit_bytes
+        ring = GEMV_WARPS * self.stages * unit_bytes
         num_squares = self.num_units * _UNIT_STRETCHES * self.width
         norms = 16 * (_ceil_div(self.width, 4) + _ceil_div(num_squares, 4))
         activations = self.phase_units * _UNIT_STRETCHES * self._stretch_bytes
@@ -109,16 +111,23 @@ def plan_gemv(
     num_units = _ceil_div(num_inputs, UNIT_INPUTS)
     grid = min(num_outputs // TILE_OUTPUTS, num_sms)
     block_tiles = _ceil_div(num_outputs // TILE_OUTPUTS, grid)
-    for num_phases in range(1, num_units + 1):
-        phase_units = _ceil_div(num_units, num_phases)
-        # Batches of equal size, so that no warp waits for a short last one.
-        for batches in range(1, block_tiles + 1):
-            held_tiles = _ceil_div(block_tiles, batches)
-            shape = GemvShape(
-                width, num_inputs, num_outputs, group_size, grid, phase_units, held_tiles
-            )
-            if shape.shared_bytes <= max_shared_bytes:
-                return shape
+    # Where the ring of several stages does not fit, on sm_72, the plain variant runs.
+    for stages in sorted({GEMV_STAGES[width], 1}, reverse=True):
+        for num_phases in range(1, num_units + 1):
+            # Batches of equal size, so that no warp waits for a short last one.
+            for num_batches in range(1, block_tiles + 1):
+                shape = GemvShape(
+                    width,
+                    num_inputs,
+                    num_outputs,
+                    group_size,
+                    grid,
+                    _ceil_div(num_units, num_phases),
+                    _ceil_div(block_tiles, num_batches),
+                    stages,
+                )
+                if shape.shared_bytes <= max_shared_bytes:
+                    return shape
     raise InternalError(
         f"a {num_inputs} x {num_outputs} GEMV of width {width} needs {shape.shared_bytes} bytes of "
         f"shared memory and the device has {max_shared_bytes}"

@@ -28,7 +28,7 @@ class Kernel:
 
 
 GEMV_WARPS = 16
-GEMV_STAGES = {1: 2, 4: 2, 8: 1}
+GEMV_STAGES = {1: 2, 4: 1, 8: 1}
 """Units that a warp of a GEMV keeps in flight, by the tokens that it is built for; a step with
 fewer tokens runs in the next wider."""
 QUANTIZE_THREADS = 256

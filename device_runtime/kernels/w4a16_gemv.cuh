@@ -46,7 +46,8 @@ namespace {
 constexpr int kGroupSize = TURBOJET_GROUP_SIZE;
 static_assert(kGroupSize == 128 || kGroupSize == 64 || kGroupSize == 32, "groups of w4a16.cuh");
 constexpr int kWarps = 16;
-constexpr int kStages = TURBOJET_GEMV_STAGES;  // defined by the including source
+// The plain variant's copies are done at once: more than one stage would only take memory.
+constexpr int kStages = TURBOJET_PLAIN ? 1 : TURBOJET_GEMV_STAGES;  // the source defines it
 constexpr int kEarlyStages = 1;  // of the ring, filled before the activations are there
 constexpr int kThreads = kWarps * kWarpSize;
 constexpr int kQuantizeThreads = 256;

@@ -1,5 +1,5 @@
 // The GEMV of w4a16_gemv.cuh for 2-4 tokens.
-#define TURBOJET_GEMV_STAGES 2
+#define TURBOJET_GEMV_STAGES 1
 #include "w4a16_gemv.cuh"
 
 namespace {
