@@ -20,19 +20,22 @@ from device_runtime.tokenization.folder import ORIGINAL_FILES, tokenizer_definit
 class Tokenizer:
     """Encodes and decodes for one engine; not thread-safe."""
 
-    def __init__(self, definition: str, facts: TokenizerFacts) -> None:
+    def __init__(
+        self, definition: str, facts: TokenizerFacts, built: FastTokenizer | None = None
+    ) -> None:
         """Build a tokenizer.
 
         Args:
             definition: the JSON text.
             facts: special tokens as the package records them.
+            built: what the text gives, where that is known: a large one takes a second to build.
 
         Raises:
             PackageError: the text is no tokenizer.
         """
         self.facts = facts
         self._definition = definition
-        self._fast = _build(definition)
+        self._fast = _build(definition) if built is None else built
         added = self._fast.get_added_tokens_decoder()
         self._special = {added[i].content: i for i in sorted(added) if added[i].special}
         self._special_ids = frozenset(self._special.values())
@@ -50,13 +53,14 @@ class Tokenizer:
             return cls(definition, package.manifest.tokenizer)
         # A plain workspace says no more than this; whether bos is added its tokenizer shows.
         config = package.config
-        starts = _build(definition).encode("", add_special_tokens=True).ids
+        built = _build(definition)
+        starts = built.encode("", add_special_tokens=True).ids
         facts = TokenizerFacts(
             bos_id=config.start_id,
             add_bos=starts[:1] == [config.start_id],
             eos_ids=(config.end_id,),
         )
-        return cls(definition, facts)
+        return cls(definition, facts, built)
 
     @property
     def vocab_size(self) -> int:
