@@ -97,6 +97,22 @@ def build_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
 
 
+def kernels_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``kernels``."""
+    parser.add_argument("--output", type=Path, required=True, help="folder for the cubins")
+    parser.add_argument(
+        "--sm", type=int, nargs="+", metavar="N", help="build only for these, such as 87 110"
+    )
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    parser.add_argument(
+        "--compilers",
+        type=Path,
+        default=cache / "turbojet" / "nvrtc",
+        metavar="DIR",
+        help="where NVIDIA's compilers are kept; pip fetches what is missing",
+    )
+
+
 def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``evaluate``."""
     defaults = EvaluateOptions()

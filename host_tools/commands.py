@@ -75,6 +75,15 @@ def run_pack(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_kernels(args: argparse.Namespace) -> int:
+    """Compile the CUDA kernels and print their folder."""
+    from host_tools.kernels import BUILDS, build_kernels, builds_for
+
+    builds = builds_for(args.sm) if args.sm else BUILDS
+    print(build_kernels(args.output, builds, args.compilers, make_progress()))
+    return 0
+
+
 def run_build(args: argparse.Namespace) -> int:
     """Run the whole pipeline; print the summary, and the archive last."""
     from host_tools.build import build
