@@ -13,7 +13,7 @@ from device_runtime.kernels.reference.kv_pages import KvLayout
 DECODE_WARPS = 8
 """Warps of a block that stream cached tokens (decode_block.cuh kStreamWarps)."""
 DECODE_SLOTS = 4
-"""Parts of a step that the ring of a warp holds; half as many when fp16 (decode_stream.cuh)."""
+"""Parts of a step that the ring of a warp holds; half as many when fp16 (kRingParts)."""
 STEP_TOKENS = 32
 """Tokens of a warp's step, whose keys and values are a part each (kStepTokens)."""
 

@@ -17,7 +17,7 @@
 // attention_shape.py's DecodeAttentionShape. head_dim 64 or 128; num_heads / num_kv_heads 1 to 8; page_size a
 // multiple of 64. positions and page_table are not written by the step the kernel runs in.
 // Bound by DRAM: 2 * head_dim (+ 4 when online) bytes (twice that when fp16) per token and kv head.
-// Checked against reference/attention.py decode_attention, relative error 2e-3.
+// Checked against reference/attention.py attend, relative error 2e-3.
 //
 // A block takes one kv head and one range of steps of 32 cached tokens; how many ranges there are
 // depends on the row's own length alone, so a row's result does not depend on the others. Each warp
@@ -49,7 +49,7 @@ __device__ __forceinline__ void run(const DecodeArguments& arguments, int32_t he
 
 }  // namespace
 
-extern "C" __global__ void __launch_bounds__(kDecodeThreads, TURBOJET_ATTENTION_BLOCKS)
+extern "C" __global__ void __launch_bounds__(kDecodeThreads, 1)
     decode_attention_half(fp16* out, char* pages, float* partials, uint32_t* tickets,
                           const fp16* qkv, const fp16* q_norm, const fp16* k_norm,
                           const float2* rotation, const float* query_scale,
@@ -62,7 +62,7 @@ extern "C" __global__ void __launch_bounds__(kDecodeThreads, TURBOJET_ATTENTION_
                  head_dim);
 }
 
-extern "C" __global__ void __launch_bounds__(kDecodeThreads, TURBOJET_ATTENTION_BLOCKS)
+extern "C" __global__ void __launch_bounds__(kDecodeThreads, 1)
     decode_attention_static(fp16* out, char* pages, float* partials, uint32_t* tickets,
                             const fp16* qkv, const fp16* q_norm, const fp16* k_norm,
                             const float2* rotation, const float* query_scale,
@@ -76,7 +76,7 @@ extern "C" __global__ void __launch_bounds__(kDecodeThreads, TURBOJET_ATTENTION_
                    head_dim);
 }
 
-extern "C" __global__ void __launch_bounds__(kDecodeThreads, TURBOJET_ATTENTION_BLOCKS)
+extern "C" __global__ void __launch_bounds__(kDecodeThreads, 1)
     decode_attention_online(fp16* out, char* pages, float* partials, uint32_t* tickets,
                             const fp16* qkv, const fp16* q_norm, const fp16* k_norm,
                             const float2* rotation, const float* query_scale,

@@ -8,17 +8,8 @@
 
 namespace {
 
-#ifndef TURBOJET_ATTENTION_SLOTS
-#define TURBOJET_ATTENTION_SLOTS 4
-#endif
-#ifndef TURBOJET_ATTENTION_HALF_SLOTS
-#define TURBOJET_ATTENTION_HALF_SLOTS 2
-#endif
-#ifndef TURBOJET_ATTENTION_BLOCKS
-#define TURBOJET_ATTENTION_BLOCKS 1
-#endif
-
 constexpr int kStepTokens = 32;
+constexpr int kRingParts = 4;  // keys or values of a step; half as many when fp16
 constexpr float kNothing = -1e30f;  // below every score; unlike -inf its differences are numbers
 
 template <bool kIsHalf>
@@ -68,8 +59,7 @@ class Stream {
   static constexpr int kChunkBytes = kStepTokens * 64;
   static constexpr int kPartBytes = kChunks * kChunkBytes;  // keys, or values, of a step
   static constexpr int kParameterBytes = kKv == Kv::kOnline ? 4 * kStepTokens : 0;
-  static constexpr int kSlots =
-      kIsHalf ? TURBOJET_ATTENTION_HALF_SLOTS : TURBOJET_ATTENTION_SLOTS;
+  static constexpr int kSlots = kIsHalf ? kRingParts / 2 : kRingParts;
   static constexpr int kSlotBytes = kPartBytes + kParameterBytes;
 
  public:

@@ -4,7 +4,7 @@
 //
 //   seen uint32 [rows][seen_words]; tokens, rows int32 [num_tokens], a negative token marks nothing.
 // Launch: grid (any), block kThreads. Bound by L2: 12 bytes a token.
-// Checked against reference/sampling.py mark_seen: equal.
+// Checked against numpy: equal.
 
 #include "fragments.cuh"
 

@@ -18,7 +18,7 @@
 // attention_shape.py's prefill_shared_bytes. head_dim 64 or 128; num_heads / num_kv_heads 1 to 8;
 // page_size a multiple of 64.
 // Bound by MACs: 2 * head_dim per query head, token and token before it.
-// Checked against reference/attention.py prefill_attention, relative error 2e-3.
+// Checked against reference/attention.py attend, relative error 2e-3.
 //
 // A warp keeps 32 rows; the block streams units of keys and values through a ring. The cache's order
 // is that of operand B: a lane's 16 bytes of keys are four steps of 16 dimensions, its 16 bytes of

@@ -79,7 +79,7 @@ KERNELS = (
     Kernel("decode_attention_static", "decode_attention", "P" * 12 + "iiiiiiif", 320, 168),
     Kernel("decode_attention_online", "decode_attention", "P" * 11 + "iiiiiiif", 320, 168),
     Kernel("store_kv_half", "store_kv", "P" * 8 + "iiiiiif", 256, 80),
-    Kernel("store_kv_static", "store_kv", "P" * 9 + "iiiiiif", 256, 80),
+    Kernel("store_kv_static", "store_kv", "P" * 9 + "iiiiiif", 256, 112),
     Kernel("store_kv_online", "store_kv", "P" * 8 + "iiiiiif", 256, 80),
     Kernel("prefill_attention_half", "prefill_attention", "P" * 10 + "iiiiiif", 128, 255),
     Kernel("prefill_attention_static", "prefill_attention", "P" * 11 + "iiiiiif", 128, 255),

@@ -133,4 +133,5 @@ def attend(q: Values, kv: Values, query_scale: float) -> Values:
     scores = np.einsum("hd,htd->ht", q, keys) * query_scale
     weights = np.exp2(scores - scores.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
-    return np.einsum("ht,htd->hd", weights, values).reshape(-1)
+    mixed: Values = np.einsum("ht,htd->hd", weights, values).reshape(-1)
+    return mixed

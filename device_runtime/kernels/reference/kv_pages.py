@@ -118,7 +118,8 @@ def quantize_online(values: Values) -> tuple[NDArray[np.uint8], NDArray[np.float
 def quantize_static(values: Values, scale: float, zero_point: float) -> NDArray[np.uint8]:
     """Return ``round((x - zero_point) / scale + 128)`` clamped to a byte (spec section 4.4)."""
     x = (values.astype(np.float32) - np.float32(zero_point)) / np.float32(scale)
-    return np.clip(np.rint(x + np.float32(128.0)), 0, 255).astype(np.uint8)
+    codes: NDArray[np.uint8] = np.clip(np.rint(x + np.float32(128.0)), 0, 255).astype(np.uint8)
+    return codes
 
 
 def put(
@@ -166,7 +167,9 @@ def read(
         return halves.view(np.float16).astype(np.float64)
     codes = units[..., offsets].astype(np.float64)
     if layout.quant_policy == QUANT_POLICY_STATIC_INT8:
-        return (codes - 128.0) * np.float64(np.float32(scale[0])) + np.float64(np.float32(scale[1]))
+        step, zero_point = np.float64(np.float32(scale[0])), np.float64(np.float32(scale[1]))
+        exact: Values = (codes - 128.0) * step + zero_point
+        return exact
     start = layout.parameter_offset(0, is_value)
     raw = np.ascontiguousarray(units[..., start : start + layout.parameter_bytes])
     parameters = raw.view(np.float16).astype(np.float64)
