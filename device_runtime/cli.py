@@ -163,6 +163,7 @@ VERBS = (
     Verb("rollback", "make the previous release of a model current again", "commands", _rollback),
     Verb("remove", "delete a model or old releases of it", "commands", _remove),
     Verb("chat", "talk to a model, or ask it one thing", "chat", None),
+    Verb("selftest", "compare every kernel with its reference on this GPU", "selftest", None),
     Verb("bench", "measure how fast a model answers on this machine", "bench", None),
 )
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from device_runtime import __version__
 from device_runtime.apps.bench_device import describe_machine, machine_facts, memory_use
 from device_runtime.apps.bench_engine import OpenEngine, open_engine, step_bytes
+from device_runtime.apps.bench_load import measure_load
 from device_runtime.apps.bench_report import print_report, result_facts, to_csv
 from device_runtime.apps.bench_runs import Result, Workload, run_workload
 from device_runtime.apps.chat_view import make_console
@@ -55,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--temperature", type=float, default=0.0, metavar="X", help="0, the default, is greedy"
     )
+    parser.add_argument("--load", action="store_true", help="measure also how long loading takes")
     shape = parser.add_mutually_exclusive_group()
     shape.add_argument("--json", action="store_true", help="print the results as JSON")
     shape.add_argument("--csv", action="store_true", help="print the results as CSV")
@@ -78,6 +80,7 @@ def run_bench(args: argparse.Namespace) -> int:
     if options.max_batch_size is None:
         options = replace(options, max_batch_size=concurrency)
     package, title = find_target(args, concurrency, longest)
+    load = measure_load(package, options, args.repeats) if args.load else None
     opened = open_engine(package, options)
     with opened.engine:
         machine = describe_machine(opened.backend, package)
@@ -91,6 +94,7 @@ def run_bench(args: argparse.Namespace) -> int:
             "version": __version__,
             "quant_policy": opened.engine.plan.kv_format.value,
             **machine_facts(machine, memory),
+            "load": asdict(load) if load else None,
             "results": rows,
         }
         print(json.dumps(facts, indent=2, ensure_ascii=False))
@@ -98,7 +102,7 @@ def run_bench(args: argparse.Namespace) -> int:
         print(to_csv(rows), end="")
     else:
         heading = f"{title}, {opened.backend.name}, {opened.engine.plan.kv_format.title} KV cache"
-        print_report(make_console(), heading, results, machine, memory)
+        print_report(make_console(), heading, results, machine, memory, load)
     return 0
 
 

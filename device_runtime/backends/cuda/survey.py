@@ -46,10 +46,11 @@ def open_device() -> OpenDevice:
             available = available_memory_bytes()
             taken = max(0, available_before - available)
             return OpenDevice(driver, taken, available)
-        free, total = driver.memory_info()
+        free, _ = driver.memory_info()
+        used_after = device_used_bytes()
         taken = CONTEXT_GUESS_BYTES
-        if used_before is not None:
-            taken = max(0, total - free - used_before)
+        if used_before is not None and used_after is not None:
+            taken = max(0, used_after - used_before)
         return OpenDevice(driver, taken, free)
     except BaseException:
         driver.close()

@@ -144,6 +144,7 @@ class StepLimits:
                 grid=1,
                 phase_units=1,
                 held_tiles=1,
+                stages=1,
             ).activation_bytes
             for num_inputs in (model.hidden_size, model.q_size, model.intermediate_size)
         )
