@@ -14,6 +14,8 @@ DECODE_WARPS = 8
 """Warps of a block that stream cached tokens (decode_block.cuh kStreamWarps)."""
 DECODE_SLOTS = 4
 """Parts of a step that the ring of a warp holds; half as many when fp16 (kRingParts)."""
+PLAIN_DECODE_SLOTS = 2
+"""The same of the plain variant."""
 STEP_TOKENS = 32
 """Tokens of a warp's step, whose keys and values are a part each (kStepTokens)."""
 
@@ -53,10 +55,19 @@ class DecodeAttentionShape:
     @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory, as decode_attention.cu lays it out."""
+        return self._shared_bytes(DECODE_SLOTS)
+
+    def shared_bytes_within(self, max_shared_bytes: int) -> int:
+        """Return `shared_bytes`, or the plain variant's where the device has less, as sm_72."""
+        if self.shared_bytes <= max_shared_bytes:
+            return self.shared_bytes
+        return self._shared_bytes(PLAIN_DECODE_SLOTS)
+
+    def _shared_bytes(self, parts: int) -> int:
         layout = self.layout
         row_bytes = layout.head_dim * layout.element_bytes
         parameters = 4 if layout.parameter_bytes else 0
-        slots = DECODE_SLOTS // layout.element_bytes
+        slots = parts // layout.element_bytes
         ring = DECODE_WARPS * slots * STEP_TOKENS * (row_bytes + parameters)
         queries = 4 if self.group <= 4 else 8
         columns = 2 * queries * row_bytes

@@ -9,7 +9,12 @@ import pytest
 from attention_cases import Heads, check_decode, check_prefill
 from emulator import emulator
 
-from device_runtime.kernels.attention_shape import prefill_tiles, store_spans
+from device_runtime.kernels.attention_shape import (
+    DecodeAttentionShape,
+    prefill_tiles,
+    store_spans,
+)
+from device_runtime.kernels.reference.kv_pages import KvLayout
 
 pytestmark = pytest.mark.skipif(
     not emulator.has_compiler(), reason="g++ builds the emulator; it runs where there is one"
@@ -70,3 +75,12 @@ def test_spans_cover_every_position_once() -> None:
     positions = np.r_[62:65, 128:195].astype(np.int32)
     # 62..64 lie in spans 0 and 1, 128..194 in 2 and 3; the empty sequence has none.
     assert store_spans(start, positions).tolist() == [[0, 0], [0, 1], [2, 2], [2, 3]]
+
+
+def test_a_small_device_gets_the_short_ring_of_the_plain_variant() -> None:
+    shape = DecodeAttentionShape(KvLayout(8, 128), 32, 32, 1, 64, 4, 8)
+    # 8 warps x 4 parts x 32 tokens x (128 codes + 4 bytes), columns, queries, numbers, pages.
+    rest = 8 * 128 + 4 * (4 * 128 + 128 + 12 + 4) + 4 * 64
+    assert shape.shared_bytes == 8 * 4 * 32 * 132 + rest
+    assert shape.shared_bytes_within(164 * 1024) == shape.shared_bytes
+    assert shape.shared_bytes_within(96 * 1024) == 8 * 2 * 32 * 132 + rest <= 96 * 1024

@@ -233,7 +233,7 @@ class Programs:
                 shape.split_units,
                 float(self._model.rms_norm_eps),
             ),
-            shared_bytes=shape.shared_bytes,
+            shared_bytes=shape.shared_bytes_within(self._kernels.max_shared_bytes),
         )
 
     def _prompt_attention(self, index: int) -> list[Step]:
@@ -307,7 +307,7 @@ class Programs:
                 padded_rows(model),
                 float(model.rms_norm_eps),
             ),
-            shared_bytes=shape.shared_bytes,
+            shared_bytes=shape.shared_bytes_within(self._kernels.max_shared_bytes),
         )
 
 
