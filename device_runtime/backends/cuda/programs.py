@@ -8,12 +8,10 @@ from dataclasses import dataclass
 
 from device_runtime.backends.cuda.kernel_set import KernelSet
 from device_runtime.backends.cuda.linears import (
-    MAX_GEMV_TOKENS,
     LayerMatrices,
     Linears,
     PassSize,
     Step,
-    gemm_tile,
     layer_matrices,
 )
 from device_runtime.backends.cuda.weights import layer_name, padded_rows
@@ -91,6 +89,10 @@ class Programs:
         for index, layer in enumerate(self._layers):
             steps += self._layer_steps(index, layer, num_tokens, self._prompt_attention(index))
         return steps
+
+    def program_key(self, num_tokens: int) -> int:
+        """Return a number that passes share which fit each other's launches."""
+        return self._linears.program_key(num_tokens)
 
     def head(self, num_rows: int) -> list[Launch]:
         """Return the logits of the tokens that ``head_rows`` names, 8 at a time."""
@@ -307,7 +309,7 @@ class Programs:
                 padded_rows(model),
                 float(model.rms_norm_eps),
             ),
-            shared_bytes=shape.shared_bytes_within(self._kernels.max_shared_bytes),
+            shared_bytes=shape.shared_bytes,
         )
 
 
@@ -320,11 +322,9 @@ class PromptPrograms:
 
     def fitted(self, size: PassSize) -> list[Step]:
         """Return the steps of a pass of this size."""
-        count = size.num_tokens
-        # Below the largest GEMV every number of tokens has its own launches.
-        key = count if count <= MAX_GEMV_TOKENS else 1000 * gemm_tile(count)
+        key = self._programs.program_key(size.num_tokens)
         if key not in self._built:
-            self._built[key] = self._programs.prompt(count)
+            self._built[key] = self._programs.prompt(size.num_tokens)
         steps = self._built[key]
         for step in steps:
             step.resize(size)
