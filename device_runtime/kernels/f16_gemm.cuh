@@ -53,22 +53,20 @@ struct HalfWeights {
   // The A fragments of a warp. `load` brings what sub-step k needs into registers, `make` hands it
   // out; sub-step after sub-step, in turn.
   struct Fragments {
-    int row_offset;
-    int chunk;  // of the first fragment
-    int swizzle;
+    int offset;  // of the first fragment; the next are 2, 4 ... chunks on, before the swizzle
     uint32_t words[T::kRowTiles][4];
 
     // Lane l points ldmatrix to input l % 8 of outputs 0-7 or 8-15 and inputs 0-7 or 8-15.
     __device__ __forceinline__ Fragments(int warp_output, int lane)
-        : row_offset((lane / 16 * 8 + lane % 8) * kRowBytes),
-          chunk(warp_output / 8 + lane / 8 % 2),
-          swizzle(lane % 8) {}
+        : offset((lane / 16 * 8 + lane % 8) * kRowBytes +
+                 (((warp_output / 8 + lane / 8 % 2) ^ lane % 8) << 4)) {
+      static_assert(T::kWarpOutputs == 32 || T::kWarpOutputs == 64, "chunks do not carry");
+    }
 
     __device__ __forceinline__ void load(const char* slot, int k) {
 #pragma unroll
       for (int i = 0; i < T::kRowTiles; ++i)
-        load_matrices_transposed(words[i], slot + row_offset + k * 16 * kRowBytes +
-                                               (((chunk + i * 2) ^ swizzle) << 4));
+        load_matrices_transposed(words[i], slot + (offset ^ i * 32) + k * 16 * kRowBytes);
     }
 
     __device__ __forceinline__ void make(uint32_t (&a)[T::kRowTiles][4], int) {

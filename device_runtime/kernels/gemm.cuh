@@ -321,28 +321,32 @@ __device__ __forceinline__ bool combine_parts(float (&sums)[T::kRowTiles][T::kTo
     float(&c)[4] = sums[q / T::kTokenTiles][q % T::kTokenTiles];
     c[0] = c[1] = c[2] = c[3] = 0.0f;
   }
-  // Small parts are loaded several at once.
-  constexpr int kBatch = kQuads >= 16 ? 1 : 16 / kQuads;
+  // Up to sixteen loads at once: of several parts where they are small, of a slice of a large one.
+  constexpr int kSlice = kQuads < 16 ? kQuads : 8;
+  constexpr int kBatch = kQuads < 16 ? 16 / kQuads : 1;
 #pragma unroll 1
   for (int first = first_block; first <= last_block; first += kBatch) {
-    float4 values[kBatch][kQuads];
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const float4* const part = part_of(smaller(first + i, last_block));
+    for (int slice = 0; slice < kQuads; slice += kSlice) {
+      float4 values[kBatch][kSlice];
 #pragma unroll
-      for (int q = 0; q < kQuads; ++q)
-        values[i][q] = load_quad_shared_by_blocks(part + q * T::kThreads);
-    }
+      for (int i = 0; i < kBatch; ++i) {
+        const float4* const part = part_of(smaller(first + i, last_block));
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      if (first + i > last_block) break;
+        for (int q = 0; q < kSlice; ++q)
+          values[i][q] = load_quad_shared_by_blocks(part + (slice + q) * T::kThreads);
+      }
 #pragma unroll
-      for (int q = 0; q < kQuads; ++q) {
-        float(&c)[4] = sums[q / T::kTokenTiles][q % T::kTokenTiles];
-        c[0] += values[i][q].x;
-        c[1] += values[i][q].y;
-        c[2] += values[i][q].z;
-        c[3] += values[i][q].w;
+      for (int i = 0; i < kBatch; ++i) {
+        if (first + i > last_block) break;
+#pragma unroll
+        for (int q = 0; q < kSlice; ++q) {
+          float(&c)[4] = sums[(slice + q) / T::kTokenTiles][(slice + q) % T::kTokenTiles];
+          c[0] += values[i][q].x;
+          c[1] += values[i][q].y;
+          c[2] += values[i][q].z;
+          c[3] += values[i][q].w;
+        }
       }
     }
   }

@@ -79,6 +79,9 @@ struct QuantizedWeights {
   // The A fragments of a warp. `load` brings what sub-step k needs into registers, `make` builds
   // its fragments; sub-step after sub-step, in turn.
   struct Fragments {
+    // The plain variant has no registers to keep anything from one sub-step to the next.
+    static constexpr bool kIsFresh = TURBOJET_PLAIN;
+
     int code_offset;
     int scale_offset;
     uint4 words[T::kWarpOutputs / 32];
@@ -91,13 +94,13 @@ struct QuantizedWeights {
           scale_offset(kCodeBytes + (warp_output + lane / 4) * 4) {}
 
     __device__ __forceinline__ void load(const char* slot, int k) {
-      if (k % 2 == 0) {
+      if (kIsFresh || k % 2 == 0) {
 #pragma unroll
         for (int i = 0; i < T::kWarpOutputs / 32; ++i)
           words[i] = *reinterpret_cast<const uint4*>(slot + code_offset + k / 2 * kTiles * 512 +
                                                      i * 512);
       }
-      if (k % kScaleSubSteps == 0) {
+      if (kIsFresh || k % kScaleSubSteps == 0) {
 #pragma unroll
         for (int i = 0; i < 2 * T::kRowTiles; ++i)
           pairs[i / 2][i % 2] = *reinterpret_cast<const uint32_t*>(
@@ -108,7 +111,7 @@ struct QuantizedWeights {
     __device__ __forceinline__ void make(uint32_t (&a)[T::kRowTiles][4], int k) {
 #pragma unroll
       for (int i = 0; i < T::kRowTiles; ++i) {
-        if (k % kScaleSubSteps == 0) {
+        if (kIsFresh || k % kScaleSubSteps == 0) {
           // fp16 64 + z is 0x5400 + 16 z, fp16 1024 + z is 0x6400 + z.
           const uint32_t twice = __byte_perm(pairs[i][0], 0, 0x1010);
           zeros[i][0] = mask_and_set<0x000f000fu, 0x64006400u>(twice >> 4);
