@@ -70,6 +70,9 @@ CASES = {
     "int8 head, eight heads on one": Case(
         model(hidden_size=512, num_attention_heads=8, num_kv_heads=1, head_type="int8")
     ),
+    "fp16, two ranks": Case(
+        model(weight_type="fp16", group_size=0, tensor_para_size=2, has_attention_bias=True)
+    ),
     "a vocabulary of 317": Case(model(vocab_size=317)),
     "log-n attention": Case(model(use_logn_attn=True, max_position_embeddings=128)),
 }

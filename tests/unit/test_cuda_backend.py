@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import itertools
 import json
 import sys
@@ -194,6 +195,28 @@ def test_prompts_beyond_8_tokens_take_gemms_and_no_longer_ones_stall_decoding(ro
     for before, after in itertools.pairwise(chunks):
         assert "w4a16_gemv_norm_1" in names[before:after]
     assert any(name.startswith("w4a16_gemm") for name in names)
+
+
+def test_fp16_models_run_norm_and_gemm_at_every_width(tmp_path, fake) -> None:
+    made = make_package(
+        tmp_path / "half", dataclasses.replace(MODEL, weight_type="fp16", group_size=0)
+    )
+    write_cubins(made.root / "kernels")
+    with Engine.open(made.root, CUDA) as engine:
+        fake.launches.clear()
+        (tokens,) = tokens_of(engine, [range(3, 12)], params(4))
+        assert len(tokens) == 4
+        names = names_of(fake)
+    first = names.index("sample_top_f32") + 2
+    assert names[first : first + 7] == [
+        "rms_norm_f16",
+        "f16_gemm_8",
+        "decode_attention_half",
+        "f16_gemm_add_8",
+        "rms_norm_f16",
+        "f16_gemm_silu_8",
+        "f16_gemm_add_8",
+    ]
 
 
 def test_sequences_in_any_slot_decode_in_the_narrowest_graph(root, fake) -> None:

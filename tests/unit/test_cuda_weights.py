@@ -13,6 +13,7 @@ from device_runtime.backends.cuda import loader
 from device_runtime.backends.cuda.arena import allocate_arena
 from device_runtime.backends.cuda.driver import CudaDriver
 from device_runtime.backends.cuda.loader import load_weights, plan_fills
+from device_runtime.backends.cuda.loader_pairs import load_pairs
 from device_runtime.backends.cuda.weights import (
     layer_name,
     padded_rows,
@@ -36,6 +37,7 @@ def load(root, monkeypatch) -> dict[str, np.ndarray]:
         places = layout.places(arena.addresses)
         stream = driver.new_stream()
         load_weights(driver, stream, package.root, layout.pieces, places)
+        load_pairs(driver, stream, package, layout.pairs, places)
         loaded = {}
         for name, size in layout.sizes.items():
             loaded[name] = np.empty(size, np.uint8)
@@ -85,6 +87,26 @@ def test_ranks_become_one_matrix(tmp_path, monkeypatch) -> None:
         joined = np.concatenate(pairs, axis=axis)
         got = loaded[layer_name(1, module, names.SCALES_ZEROS)].view(np.uint32)
         assert np.array_equal(got.reshape(joined.shape), joined), module
+
+
+@pytest.mark.parametrize("staging_bytes", [1 << 20, 4096])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_gate_and_up_in_fp16_take_turns(tmp_path, monkeypatch, ranks, staging_bytes) -> None:
+    monkeypatch.setattr("device_runtime.backends.cuda.loader_pairs.STAGING_BYTES", staging_bytes)
+    model = tiny_model(weight_type="fp16", group_size=0, tensor_para_size=ranks)
+    made = make_package(tmp_path / "tiny", model)
+    loaded = load(made.root, monkeypatch)
+    package = open_package(made.root)
+    columns = []
+    for rank in range(ranks):
+        gate, up = (
+            package.tensor(names.layer_tensor(1, module, rank, names.WEIGHT))
+            for module in (names.W1, names.W3)
+        )
+        columns.append(np.stack([gate, up], axis=-1).reshape(len(gate), -1))
+    want = np.concatenate(columns, axis=1)
+    got = loaded[layer_name(1, names.W13, names.WEIGHT)].view(np.float16)
+    assert np.array_equal(got.reshape(want.shape), want)
 
 
 def test_a_bias_of_columns_is_joined_and_one_of_rows_taken_once(tmp_path, monkeypatch) -> None:

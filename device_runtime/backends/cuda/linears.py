@@ -1,4 +1,4 @@
-"""The linear layers of 4-bit models as launches: GEMV up to 8 tokens, norm and GEMM beyond."""
+"""The linear layers as launches: 4-bit ones by GEMV up to 8 tokens, all others by norm and GEMM."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from device_runtime.backends.cuda.kernel_set import KernelSet
 from device_runtime.backends.cuda.weights import layer_name
-from device_runtime.kernels.gemm_shape import W4A16_TILES, GemmShape, fastest_tile
+from device_runtime.kernels.gemm_shape import F16_TILES, W4A16_TILES, GemmShape, fastest_tile
 from device_runtime.kernels.gemv_shape import GemvShape, plan_gemv
 from device_runtime.kernels.graphs import Launch
 from device_runtime.kernels.table import GEMV_STAGES
@@ -51,18 +51,16 @@ class Step:
 
 @dataclass(frozen=True)
 class Matrix:
-    """One 4-bit matrix in device memory, joined over ranks.
+    """One matrix in device memory, joined over ranks.
 
     Attributes:
-        codes: address of its words.
-        scales_zeros: address of its groups' (zero, scale) words.
+        parts: addresses of its words and of its groups' (zero, scale) words, or of its fp16.
         bias: address or None.
         num_inputs: rows.
         num_outputs: columns.
     """
 
-    codes: int
-    scales_zeros: int
+    parts: tuple[int, ...]
     bias: int | None
     num_inputs: int
     num_outputs: int
@@ -82,11 +80,11 @@ class LayerMatrices:
 
 def layer_matrices(model: ModelConfig, places: Mapping[str, int], layer: int) -> LayerMatrices:
     """Return where a layer's matrices are."""
+    kinds = (names.QWEIGHT, names.SCALES_ZEROS) if model.group_size else (names.WEIGHT,)
 
     def matrix(module: str, num_inputs: int, num_outputs: int) -> Matrix:
         return Matrix(
-            places[layer_name(layer, module, names.QWEIGHT)],
-            places[layer_name(layer, module, names.SCALES_ZEROS)],
+            tuple(places[layer_name(layer, module, kind)] for kind in kinds),
             places.get(layer_name(layer, module, names.BIAS)),
             num_inputs,
             num_outputs,
@@ -108,6 +106,10 @@ class Linears:
 
     def __init__(self, model: ModelConfig, kernels: KernelSet, buffers: Mapping[str, int]) -> None:
         self._model = model
+        self._is_quantized = model.group_size > 0
+        self._prefix, self._tiles = "f16_gemm", F16_TILES
+        if self._is_quantized:
+            self._prefix, self._tiles = "w4a16_gemm", W4A16_TILES
         self._kernels = kernels
         self._buffers = buffers
 
@@ -117,7 +119,7 @@ class Linears:
         """Return ``out = matrix @ norm(residual)``, through silu(gate) * up where asked."""
         eps = float(self._model.rms_norm_eps)
         buffers = self._buffers
-        if num_tokens <= MAX_GEMV_TOKENS:
+        if self._has_gemv(num_tokens):
             shape = self._gemv(matrix, num_tokens)
             source = (buffers["residual"], norm)
             steps, x = self._quantized("quantize_norm", source, shape, num_tokens)
@@ -137,22 +139,32 @@ class Linears:
             ),
             lambda size: ((size.num_tokens, 1, 1), {}),
         )
-        tile = gemm_tile(num_tokens)
-        name = f"w4a16_gemm_silu_{tile}" if is_silu else f"w4a16_gemm_{tile}"
+        tile = self._tile(num_tokens)
+        name = f"{self._prefix}_silu_{tile}" if is_silu else f"{self._prefix}_{tile}"
         bias = () if is_silu else (matrix.bias,)
         return [norm_step, self._gemm(name, out, buffers["normed"], bias, matrix, num_tokens)]
 
     def added(self, x: int, matrix: Matrix, num_tokens: int) -> list[Step]:
         """Return ``residual += matrix @ x``."""
         buffers = self._buffers
-        if num_tokens <= MAX_GEMV_TOKENS:
+        if self._has_gemv(num_tokens):
             shape = self._gemv(matrix, num_tokens)
             steps, activations = self._quantized("quantize", (x,), shape, num_tokens)
             head = (buffers["residual"], buffers["gemv_sums"], *activations, matrix.bias)
             name = f"w4a16_gemv_add_{shape.width}"
             return [*steps, self._launch_gemv(name, shape, head, matrix, num_tokens, ())]
-        name = f"w4a16_gemm_add_{gemm_tile(num_tokens)}"
+        name = f"{self._prefix}_add_{self._tile(num_tokens)}"
         return [self._gemm(name, buffers["residual"], x, (matrix.bias,), matrix, num_tokens)]
+
+    def program_key(self, num_tokens: int) -> int:
+        """Return a number that passes share which differ in `Step.resize` alone."""
+        return num_tokens if self._has_gemv(num_tokens) else 1000 * self._tile(num_tokens)
+
+    def _has_gemv(self, num_tokens: int) -> bool:
+        return self._is_quantized and num_tokens <= MAX_GEMV_TOKENS
+
+    def _tile(self, num_tokens: int) -> int:
+        return fastest_tile(num_tokens, is_quantized=self._is_quantized)
 
     def _gemv(self, matrix: Matrix, num_tokens: int) -> GemvShape:
         width = min(width for width in GEMV_STAGES if width >= num_tokens)
@@ -193,8 +205,7 @@ class Linears:
     ) -> Step:
         arguments = (
             *head,
-            matrix.codes,
-            matrix.scales_zeros,
+            *matrix.parts,
             num_tokens,
             matrix.num_inputs,
             matrix.num_outputs,
@@ -209,7 +220,7 @@ class Linears:
 
     def _gemm_shape(self, matrix: Matrix, num_tokens: int) -> GemmShape:
         return GemmShape(
-            W4A16_TILES[gemm_tile(num_tokens)],
+            self._tiles[self._tile(num_tokens)],
             num_tokens,
             matrix.num_inputs,
             matrix.num_outputs,
@@ -232,15 +243,14 @@ class Linears:
             self._buffers["gemm_tickets"],
             x,
             *bias,
-            matrix.codes,
-            matrix.scales_zeros,
+            *matrix.parts,
             num_tokens,
             matrix.num_inputs,
             matrix.num_outputs,
             shape.stream_tiles,
         )
         shared_bytes = shape.tile.shared_bytes(self._model.group_size)
-        first_number = 6 + len(bias)
+        first_number = 4 + len(bias) + len(matrix.parts)
 
         def resized(size: PassSize) -> Resized:
             wanted = self._gemm_shape(matrix, size.num_tokens)
@@ -251,8 +261,3 @@ class Linears:
             self._kernels.launch(name, (shape.grid, 1, 1), arguments, shared_bytes=shared_bytes),
             resized,
         )
-
-
-def gemm_tile(num_tokens: int) -> int:
-    """Return the tokens of the tile for a pass."""
-    return fastest_tile(num_tokens, is_quantized=True)

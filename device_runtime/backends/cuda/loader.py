@@ -107,6 +107,15 @@ def load_weights(
             events[turn].record(stream)
 
 
+def drop_from_page_cache(path: Path) -> None:
+    """Let the page cache forget a file."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)
+
+
 def _fill(
     readers: ThreadPoolExecutor, files: _Files, buffer: PinnedMemory, parts: list[Part]
 ) -> None:

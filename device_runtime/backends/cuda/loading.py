@@ -10,6 +10,7 @@ from device_runtime.backends.cuda.driver import CudaDriver
 from device_runtime.backends.cuda.fill import fill_weights
 from device_runtime.backends.cuda.kernel_set import KernelSet, find_cubins, kernel_folders
 from device_runtime.backends.cuda.loader import load_weights
+from device_runtime.backends.cuda.loader_pairs import load_pairs
 from device_runtime.backends.cuda.programs import Memory, Programs
 from device_runtime.backends.cuda.sizes import step_limits
 from device_runtime.backends.cuda.support import check_model, sources_for
@@ -93,6 +94,7 @@ def load_memory(
         fill_weights(driver, stream, package, layout, places)
     else:
         load_weights(driver, stream, package.root, layout.pieces, places)
+        load_pairs(driver, stream, package, layout.pairs, places)
     if "kv_scales" in buffers:
         _put_kv_scales(driver, package, buffers["kv_scales"])
     return LoadedMemory(stream, limits, kernels, places, buffers, kv.addresses)

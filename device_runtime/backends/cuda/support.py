@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from device_runtime.errors import DeviceError
 from device_runtime.kernels.cubins import GROUP_SIZES
-from device_runtime.kernels.table import GEMM_TILES, GEMV_STAGES
+from device_runtime.kernels.gemm_shape import F16_TILES, W4A16_TILES
+from device_runtime.kernels.table import GEMV_STAGES
 from device_runtime.package_format.model_config import ModelConfig
 
 HEAD_DIMS = (64, 128)
@@ -55,7 +56,10 @@ def check_model(model: ModelConfig) -> None:
 
 def sources_for(model: ModelConfig) -> tuple[str, ...]:
     """Return the .cu files, without suffix, that a model's steps launch."""
-    kind = "w4a16" if model.weight_type == "int4" else "f16"
+    tiles = [f"f16_gemm_{tokens}" for tokens in F16_TILES]
+    if model.group_size:
+        tiles = [f"w4a16_gemm_{tokens}" for tokens in W4A16_TILES]
+        tiles += [f"w4a16_gemv_{width}" for width in GEMV_STAGES]
     return (
         "embedding",
         "rms_norm",
@@ -66,6 +70,5 @@ def sources_for(model: ModelConfig) -> tuple[str, ...]:
         "mark_seen",
         "sample_top",
         "sample_draw",
-        *(f"{kind}_gemv_{width}" for width in GEMV_STAGES),
-        *(f"{kind}_gemm_{tokens}" for tokens in GEMM_TILES),
+        *tiles,
     )

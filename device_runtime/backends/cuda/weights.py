@@ -48,14 +48,39 @@ class Piece:
 
 
 @dataclass(frozen=True)
+class GatePair:
+    """The gate and up matrices of one rank in fp16, whose columns take turns in memory.
+
+    Attributes:
+        gate: spec of w1, ``[inputs, columns]``.
+        up: spec of w3.
+        tensor: name of the joined tensor, that of a fused w13.
+        offset: where the rank's first row starts in it.
+        pitch: from row to row in the tensor.
+    """
+
+    gate: TensorSpec
+    up: TensorSpec
+    tensor: str
+    offset: int
+    pitch: int
+
+    @property
+    def row_bytes(self) -> int:
+        """Of a row of the rank, both matrices together."""
+        return 2 * self.gate.size_bytes // self.gate.shape[0]
+
+
+@dataclass(frozen=True)
 class WeightLayout:
     """Tensors in the order in which they lie, with their sizes and pieces.
 
-    ``sizes`` has the joined size of each tensor by name.
+    ``sizes`` has the joined size of each tensor by name. ``pairs`` are there for fp16 models only.
     """
 
     sizes: dict[str, int]
     pieces: tuple[Piece, ...]
+    pairs: tuple[GatePair, ...]
     _order: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -83,7 +108,19 @@ def weight_layout(model: ModelConfig) -> WeightLayout:
         grouped.setdefault(joined_name(spec), []).append(spec)
     sizes: dict[str, int] = {}
     pieces: list[Piece] = []
+    pairs: list[GatePair] = []
     for name, specs in grouped.items():
+        if _module_of(name) == names.W3:
+            continue
+        if _module_of(name) == names.W1:
+            ups = grouped[name.replace(names.W1, names.W3)]
+            fused = name.replace(names.W1, names.W13)
+            sizes[fused] = sum(spec.size_bytes for spec in (*specs, *ups))
+            pitch = sizes[fused] // specs[0].shape[0]
+            for rank, (gate, up) in enumerate(zip(specs, ups, strict=True)):
+                offset = rank * pitch // len(specs)
+                pairs.append(GatePair(gate, up, fused, offset, pitch))
+            continue
         if specs[0].split == "copy":
             specs = specs[:1]  # every rank has the whole bias, which is added once
         sizes[name] = sum(spec.size_bytes for spec in specs) + _padding_bytes(model, specs[0])
@@ -94,7 +131,7 @@ def weight_layout(model: ModelConfig) -> WeightLayout:
             offset = start if is_whole else rank * row_bytes
             pitch = row_bytes if is_whole else row_bytes * len(specs)
             pieces.append(Piece(spec, name, offset, row_bytes, pitch))
-    return WeightLayout(sizes, tuple(pieces))
+    return WeightLayout(sizes, tuple(pieces), tuple(pairs))
 
 
 def joined_name(spec: TensorSpec) -> str:
@@ -103,6 +140,12 @@ def joined_name(spec: TensorSpec) -> str:
         return spec.name
     parts = spec.name.split(".")
     return ".".join((*parts[:_RANK_PLACE], parts[-1]))
+
+
+def _module_of(joined: str) -> str:
+    """Return the module of a layer's joined tensor, "" of others."""
+    parts = joined.split(".")
+    return ".".join(parts[2:-1]) if parts[0] == "layers" else ""
 
 
 def layer_name(layer: int, module: str, kind: str) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from device_runtime.backends.cuda.arena import arena_bytes
 from device_runtime.backends.cuda.weights import padded_rows
 from device_runtime.kernels.attention_shape import PREFILL_ROWS, SPAN_TOKENS, DecodeAttentionShape
-from device_runtime.kernels.gemm_shape import W4A16_TILES
+from device_runtime.kernels.gemm_shape import F16_TILES, W4A16_TILES
 from device_runtime.kernels.gemv_shape import GemvShape
 from device_runtime.kernels.head_shape import MAX_ROWS
 from device_runtime.kernels.reference.kv_pages import KvLayout
@@ -152,8 +152,9 @@ class StepLimits:
     @property
     def gemm_bytes(self) -> int:
         """Bytes of the sums that blocks of any GEMM hand to each other."""
+        tiles = W4A16_TILES if self.model.group_size else F16_TILES
         return max(
-            2 * self.num_sms * tile.blocks_per_sm * tile.part_bytes for tile in W4A16_TILES.values()
+            2 * self.num_sms * tile.blocks_per_sm * tile.part_bytes for tile in tiles.values()
         )
 
     @property

@@ -1,0 +1,63 @@
+"""Gate and up matrices in fp16, woven into one while they are copied: gate, up, gate, up, ..."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+import numpy as np
+
+from device_runtime.backends.cuda.driver import CudaDriver
+from device_runtime.backends.cuda.loader import STAGING_BYTES, drop_from_page_cache
+from device_runtime.backends.cuda.weights import GatePair
+from device_runtime.kernels.libcuda import Event, Stream
+from device_runtime.package_format.package import Package
+
+
+def load_pairs(
+    driver: CudaDriver,
+    stream: Stream,
+    package: Package,
+    pairs: tuple[GatePair, ...],
+    places: dict[str, int],
+) -> None:
+    """Weave and copy through two pinned buffers; returns when everything is there.
+
+    Raises:
+        PackageError: a file is missing or was changed.
+        DeviceError: a copy failed.
+    """
+    if not pairs:
+        return
+    with ExitStack() as stack:
+        buffers, events = [], []
+        for _ in range(2):
+            buffers.append(driver.allocate_pinned(STAGING_BYTES))
+            stack.callback(driver.free_pinned, buffers[-1])
+            events.append(Event(driver))
+            stack.callback(events[-1].close)
+        stack.callback(stream.synchronize)
+        num_fills = 0
+        for pair in pairs:
+            gate, up = package.tensor(pair.gate.name), package.tensor(pair.up.name)
+            step = max(1, STAGING_BYTES // pair.row_bytes)
+            for first in range(0, len(gate), step):
+                turn, num_fills = num_fills % 2, num_fills + 1
+                if num_fills > 2:
+                    events[turn].synchronize()
+                num_rows = min(step, len(gate) - first)
+                view = buffers[turn].bytes[: num_rows * pair.row_bytes].view(np.float16)
+                woven = view.reshape(num_rows, -1, 2)
+                woven[:, :, 0] = gate[first : first + num_rows]
+                woven[:, :, 1] = up[first : first + num_rows]
+                driver.copy_rows(
+                    places[pair.tensor] + pair.offset + first * pair.pitch,
+                    pair.pitch,
+                    buffers[turn].address,
+                    row_bytes=pair.row_bytes,
+                    num_rows=num_rows,
+                    stream=stream,
+                )
+                events[turn].record(stream)
+            del gate, up
+            for spec in (pair.gate, pair.up):
+                drop_from_page_cache(package.root / spec.path)
