@@ -11,6 +11,7 @@ from device_runtime import __version__
 from device_runtime.apps.bench_device import describe_machine, machine_facts, memory_use
 from device_runtime.apps.bench_engine import OpenEngine, open_engine, step_bytes
 from device_runtime.apps.bench_load import measure_load
+from device_runtime.apps.bench_project import project_all, projection_lines, slice_rates
 from device_runtime.apps.bench_report import print_report, result_facts, to_csv
 from device_runtime.apps.bench_runs import Result, Workload, run_workload
 from device_runtime.apps.chat_view import make_console
@@ -20,6 +21,7 @@ from device_runtime.apps.store import Store, find_package
 from device_runtime.backends.sampling_params import SamplingParams
 from device_runtime.backends.synthetic import SHAPES, synthetic_package
 from device_runtime.errors import UsageError
+from device_runtime.package_format.boards import parse_targets
 from device_runtime.package_format.package import Package, open_package
 
 DEFAULT_PROMPT = "128"
@@ -56,6 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--temperature", type=float, default=0.0, metavar="X", help="0, the default, is greedy"
     )
+    parser.add_argument(
+        "--project", metavar="BOARD,..", help="compute what boards would do, or all"
+    )
     parser.add_argument("--load", action="store_true", help="measure also how long loading takes")
     shape = parser.add_mutually_exclusive_group()
     shape.add_argument("--json", action="store_true", help="print the results as JSON")
@@ -74,6 +79,7 @@ def run_bench(args: argparse.Namespace) -> int:
         raise UsageError(
             f"--warm-up is {args.warm_up} and --repeats {args.repeats}, expected at least 0 and 1"
         )
+    boards = parse_targets(args.project) if args.project else ()
     options = engine_options(args, os.environ)
     concurrency = max(workload.concurrency for workload in workloads)
     longest = max(w.prompt_tokens + w.completion_tokens for w in workloads)
@@ -86,6 +92,10 @@ def run_bench(args: argparse.Namespace) -> int:
         machine = describe_machine(opened.backend, package)
         results = [_measure(opened, workload, args) for workload in workloads]
         memory = memory_use(opened.backend, opened.engine.plan)
+        rates = slice_rates(opened.backend, package) if boards else {}
+    alone = replace(workloads[0], concurrency=1)
+    per_step = step_bytes(package.model, opened.engine.plan.kv_format.value, alone)
+    projections = project_all(boards, package.model, per_step, rates)
     rows = [result_facts(result, machine) for result in results]
     if args.json:
         facts = {
@@ -96,6 +106,7 @@ def run_bench(args: argparse.Namespace) -> int:
             **machine_facts(machine, memory),
             "load": asdict(load) if load else None,
             "results": rows,
+            "projections": [asdict(projection) for projection in projections],
         }
         print(json.dumps(facts, indent=2, ensure_ascii=False))
     elif args.csv:
@@ -103,6 +114,8 @@ def run_bench(args: argparse.Namespace) -> int:
     else:
         heading = f"{title}, {opened.backend.name}, {opened.engine.plan.kv_format.title} KV cache"
         print_report(make_console(), heading, results, machine, memory, load)
+        if projections:
+            print("\n".join(projection_lines(projections, alone)))
     return 0
 
 

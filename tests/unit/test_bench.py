@@ -14,9 +14,11 @@ from device_runtime.apps import bench_device
 from device_runtime.apps.bench import read_workloads
 from device_runtime.apps.bench_device import power_mode
 from device_runtime.apps.bench_engine import decode_weight_bytes, step_bytes
+from device_runtime.apps.bench_project import nearest_rate, project, quantized_weights
 from device_runtime.apps.bench_runs import Round, Workload, summarize
 from device_runtime.backends.synthetic import synthetic_package
 from device_runtime.errors import UsageError
+from device_runtime.package_format.boards import BOARDS
 from device_runtime.package_format.tensors import tensor_specs
 
 
@@ -143,3 +145,37 @@ def test_the_power_mode_has_nvpmodels_name(tmp_path, monkeypatch) -> None:
     assert power_mode() == "mode 2"
     modes.write_text("< POWER_MODEL ID=0 NAME=15W >\n< POWER_MODEL ID=2 NAME=MAXN_SUPER >\n")
     assert power_mode() == "MAXN_SUPER"
+
+
+def test_a_projection_is_arithmetic_over_the_boards_facts() -> None:
+    model = synthetic_package("llama-2-7b").model
+    board = BOARDS["agx-orin-64gb"]
+    # 32 x (4096 x 12288 + 4096 x 4096 + 3 x 4096 x 11008) weights
+    assert quantized_weights(model) == 6_476_005_376
+    found = project(board, model, 3_900_000_000, 65.0)
+    assert found.memory_s == pytest.approx(3.9 / (0.8 * 204.8))
+    assert found.arithmetic_s == pytest.approx(6_476_005_376 / (65 * 16 * 1300e6))
+    assert found.launch_s == pytest.approx((5 * 32 + 3) * 2e-6)
+    assert found.decode_tok_s == pytest.approx(1 / (found.memory_s + found.launch_s))
+    slow = project(board, model, 3_900_000_000, 5.0)
+    assert slow.decode_tok_s == pytest.approx(1 / (slow.arithmetic_s + slow.launch_s))
+    assert not project(board, model, 1, None).is_rate_measured
+
+
+def test_a_board_takes_the_rate_of_the_slice_that_is_nearest() -> None:
+    assert nearest_rate({8: 1.0, 14: 2.0, 16: 3.0}, 20) == 3.0
+    assert nearest_rate({8: 1.0, 14: 2.0, 16: 3.0}, 6) == 1.0
+    assert nearest_rate({}, 6) is None
+
+
+def test_projections_say_that_they_are_and_what_they_assume(root, capsys) -> None:
+    out = run(root, capsys, "--prompt", "4", "--completion", "3", "--project", "orin-nano-8gb,thor")
+    assert "projected, not measured: one sequence of 5 tokens" in out
+    for word in (
+        "orin-nano-8gb:",
+        "thor:",
+        "80% of the nominal",
+        "45 weights per clock",
+        "assumed",
+    ):
+        assert word in out

@@ -16,6 +16,7 @@ from tiny_package import make_package, tiny_model
 from device_runtime import cli
 from device_runtime.apps.bench_engine import open_engine
 from device_runtime.backends.cuda import state as state_module
+from device_runtime.backends.cuda.slices import measure_slices
 from device_runtime.backends.cuda.slots import IDLE, Slots
 from device_runtime.backends.sampling_params import SamplingParams
 from device_runtime.backends.synthetic import SHAPES, synthetic_package
@@ -28,6 +29,7 @@ from device_runtime.errors import (
     UsageError,
 )
 from device_runtime.package_format.kv_scale import KvScale
+from device_runtime.package_format.package import open_package
 
 GREEDY = SamplingParams(temperature=0.0)
 CUDA = EngineOptions(backend="cuda")
@@ -390,3 +392,31 @@ def test_the_report_of_a_bench_is_json(root, fake, capsys, monkeypatch) -> None:
     # 8 reads of a MiB in half a millisecond.
     assert facts["machine"]["read_bytes_s"] == pytest.approx(8 * (1 << 20) / 0.5e-3)
     assert [row["prompt_tokens"] for row in facts["results"]] == [4, 9]
+
+
+def test_slices_count_their_sms_and_clocks(root, fake) -> None:
+    probe = fake._run
+
+    def run(launched) -> None:
+        probe(launched)
+        if launched.name == "sm_probe":
+            ids, spins = launched.arguments[:2]
+            for block in range(launched.grid[0]):
+                ctypes.c_uint32.from_address(ids + 4 * block).value = block % fake_sms
+                ctypes.c_uint64.from_address(spins + 16 * block).value = 2_000_000
+                ctypes.c_uint64.from_address(spins + 16 * block + 8).value = 1_000_000
+
+    fake._run = run
+    with open_engine(open_package(root), CUDA).engine as engine:
+        driver = engine._backend.driver
+        fake_sms = 132
+        rates = measure_slices(driver, engine.package)
+        assert [(rate.num_sms, rate.num_tokens) for rate in rates] == [
+            (sms, tokens) for sms in (8, 14, 16) for tokens in (1, 8)
+        ]
+        # 20 launches in 0.5 ms at 2 GHz: 4096 x 4096 / (25 us x 2 GHz x 8 SMs)
+        assert rates[0].weights_per_clock == pytest.approx(4096 * 4096 / (25e-6 * 2e9 * 8))
+        fake_sms = 3
+        with pytest.raises(DeviceError, match="8 blocks ran on 3 SMs, expected one on each"):
+            measure_slices(driver, engine.package)
+    assert fake.num_bytes == 0
