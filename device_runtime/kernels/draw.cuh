@@ -7,7 +7,7 @@
 
 namespace {
 
-constexpr int kDrawThreads = 1024;
+constexpr int kDrawThreads = 512;
 constexpr int kBucketsPerUnit = 128;
 constexpr int kBuckets = 4096;  // the last one takes all from 32 on, whose weights do not count
 constexpr int kOwnBuckets = kBuckets / kDrawThreads;
@@ -36,7 +36,7 @@ struct Shared {
   int32_t num_edge;
   uint32_t threshold;
 };
-constexpr int kSharedBytes = 51752;
+constexpr int kSharedBytes = 51496;
 static_assert(sizeof(Shared) == kSharedBytes, "as sampling_row.py has it");
 
 __device__ __forceinline__ int bucket_of(float d) {

@@ -43,7 +43,7 @@ __device__ __forceinline__ void run(const uint64_t* top, const StepState& state,
 
 }  // namespace
 
-extern "C" __global__ void __launch_bounds__(kDrawThreads)
+extern "C" __global__ void __launch_bounds__(kDrawThreads, 1)
     sample_draw_f32(const uint64_t* top, int32_t* tokens, int32_t* positions, uint32_t* seen,
                     uint64_t* ring, const float* logits, const SamplingRow* sampling,
                     const int32_t* stop_ids, const int32_t* last_positions,
@@ -54,7 +54,7 @@ extern "C" __global__ void __launch_bounds__(kDrawThreads)
       logits, sampling, row_ids, vocab_size, stride);
 }
 
-extern "C" __global__ void __launch_bounds__(kDrawThreads)
+extern "C" __global__ void __launch_bounds__(kDrawThreads, 1)
     sample_draw_f16(const uint64_t* top, int32_t* tokens, int32_t* positions, uint32_t* seen,
                     uint64_t* ring, const fp16* logits, const SamplingRow* sampling,
                     const int32_t* stop_ids, const int32_t* last_positions,

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 STOP_IDS = 8
 """Token ids that end a row on the device (sampling.cuh kStopIds)."""
 
-DRAW_SHARED_BYTES = 51752
+DRAW_SHARED_BYTES = 51496
 """Dynamic shared memory of sample_draw.cu (its struct Shared)."""
 
 LOWEST_DRAWN = -19.5

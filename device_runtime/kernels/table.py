@@ -89,8 +89,8 @@ KERNELS = (
     Kernel("mark_seen", "mark_seen", "PPPii", 256, 32),
     Kernel("sample_top_f32", "sample_top", "P" * 12 + "iiii", 256, 64),
     Kernel("sample_top_f16", "sample_top", "P" * 12 + "iiii", 256, 64),
-    Kernel("sample_draw_f32", "sample_draw", "P" * 10 + "iiii", 1024, 64),
-    Kernel("sample_draw_f16", "sample_draw", "P" * 10 + "iiii", 1024, 64),
+    Kernel("sample_draw_f32", "sample_draw", "P" * 10 + "iiii", 512, 128),
+    Kernel("sample_draw_f16", "sample_draw", "P" * 10 + "iiii", 512, 128),
     Kernel("read_bandwidth", "read_bandwidth", "PPi", 512, 64),
     Kernel("sm_probe", "read_bandwidth", "PPi", 512, 64),
 )

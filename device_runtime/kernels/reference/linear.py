@@ -39,7 +39,8 @@ def rms_norm(x: NDArray[np.float32], weight: NDArray[np.float16], eps: float) ->
     """Return ``x * weight / sqrt(mean(x^2) + eps)`` of each row."""
     rows = x.astype(np.float64)
     mean = (rows * rows).mean(axis=-1, keepdims=True)
-    return rows * weight.astype(np.float64) / np.sqrt(mean + eps)
+    normed: Values = rows * weight.astype(np.float64) / np.sqrt(mean + eps)
+    return normed
 
 
 def head(
