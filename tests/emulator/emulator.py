@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import os
 import shutil
 import subprocess
 from functools import cache
@@ -54,9 +55,9 @@ def library(source: str, *flags: str) -> ctypes.CDLL:
     target = CACHE / f"{source}-{digest.hexdigest()[:16]}.so"
     if not target.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
-        unit = target.with_suffix(".cpp")
+        unit = target.with_suffix(f".{os.getpid()}.cpp")  # other workers build the same
         unit.write_text(f'#include "{KERNELS / (source + ".cu")}"\n{stubs}')
-        part = target.with_suffix(".part")
+        part = target.with_suffix(f".{os.getpid()}.part")
         # longjmp between fiber stacks is on purpose: no fortify. Pragmas are for CUDA compilers.
         command = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", "-w", "-fno-strict-aliasing"]
         command += ["-U_FORTIFY_SOURCE", "-ffp-contract=off", "-include", str(HEADER), *flags]
@@ -66,6 +67,7 @@ def library(source: str, *flags: str) -> ctypes.CDLL:
         if done.returncode:
             raise RuntimeError(f"g++ failed on {source}.cu:\n{done.stderr[:6000]}")
         part.rename(target)
+        unit.unlink()
     return ctypes.CDLL(str(target))
 
 
