@@ -19,6 +19,9 @@ CONSUMERS: dict[Tap, tuple[LogicalLinear, ...]] = {
     "gate_up": ("gate", "up"),
     "down": ("down",),
 }
+FEW_TOKENS = 4
+"""Inputs per token from which the tokens themselves are kept beside their Gram matrix."""
+
 _TAP_OF: dict[LogicalLinear, Tap] = {linears[0]: tap for tap, linears in CONSUMERS.items()}
 
 
@@ -29,16 +32,21 @@ class InputMoments:
     Attributes:
         gram: ``[in, in]`` fp32, mean over tokens of ``x x^T``.
         magnitude: ``[in]`` fp32, mean over tokens of ``|x|``.
+        rows: ``[tokens, in]`` fp32 with ``rows^T rows = gram`` when the tokens are so few that
+            they give an error faster than the Gram matrix does, else None.
     """
 
     gram: torch.Tensor
     magnitude: torch.Tensor
+    rows: torch.Tensor | None = None
 
     def output_error(self, error: torch.Tensor) -> float:
         """Return the mean squared output error that a weight error ``[out, in]`` causes.
 
         The mean over tokens of ``|E x|^2`` is ``tr(E G E^T)``; summed over outputs.
         """
+        if self.rows is not None:
+            return float(torch.sum((error @ self.rows.T).square_()))
         return float(torch.sum((error @ self.gram) * error))
 
 
@@ -49,6 +57,7 @@ class GramObserver(Observer):
         self._grams: dict[Tap, torch.Tensor] = {}
         self._magnitudes: dict[Tap, torch.Tensor] = {}
         self._num_tokens: dict[Tap, int] = {}
+        self._rows: dict[Tap, list[torch.Tensor]] = {}
 
     def linear(self, name: LogicalLinear, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
         """See a linear's inputs; linears that share them are counted once."""
@@ -61,14 +70,22 @@ class GramObserver(Observer):
             self._grams[tap] = rows.T @ rows
             self._magnitudes[tap] = magnitude
             self._num_tokens[tap] = len(rows)
-            return
-        self._grams[tap].addmm_(rows.T, rows)
-        self._magnitudes[tap] += magnitude
-        self._num_tokens[tap] += len(rows)
+            self._rows[tap] = []
+        else:
+            self._grams[tap].addmm_(rows.T, rows)
+            self._magnitudes[tap] += magnitude
+            self._num_tokens[tap] += len(rows)
+        if self._num_tokens[tap] * FEW_TOKENS > rows.shape[1]:
+            self._rows[tap] = []
+        else:
+            self._rows[tap].append(rows.clone())
 
     def take(self, tap: Tap) -> InputMoments:
         """Hand out the moments of a tap and forget them."""
         num_tokens = self._num_tokens.pop(tap)
+        rows = self._rows.pop(tap)
         return InputMoments(
-            self._grams.pop(tap).div_(num_tokens), self._magnitudes.pop(tap).div_(num_tokens)
+            self._grams.pop(tap).div_(num_tokens),
+            self._magnitudes.pop(tap).div_(num_tokens),
+            torch.cat(rows).div_(num_tokens**0.5) if rows else None,
         )

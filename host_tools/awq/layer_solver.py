@@ -141,7 +141,7 @@ class _LayerSolver:
             difference = values.sub_(weight)
             if rows is not None:
                 difference.mul_(rows.unsqueeze(1))
-            error += float(torch.sum((difference @ gram) * difference))
+            error += moments.output_error(difference.div_(scales))
         self._errors[tap] = (plain_error, error)
 
 

@@ -106,6 +106,20 @@ def test_clipping_never_costs_a_group_more_than_its_whole_range() -> None:
     assert clipped.sum() < 0.95 * whole.sum()
 
 
+def test_few_tokens_give_the_same_error_as_their_gram_matrix() -> None:
+    inputs, error = outlier_inputs(12, 64), randn(40, 64)
+    observer = GramObserver()
+    for part in inputs.split(5):
+        observer.linear("o", part, part)
+    moments = observer.take("o")
+    assert moments.rows is not None
+    assert torch.allclose(moments.rows.T @ moments.rows, moments.gram, rtol=1e-5, atol=1e-6)
+    by_gram = float(torch.sum((error @ moments.gram) * error))
+    assert moments.output_error(error) == pytest.approx(by_gram, rel=1e-4)
+    observer.linear("o", outlier_inputs(17, 64), inputs)
+    assert observer.take("o").rows is None
+
+
 def test_strips_of_rows_are_searched_alike(monkeypatch) -> None:
     weight, gram = randn(24, 96), moments_of(outlier_inputs(400, 96)).gram
     whole = search_clipping(weight, gram, GROUP)
