@@ -40,7 +40,7 @@ def run() -> Run:
         done = subprocess.run(
             [str(BIN / command), *map(str, args)],
             capture_output=True,
-            text=True,
+            encoding="utf-8",
             timeout=timeout,
             **more,  # type: ignore[call-overload]
         )

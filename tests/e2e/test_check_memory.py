@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from conftest import BIN, Run
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("e2e")]
+pytestmark = pytest.mark.slow
 
 GIB = 1 << 30
 # InternLM2-chat-1.8B's config.json, under Llama's tensor names.

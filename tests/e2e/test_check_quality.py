@@ -14,7 +14,7 @@ import pytest
 from conftest import NAME, Run
 from numpy.typing import NDArray
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("e2e")]
+pytestmark = pytest.mark.slow
 
 GROUP_SIZE = 64
 PROMPTS = (

@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 from conftest import NAME, ROOT, Built, Run
 
-pytestmark = pytest.mark.xdist_group("e2e")
-
 EVALUATION_TEXT = ROOT / "tests" / "data" / "evaluation.txt"
 QUESTION = "What is the capital of France?"
 
