@@ -286,5 +286,5 @@ def test_the_command_talks_to_a_package_and_keeps_its_history(
     messages = json.loads((tmp_path / "talk.json").read_text())["messages"]
     assert [message["role"] for message in messages] == ["user", "assistant"]
     history = tmp_path / "data/chat_history"
-    assert "+hello" in history.read_text().splitlines()
+    assert "+hello" in history.read_text("utf-8").splitlines()
     assert history.stat().st_mode & 0o777 == 0o600
