@@ -103,13 +103,13 @@ def kernels_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sm", type=int, nargs="+", metavar="N", help="build only for these, such as 87 110"
     )
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     parser.add_argument(
         "--compilers",
         type=Path,
-        default=cache / "turbojet" / "nvrtc",
+        default=None,
         metavar="DIR",
-        help="where NVIDIA's compilers are kept; pip fetches what is missing",
+        help="where NVIDIA's compilers are kept, pip fetches what is missing (default: nvrtc in "
+        "TURBOJET_CACHE_DIR or the user's cache)",
     )
 
 
@@ -215,6 +215,14 @@ def _target(parser: argparse.ArgumentParser) -> None:
         str,
         PackOptions().target,
         "boards with commas between them (orin-nano-8gb,agx-orin-64gb), or all that can hold it",
+    )
+    _option(
+        parser,
+        "--kernels",
+        str,
+        PackOptions().kernels,
+        "CUDA kernels in the package: auto compiles those of the boards, none leaves them out, or "
+        "a folder that turbojet-host kernels made",
     )
 
 

@@ -153,7 +153,7 @@ class _Build:
                 workspace,
                 lambda: kv_qparams(work, workspace, options.kv, progress),
             )
-        packer = PackOptions(options.target)
+        packer = PackOptions(options.target, options.kernels)
         self._stage(
             "pack", work, lambda: pack_once(workspace, self._output, work, packer, progress)
         )

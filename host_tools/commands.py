@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from host_tools.fetch.options import FetchOptions
 from host_tools.options import CalibrateOptions, EvaluateOptions, QuantizeOptions
@@ -77,10 +77,14 @@ def run_pack(args: argparse.Namespace) -> int:
 
 def run_kernels(args: argparse.Namespace) -> int:
     """Compile the CUDA kernels and print their folder."""
-    from host_tools.kernels import BUILDS, build_kernels, builds_for
+    from host_tools.kernel_sets import build_kernels
+    from host_tools.kernels import BUILDS, KernelCache, builds_for
 
+    cache = KernelCache.default()
+    if args.compilers:
+        cache = replace(cache, compilers=args.compilers)
     builds = builds_for(args.sm) if args.sm else BUILDS
-    print(build_kernels(args.output, builds, args.compilers, make_progress()))
+    print(build_kernels(args.output, builds, cache, make_progress()))
     return 0
 
 
@@ -142,7 +146,7 @@ def kv_options(args: argparse.Namespace) -> KvQparamsOptions:
 
 def pack_options(args: argparse.Namespace) -> PackOptions:
     """Return for which boards the archive is."""
-    return PackOptions(args.target)
+    return PackOptions(args.target, args.kernels)
 
 
 def build_options(args: argparse.Namespace) -> BuildOptions:
@@ -159,6 +163,7 @@ def build_options(args: argparse.Namespace) -> BuildOptions:
         template=args.template,
         config=config_values(args),
         target=args.target,
+        kernels=args.kernels,
     )
 
 

@@ -1,14 +1,11 @@
-"""Compiles the CUDA kernels ahead of time: one cubin per source, SM, CUDA release, group size."""
+"""What the CUDA kernels are compiled to: one cubin per source, SM, CUDA release, group size."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,17 +14,13 @@ from device_runtime import kernels as kernels_package
 from device_runtime.errors import UsageError
 from device_runtime.kernels.cubins import (
     GROUP_SIZES,
-    RECORD,
     SOURCES,
-    Cubin,
     cubin_file,
     has_group_size,
-    write_record,
 )
 from device_runtime.package_format import durable
-from host_tools.nvrtc import Nvrtc, fetch_compiler
-from host_tools.output_folder import replace_folder
-from host_tools.progress import Progress
+from device_runtime.package_format.boards import Board
+from host_tools.nvrtc import WHEELS, Nvrtc
 
 SOURCE_FOLDER = Path(kernels_package.__file__).parent
 _INCLUDE = re.compile(r'^#include "([^"]+)"$', re.MULTILINE)
@@ -64,6 +57,31 @@ BUILDS = (
 )
 
 
+CUDA_OF_JETPACK = {5: "11.8", 6: "12.6", 7: "13.0"}
+"""The release whose cubins a JetPack's driver runs; a driver of 11.4 takes those of 11.8."""
+
+
+@dataclass(frozen=True)
+class KernelCache:
+    """Where what compiling needs and gives is kept; all of it can be deleted.
+
+    Attributes:
+        compilers: NVIDIA's compilers, a folder per release.
+        cubins: what they made, by the hash of sources, flags and compiler.
+    """
+
+    compilers: Path
+    cubins: Path
+
+    @classmethod
+    def default(cls) -> KernelCache:
+        """Return the folders under TURBOJET_CACHE_DIR, else under the user's cache."""
+        folder = os.environ.get("TURBOJET_CACHE_DIR")
+        user = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        root = Path(folder) if folder else Path(user) / "turbojet"
+        return cls(root / "nvrtc", root / "cubins")
+
+
 @dataclass(frozen=True)
 class Unit:
     """One cubin to be made; `group_size` is 0 where the source does not depend on it."""
@@ -88,14 +106,26 @@ class Unit:
         return cubin_file(self.source, build.sm, build.cuda, self.group_size, build.is_plain)
 
 
-def units_of(builds: Iterable[Build], sources: Sequence[str] = SOURCES) -> list[Unit]:
+def units_of(
+    builds: Iterable[Build],
+    sources: Sequence[str] = SOURCES,
+    group_sizes: Sequence[int] = GROUP_SIZES,
+) -> list[Unit]:
     """Return every cubin of some builds."""
     return [
         Unit(source, build, group_size)
         for build in builds
         for source in sources
-        for group_size in (GROUP_SIZES if has_group_size(source) else (0,))
+        for group_size in (group_sizes if has_group_size(source) else (0,))
     ]
+
+
+def builds_for_boards(boards: Iterable[Board]) -> tuple[Build, ...]:
+    """Return the builds that cover every JetPack of some boards."""
+    wanted = {
+        (board.sm, CUDA_OF_JETPACK[jetpack]) for board in boards for jetpack in board.jetpacks
+    }
+    return tuple(build for build in BUILDS if (build.sm, build.cuda) in wanted)
 
 
 def builds_for(sms: Iterable[int]) -> tuple[Build, ...]:
@@ -150,64 +180,25 @@ def compile_unit(unit: Unit, compilers: Path) -> bytes:
     return _compiler(compilers / unit.build.cuda).compile(name, text, files, unit.flags)
 
 
-def build_kernels(
-    output: Path, builds: Sequence[Build], compilers: Path, progress: Progress
-) -> Path:
-    """Compile all kernels into a folder with a record of what is in it.
+def cached_unit(unit: Unit, cache: KernelCache) -> bytes:
+    """Return a cubin, compiled unless the same sources, flags and compiler gave one before.
 
     Args:
-        output: the folder; one that has a record is replaced.
-        builds: the variants.
-        compilers: where the compilers are kept; missing ones are fetched.
-        progress: counts the cubins.
-
-    Returns:
-        ``output``.
+        unit: what to make.
+        cache: the compilers, and where cubins are kept.
 
     Raises:
-        UsageError: ``output`` is something else.
-        DeviceError: a compiler cannot be fetched or loaded.
-        InternalError: a source does not compile.
+        InternalError: the source does not compile.
+        DeviceError: the compiler cannot be loaded.
     """
-    if output.exists() and not (output / RECORD).is_file():
-        raise UsageError(f"{output} exists and is no folder of kernels, name another output")
-    for release in dict.fromkeys(build.cuda for build in builds):
-        fetch_compiler(release, compilers)
-    units = units_of(builds)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
-    try:
-        with (
-            progress.task("kernels", len(units), "cubins") as task,
-            ProcessPoolExecutor(os.cpu_count()) as pool,
-        ):
-            running = {pool.submit(compile_unit, unit, compilers): unit for unit in units}
-            cubins = []
-            for done in as_completed(running):
-                cubins.append(_write(part, running[done], done.result()))
-                task.advance(1)
-        write_record(part, cubins)
-        part.chmod(0o755)
-        durable.sync_folder(part)
-        replace_folder(part, output)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    return output
-
-
-def _write(folder: Path, unit: Unit, cubin: bytes) -> Cubin:
-    durable.write_atomically(folder / unit.file, cubin)
-    return Cubin(
-        file=unit.file,
-        source=unit.source,
-        sm=unit.build.sm,
-        cuda=unit.build.cuda,
-        group_size=unit.group_size,
-        is_plain=unit.build.is_plain,
-        sha256=hashlib.sha256(cubin).hexdigest(),
-        sources_sha256=sources_sha256(unit.source),
-        flags=unit.flags,
-    )
+    recipe = "\0".join((sources_sha256(unit.source), WHEELS[unit.build.cuda], *unit.flags))
+    kept = cache.cubins / f"{hashlib.sha256(recipe.encode()).hexdigest()}.cubin"
+    if kept.is_file():
+        return kept.read_bytes()
+    cubin = compile_unit(unit, cache.compilers)
+    cache.cubins.mkdir(parents=True, exist_ok=True)
+    durable.write_atomically(kept, cubin)
+    return cubin
 
 
 @cache

@@ -12,11 +12,13 @@ from pathlib import Path
 from device_runtime.errors import PackageError, UsageError
 from device_runtime.package_format import durable, names
 from device_runtime.package_format.archive_writer import ArchiveSummary, write_archive
-from device_runtime.package_format.boards import parse_targets
+from device_runtime.package_format.boards import BOARDS, parse_targets
 from device_runtime.package_format.checksums import hash_files
 from device_runtime.package_format.files import list_files
 from device_runtime.package_format.manifest import Manifest, write_manifest
 from device_runtime.package_format.package import Package, open_package
+from host_tools.kernel_sets import kernels_fingerprint, write_package_kernels
+from host_tools.kernels import KernelCache
 from host_tools.package_options import ALL_TARGETS, PackOptions
 from host_tools.plan import MemoryNeeds, choose_boards, describe_plan, plan_boards
 from host_tools.progress import BYTES, Progress
@@ -45,12 +47,26 @@ def pack(workspace: Path, output: Path, options: PackOptions, progress: Progress
         raise UsageError(f"{output} is a folder, name the archive to write in it")
     package = open_package(workspace)
     manifest = planned_manifest(package, options, progress)
-    paths = content_paths(package)
-    with progress.task("hash", total=0, unit=BYTES) as task:
-        entries = hash_files(package.root, paths, task.move_to)
-    sealed = replace(manifest, files=entries)
-    with _staged(package.root, sealed) as folder, progress.task("pack", unit=BYTES) as task:
-        return write_archive(folder, output, task.move_to)
+    with _staging(package.root) as folder:
+        boards = [BOARDS[name] for name in manifest.target_boards]
+        write_package_kernels(
+            folder / names.KERNELS_DIR,
+            package.model,
+            boards,
+            options.kernels,
+            KernelCache.default(),
+            progress,
+        )
+        for path in content_paths(package):
+            target = folder / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _link((package.root / path).resolve(), target)
+        with progress.task("hash", total=0, unit=BYTES) as task:
+            entries = hash_files(folder, list_files(folder), task.move_to)
+        write_manifest(folder, replace(manifest, files=entries))
+        durable.sync_folder(folder)
+        with progress.task("pack", unit=BYTES) as task:
+            return write_archive(folder, output, task.move_to)
 
 
 def pack_once(
@@ -73,7 +89,11 @@ def pack_once(
         "pack",
         work_dir,
         (workspace,),
-        {"target": options.target, "output": str(output.resolve())},
+        {
+            "target": options.target,
+            "kernels": kernels_fingerprint(options.kernels),
+            "output": str(output.resolve()),
+        },
         STAGE_VERSION,
     )
     if stage.is_finished():
@@ -119,31 +139,23 @@ def planned_manifest(package: Package, options: PackOptions, progress: Progress)
 def content_paths(package: Package) -> tuple[str, ...]:
     """Return the files of a workspace that belong into its package.
 
-    LMDeploy's Triton folders and our records stay behind.
+    LMDeploy's Triton folders, our records and kernels stay behind.
     """
     weights = {spec.path for spec in package.specs}
     weights.add(f"{names.WEIGHTS_DIR}/{names.CONFIG_INI}")
     others = (
-        path
-        for path in list_files(package.root)
-        if path.startswith((f"{names.TOKENIZER_DIR}/", f"{names.KERNELS_DIR}/"))
+        path for path in list_files(package.root) if path.startswith(f"{names.TOKENIZER_DIR}/")
     )
     return tuple(sorted(weights.union(others)))
 
 
 @contextmanager
-def _staged(root: Path, manifest: Manifest) -> Iterator[Path]:
-    """Give a folder that holds the sealed package: links to the workspace's files, no copies."""
+def _staging(root: Path) -> Iterator[Path]:
+    """Give an empty folder beside the workspace's files, for links to them and what is added."""
     folder = root / RECORD_DIR / "package"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
-        for entry in manifest.files:
-            target = folder / entry.path
-            target.parent.mkdir(parents=True, exist_ok=True)
-            _link((root / entry.path).resolve(), target)
-        write_manifest(folder, manifest)
-        durable.sync_folder(folder)
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)

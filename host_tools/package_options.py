@@ -16,6 +16,10 @@ from host_tools.options import (
 )
 
 ALL_TARGETS = "all"
+KERNELS_AUTO = "auto"
+"""Compile the CUDA kernels of the target boards."""
+KERNELS_NONE = "none"
+"""Pack no CUDA kernels."""
 
 BUILD_METHODS = (*METHODS, "none")
 """How ``build`` treats the weights; none leaves them in fp16."""
@@ -144,9 +148,12 @@ class PackOptions:
 
     Attributes:
         target: board names with commas between them, or ``all``: every board that can hold it.
+        kernels: ``auto`` compiles the CUDA kernels of the boards, ``none`` packs none, else a
+            folder that ``turbojet-host kernels`` made.
     """
 
     target: str = ALL_TARGETS
+    kernels: str = KERNELS_AUTO
 
 
 @dataclass(frozen=True)
@@ -165,6 +172,7 @@ class BuildOptions:
         template: name of a built-in chat template; empty takes the model's own.
         config: values of config.ini; None is planned for the target boards.
         target: board names, or ``all``.
+        kernels: as for `PackOptions`.
     """
 
     model_name: str = ""
@@ -178,6 +186,7 @@ class BuildOptions:
     template: str = ""
     config: ConfigValues = field(default_factory=ConfigValues)
     target: str = ALL_TARGETS
+    kernels: str = KERNELS_AUTO
 
     def __post_init__(self) -> None:
         """Refuse what cannot be; the stages' own options check the rest.

@@ -78,7 +78,7 @@ def built(run: Run, demo_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -
     run(
         "turbojet-host", "build", demo_gguf, "--output", archive, "--work-dir", work,
         "--model-name", NAME, "--calib-dataset", "builtin", "--calib-samples", "16",
-        "--calib-seqlen", "512", "--target", "orin-nano-8gb",
+        "--calib-seqlen", "512", "--target", "orin-nano-8gb", "--kernels", "none",
     )  # fmt: skip
     return Built(archive, work, work / "checkpoint", work / "awq", work / "turbomind")
 

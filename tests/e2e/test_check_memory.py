@@ -129,7 +129,7 @@ def test_a_1_8b_model_is_packaged_in_under_3_gb(
         "quantize": ("quantize", checkpoint, "--work-dir", work, "--output", awq),
         "convert": ("convert", awq, "--model-name", "internlm2-1_8b", "--output", workspace),
         "kv-qparams": ("kv-qparams", work, workspace),
-        "pack": ("pack", workspace, "--output", tmp_path / "x.tgz", "--target", "orin-nano-8gb"),
+        "pack": ("pack", workspace, "--output", tmp_path / "x.tgz", "--kernels", "none"),
     }  # fmt: skip
     for name, arguments in stages.items():
         start = time.monotonic()

@@ -45,7 +45,8 @@ def source(tmp_path_factory):
 def options(source, **changes):
     text = str(source.parent / "text.txt")
     calibration = CalibrateOptions(text, num_samples=2, seqlen=64, device="cpu")
-    return BuildOptions(**{"calibrate": calibration, "target": "orin-nano-8gb", **changes})
+    small = {"calibrate": calibration, "target": "orin-nano-8gb", "kernels": "none"}
+    return BuildOptions(**{**small, **changes})
 
 
 def run(source, folder, progress=None, **changes):

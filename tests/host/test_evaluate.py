@@ -120,7 +120,7 @@ def test_an_archive_is_unpacked_for_the_evaluation_alone(
     tmp_path: Path, workspace: Path, options, monkeypatch
 ) -> None:
     archive = tmp_path / "tiny.tgz"
-    pack(workspace, archive, PackOptions(), Progress())
+    pack(workspace, archive, PackOptions(kernels="none"), Progress())
     temporary = tmp_path / "tmp"
     temporary.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(temporary))

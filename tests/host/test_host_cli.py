@@ -126,7 +126,7 @@ def test_every_option_of_the_stages_reaches_build():
         "--w-group-size", "64", "--method", "rtn", "--kv-bits", "8", "--kv-sym", "--tp", "2",
         "--template", "llama2", "--quant-policy", "4", "--cache-max-entry-count", "0.5",
         "--cache-block-seq-len", "128", "--cache-chunk-size", "1", "--session-len", "2048",
-        "--max-batch-size", "2", "--target", "thor",
+        "--max-batch-size", "2", "--target", "thor", "--kernels", "none",
     )  # fmt: skip
     options = commands.build_options(args)
     default = BuildOptions()

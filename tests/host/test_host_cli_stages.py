@@ -58,7 +58,8 @@ def test_the_stages_one_by_one(made, capsys):
     assert package.config.quant_policy == 4
 
     out, err = run(
-        capsys, "pack", folder / "tm", "--output", folder / "x.tgz", "--target", "thor,orin-nx-8gb"
+        capsys, "pack", folder / "tm", "--output", folder / "x.tgz", "--kernels", "none",
+        "--target", "thor,orin-nx-8gb",
     )
     assert out == [str(folder / "x.tgz")]
     assert any(line.startswith("orin-nx-8gb: weights ") for line in err)
@@ -87,7 +88,7 @@ def test_build_prints_a_table_and_the_archive_last(made, capsys):
     source, folder = made  # noqa: F811
     text = source.parent / "text.txt"
     argv = [
-        "build", source, "--output", folder / "b.tgz", "--calib-dataset", text,
+        "build", source, "--output", folder / "b.tgz", "--kernels", "none", "--calib-dataset", text,
         "--calib-samples", "2", "--calib-seqlen", "64", "--device", "cpu", "--method", "rtn",
         "--model-name", "robot", "--target", "thor",
     ]  # fmt: skip

@@ -1,29 +1,28 @@
-"""Compiling the CUDA kernels with NVRTC: registers, stack, names; what is said when it fails."""
+"""Compiling CUDA sources with NVRTC: what is built for whom, and what is said when it fails."""
 
 from __future__ import annotations
 
-import hashlib
 import zipfile
 from pathlib import Path
 
 import pytest
 
 from device_runtime.errors import DeviceError, InternalError, PackageError, UsageError
-from device_runtime.kernels.cubins import SOURCES, choose_cubins, has_group_size, read_record
-from device_runtime.kernels.table import KERNELS
+from device_runtime.kernels.cubins import SOURCES, has_group_size
+from device_runtime.package_format.boards import BOARDS
 from host_tools import kernels
 from host_tools.cubin_resources import cubin_resources
 from host_tools.kernels import (
     BUILDS,
     Build,
+    KernelCache,
     Unit,
-    build_kernels,
     builds_for,
-    compile_unit,
+    builds_for_boards,
+    cached_unit,
     units_of,
 )
 from host_tools.nvrtc import WHEELS, Nvrtc, extract_libraries, fetch_compiler
-from host_tools.progress import Progress
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPILERS = ROOT / ".cache" / "nvrtc"
@@ -32,76 +31,49 @@ needs_compilers = pytest.mark.skipif(
     reason="scripts/fetch-compilers gets the compilers; scripts/test runs it",
 )
 ORIN = Build(87, "12.6")
-MAX_REGISTERS = {row.name: row.max_registers for row in KERNELS}
-
-
-def check(unit: Unit) -> None:
-    found = cubin_resources(compile_unit(unit, COMPILERS))
-    assert set(found) == {row.name for row in KERNELS if row.source == unit.source}
-    for name, resources in found.items():
-        assert resources.stack_bytes == 0, f"{name} spills on {unit.build.name}"
-        assert resources.registers <= MAX_REGISTERS[name], f"{name} on {unit.build.name}"
-
-
-# One build and one group size a source here; what is left is slow.
-QUICK = [unit for unit in units_of((ORIN,)) if unit.group_size in (0, 128)]
-REST = [unit for unit in units_of(BUILDS) if unit not in QUICK]
-
-
-def name_of(unit: Unit) -> str:
-    return unit.file.removesuffix(".cubin")
-
-
-@needs_compilers
-@pytest.mark.parametrize("unit", QUICK, ids=name_of)
-def test_no_kernel_spills_or_takes_more_registers_than_planned(unit: Unit) -> None:
-    check(unit)
-
-
-@needs_compilers
-@pytest.mark.slow
-@pytest.mark.parametrize("unit", REST, ids=name_of)
-def test_no_kernel_spills_on_any_target(unit: Unit) -> None:
-    check(unit)
-
-
-@needs_compilers
-@pytest.mark.parametrize("build", BUILDS, ids=lambda build: build.name)
-def test_every_compiler_builds_its_target(build: Build) -> None:
-    check(Unit("embedding", build, 0))
-
-
-@needs_compilers
-def test_a_folder_of_cubins_has_a_record_that_a_device_chooses_from(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    units = [Unit("embedding", build, 0) for build in BUILDS if build.sm == 87]
-    monkeypatch.setattr(kernels, "units_of", lambda builds: units)
-    folder = build_kernels(tmp_path / "kernels", builds_for([87]), COMPILERS, Progress())
-    record = read_record(folder)
-    assert {cubin.file for cubin in record} == {unit.file for unit in units}
-    for cubin in record:
-        data = (folder / cubin.file).read_bytes()
-        assert hashlib.sha256(data).hexdigest() == cubin.sha256
-        assert cubin.sources_sha256 == kernels.sources_sha256("embedding")
-        assert "-arch=sm_87" in cubin.flags
-    chosen = choose_cubins(record, 87, (12, 2))
-    assert chosen["embedding", 0].cuda == "12.6"
-    build_kernels(folder, builds_for([87]), COMPILERS, Progress())  # replaces its own
-    assert [path.name for path in tmp_path.iterdir()] == ["kernels"]
-
-
-def test_a_folder_that_is_something_else_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "letter.txt").write_text("dear")
-    with pytest.raises(UsageError, match="exists and is no folder of kernels"):
-        build_kernels(tmp_path, BUILDS, COMPILERS, Progress())
-    assert (tmp_path / "letter.txt").read_text() == "dear"
 
 
 def test_an_unknown_sm_is_refused() -> None:
     with pytest.raises(UsageError, match=r"sm 86 has no build, there are \[72, 87, 90, 110\]"):
         builds_for([87, 86])
     assert {build.cuda for build in builds_for([87])} == {"11.8", "12.6", "13.0"}
+
+
+def test_a_board_gets_the_builds_of_every_jetpack_that_runs_on_it() -> None:
+    def names(*boards: str) -> list[str]:
+        return [build.name for build in builds_for_boards(BOARDS[board] for board in boards)]
+
+    orin = ["sm_87 by CUDA 11.8", "sm_87 by CUDA 12.6", "sm_87 by CUDA 13.0"]
+    assert names("orin-nano-8gb", "agx-orin-64gb") == orin
+    assert names("thor") == ["sm_110 by CUDA 13.0"]
+    assert names("xavier-nx-8gb") == ["sm_72 by CUDA 11.8, plain"]
+    assert names(*BOARDS) == ["sm_72 by CUDA 11.8, plain", *orin, "sm_110 by CUDA 13.0"]
+
+
+def test_the_cache_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TURBOJET_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
+    assert KernelCache.default().compilers == Path("/caches/turbojet/nvrtc")
+    monkeypatch.setenv("TURBOJET_CACHE_DIR", "/mine")
+    assert KernelCache.default() == KernelCache(Path("/mine/nvrtc"), Path("/mine/cubins"))
+
+
+@needs_compilers
+def test_a_cubin_is_compiled_once_for_the_same_sources_and_flags(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = KernelCache(COMPILERS, tmp_path / "cubins")
+    unit = Unit("embedding", ORIN, 0)
+    cubin = cached_unit(unit, cache)
+    assert cubin.startswith(b"\x7fELF")
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "compile_unit", None)
+        assert cached_unit(unit, cache) == cubin
+    text = dict(kernels.source_files("embedding"))
+    text["embedding.cu"] += "// changed\n"
+    monkeypatch.setattr(kernels, "source_files", lambda source: text)
+    assert cached_unit(unit, cache).startswith(b"\x7fELF")
+    assert len(list((tmp_path / "cubins").iterdir())) == 2
 
 
 def test_every_source_is_built_for_every_group_size_it_depends_on() -> None:

@@ -16,7 +16,7 @@ from host_tools.pack import pack, pack_once
 from host_tools.package_options import ConfigValues, ConvertOptions, PackOptions
 from host_tools.progress import Progress
 
-NANO = PackOptions("orin-nano-8gb")
+NANO = PackOptions("orin-nano-8gb", "none")
 
 
 class Notes(Progress):
@@ -87,12 +87,9 @@ def test_triton_folders_and_other_strangers_stay_behind(workspace, tmp_path):
     (workspace / "triton_models" / "interactive").mkdir()
     (workspace / "triton_models" / "interactive" / "config.pbtxt").write_text("x")
     (workspace / "triton_models" / "weights" / "notes.txt").write_text("x")
-    (workspace / "kernels").mkdir()
-    (workspace / "kernels" / "sm_87.cubin").write_bytes(b"cubin")
     pack(workspace, tmp_path / "x.tgz", NANO, Progress())
     with tarfile.open(tmp_path / "x.tgz") as archive:
         names = archive.getnames()
-    assert "tiny/kernels/sm_87.cubin" in names
     assert not [name for name in names if name.endswith((".sh", ".pbtxt", ".txt"))]
 
 
@@ -117,7 +114,7 @@ def test_a_session_that_the_board_cannot_hold_is_warned_of(source, tmp_path):
 
 
 def test_all_takes_every_board_that_can_hold_the_model(workspace, tmp_path):
-    pack(workspace, tmp_path / "x.tgz", PackOptions(), Progress())
+    pack(workspace, tmp_path / "x.tgz", PackOptions(kernels="none"), Progress())
     with tarfile.open(tmp_path / "x.tgz") as archive:
         text = archive.extractfile("tiny/manifest.json").read().decode()
     assert "orin-nano-4gb" in text
@@ -126,7 +123,7 @@ def test_all_takes_every_board_that_can_hold_the_model(workspace, tmp_path):
 
 def test_an_unknown_board_is_refused(workspace, tmp_path):
     with pytest.raises(UsageError, match="no board is called 'orin-nano-9gb'"):
-        pack(workspace, tmp_path / "x.tgz", PackOptions("orin-nano-9gb"), Progress())
+        pack(workspace, tmp_path / "x.tgz", PackOptions("orin-nano-9gb", "none"), Progress())
     assert not (tmp_path / "x.tgz").exists()
 
 
@@ -178,8 +175,8 @@ def test_a_finished_archive_is_kept_until_something_changes(workspace, tmp_path)
     pack_once(workspace, output, tmp_path / "work", NANO, notes)
     assert output.stat().st_mtime_ns == made_ns
     assert notes.lines[-1] == f"pack: {output} is up to date"
-    pack_once(workspace, output, tmp_path / "work", PackOptions("thor"), notes)
+    pack_once(workspace, output, tmp_path / "work", PackOptions("thor", "none"), notes)
     assert output.stat().st_mtime_ns > made_ns
     other = tmp_path / "other.tgz"
-    pack_once(workspace, other, tmp_path / "work", PackOptions("thor"), notes)
+    pack_once(workspace, other, tmp_path / "work", PackOptions("thor", "none"), notes)
     assert other.read_bytes() == output.read_bytes()
