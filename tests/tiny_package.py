@@ -225,16 +225,23 @@ def _write_layer(
 ) -> LayerWeights:
     """Write one layer and return it unfused, q and k back in halves order."""
     hidden, inner, dim = model.hidden_size, model.intermediate_size, model.head_dim
-    linears = {
-        "q": _Linear.random(rng, model, hidden, model.q_size),
-        "k": _Linear.random(rng, model, hidden, model.kv_size),
-        "v": _Linear.random(rng, model, hidden, model.kv_size),
-        "o": _Linear.random(rng, model, model.q_size, hidden),
-        "gate": _Linear.random(rng, model, hidden, inner),
-        "up": _Linear.random(rng, model, hidden, inner),
-        "down": _Linear.random(rng, model, inner, hidden),
+    sizes = {
+        names.W_QKV: {
+            "q": (hidden, model.q_size),
+            "k": (hidden, model.kv_size),
+            "v": (hidden, model.kv_size),
+        },
+        names.WO: {"o": (model.q_size, hidden)},
+        names.W13: {"gate": (hidden, inner), "up": (hidden, inner)},
+        names.W2: {"down": (inner, hidden)},
     }
-    _write_linears(writer, layer, linears)
+    linears = {
+        key: _Linear.random(rng, model, *size, is_quantized=model.is_quantized(layer, module))
+        for module, parts in sizes.items()
+        for key, size in parts.items()
+    }
+    for module, parts in sizes.items():
+        _write_linear(writer, layer, module, [linears[key] for key in parts])
     values = {key: linear.values.T for key, linear in linears.items()}
     norms = {
         key: _write(
@@ -286,9 +293,15 @@ class _Linear:
 
     @classmethod
     def random(
-        cls, rng: np.random.Generator, model: ModelConfig, inputs: int, outputs: int
+        cls,
+        rng: np.random.Generator,
+        model: ModelConfig,
+        inputs: int,
+        outputs: int,
+        *,
+        is_quantized: bool,
     ) -> _Linear:
-        if model.weight_type != "int4":
+        if not is_quantized:
             weights = rng.standard_normal((inputs, outputs)) / np.sqrt(inputs)
             stored, values = _round(weights, model)
             return cls((stored,), values)
@@ -300,37 +313,35 @@ class _Linear:
         return cls((codes, zeros, scales), values)
 
 
-def _write_linears(writer: WorkspaceWriter, layer: int, linears: dict[str, _Linear]) -> None:
-    """Fuse, split over ranks and pack part by part, as `convert` does."""
+def _write_linear(writer: WorkspaceWriter, layer: int, module: str, linears: list[_Linear]) -> None:
+    """Fuse, split over ranks and pack the parts of one fused linear, as `convert` does."""
     model = writer.model
     ranks = model.tensor_para_size
-    num_parts = len(linears["q"].parts)
+    is_quantized = model.is_quantized(layer, module)
     files: dict[str, list[list[np.ndarray]]] = {}
 
-    def add(module: str, per_rank: list[np.ndarray]) -> None:
-        files.setdefault(module, [[] for _ in range(ranks)])
+    def add(name: str, per_rank: list[np.ndarray]) -> None:
+        files.setdefault(name, [[] for _ in range(ranks)])
         for rank, array in enumerate(per_rank):
-            files[module][rank].append(array)
+            files[name][rank].append(np.ascontiguousarray(array))
 
-    for part in range(num_parts):
-        of = {key: linear.parts[part] for key, linear in linears.items()}
-        q, k = (rotary.to_pairs(of[key], model.head_dim) for key in "qk")
-        add(names.W_QKV, fusion.fuse_qkv(q, k, of["v"], ranks))
-        add(names.WO, fusion.split_rows(of["o"], ranks))
-        if num_parts == 1:
-            add(names.W1, fusion.split_columns(of["gate"], ranks))
-            add(names.W3, fusion.split_columns(of["up"], ranks))
+    for parts in zip(*(linear.parts for linear in linears), strict=True):
+        if module == names.W_QKV:
+            q, k = (rotary.to_pairs(part, model.head_dim) for part in parts[:2])
+            add(module, fusion.fuse_qkv(q, k, parts[2], ranks))
+        elif module == names.W13 and is_quantized:
+            add(module, fusion.split_columns(fusion.fuse_w13(*parts), ranks))
+        elif module == names.W13:
+            for name, part in zip((names.W1, names.W3), parts, strict=True):
+                add(name, fusion.split_columns(part, ranks))
         else:
-            add(names.W13, fusion.split_columns(fusion.fuse_w13(of["gate"], of["up"]), ranks))
-        add(names.W2, fusion.split_rows(of["down"], ranks))
-    for module, per_rank in files.items():
-        for rank, parts in enumerate(per_rank):
-            if num_parts == 1:
-                name = names.layer_tensor(layer, module, rank, names.WEIGHT)
-                writer.write(name, np.ascontiguousarray(parts[0]))
+            add(module, fusion.split_rows(parts[0], ranks))
+    for name, per_rank in files.items():
+        for rank, arrays in enumerate(per_rank):
+            if not is_quantized:
+                writer.write(names.layer_tensor(layer, name, rank, names.WEIGHT), arrays[0])
                 continue
-            codes, zeros, scales = (np.ascontiguousarray(array) for array in parts)
-            name = names.layer_tensor(layer, module, rank, names.QWEIGHT)
-            writer.write(name, int4.pack_words(codes))
-            name = names.layer_tensor(layer, module, rank, names.SCALES_ZEROS)
-            writer.write(name, int4.pack_scales_zeros(scales, zeros))
+            codes, zeros, scales = arrays
+            words, pairs = int4.pack_words(codes), int4.pack_scales_zeros(scales, zeros)
+            writer.write(names.layer_tensor(layer, name, rank, names.QWEIGHT), words)
+            writer.write(names.layer_tensor(layer, name, rank, names.SCALES_ZEROS), pairs)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 from typing import Literal
 
 from device_runtime.errors import PackageError
+from device_runtime.package_format import names
 
 WeightType = Literal["int4", "fp16", "bf16"]
 HeadType = Literal["fp16", "int8"]
@@ -24,6 +28,7 @@ _MOST = {
     "max_position_embeddings": 1 << 31,
     "tensor_para_size": 64,
 }
+_LINEAR_NAME = re.compile(r"layers\.(0|[1-9][0-9]{0,3})\.([a-z0-9_.]{1,40})")
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,11 @@ class ModelConfig:
     """Facts of a decoder-only transformer with RMSNorm, RoPE, GQA and SwiGLU.
 
     ``group_size`` is 0 for weights that are not int4. ``tensor_para_size`` is the number of ranks
-    the files on disk are split for.
+    the files on disk are split for. ``fp16_linears`` names linears of an int4 model that are stored
+    in fp16 all the same, ``layers.3.attention.w_qkv``, in the order of layers and of
+    `names.LAYER_LINEARS`. ``layers_without_rope`` are the numbers of layers that do not rotate
+    queries and keys (SmolLM3), in order. ``max_context_tokens`` is where a sequence would begin to
+    need what no engine here runs, a sliding window or Qwen-1's dynamic NTK; 0 for nowhere.
     """
 
     hidden_size: int
@@ -90,6 +99,9 @@ class ModelConfig:
     head_type: HeadType = "fp16"
     use_logn_attn: bool = False
     tensor_para_size: int = 1
+    fp16_linears: tuple[str, ...] = ()
+    layers_without_rope: tuple[int, ...] = ()
+    max_context_tokens: int = 0
 
     def __post_init__(self) -> None:
         """Check what every layout relies on.
@@ -132,6 +144,75 @@ class ModelConfig:
                     raise PackageError(
                         f"{name} {inputs} is not a multiple of group_size {self.group_size}"
                     )
+        self._check_fp16_linears()
+        self._check_layers_without_rope()
+        if not 0 <= self.max_context_tokens <= _MOST["max_position_embeddings"]:
+            raise PackageError(
+                f"max_context_tokens is {self.max_context_tokens}, expected 0 to "
+                f"{_MOST['max_position_embeddings']}"
+            )
+
+    @property
+    def context_tokens(self) -> int:
+        """Tokens of the longest sequence that the model was made for and that runs here."""
+        trained = self.max_position_embeddings
+        return min(trained, self.max_context_tokens) if self.max_context_tokens else trained
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether some linears are int4 and some fp16, which LMDeploy does not run."""
+        return bool(self.fp16_linears)
+
+    def is_quantized(self, layer: int, module: str) -> bool:
+        """Tell whether a linear is stored as int4.
+
+        Args:
+            layer: its number.
+            module: one of `names.LAYER_LINEARS`; w13 stands for w1 and w3.
+        """
+        if self.weight_type != "int4":
+            return False
+        return names.layer_linear(layer, module) not in self._fp16_names
+
+    @cached_property
+    def _fp16_names(self) -> frozenset[str]:
+        return frozenset(self.fp16_linears)
+
+    def _check_fp16_linears(self) -> None:
+        if not self.fp16_linears:
+            return
+        if self.weight_type != "int4":
+            raise PackageError(
+                f"fp16_linears has {len(self.fp16_linears)} names in a model of weight_type "
+                f"{self.weight_type}, expected none"
+            )
+        places = [self._place(name) for name in self.fp16_linears]
+        if any(first >= second for first, second in pairwise(places)):
+            raise PackageError("fp16_linears is not in the order of layers and linears")
+        if len(places) == self.num_hidden_layers * len(names.LAYER_LINEARS):
+            raise PackageError("fp16_linears names every linear, such a model has weight_type fp16")
+
+    def _check_layers_without_rope(self) -> None:
+        layers = self.layers_without_rope
+        is_ordered = all(first < second for first, second in zip(layers, layers[1:], strict=False))
+        if not is_ordered or (layers and not 0 <= layers[0] <= layers[-1] < self.num_hidden_layers):
+            raise PackageError(
+                f"layers_without_rope has {len(layers)} numbers, expected different ones in order, "
+                f"from 0 to {self.num_hidden_layers - 1}"
+            )
+
+    def _place(self, name: str) -> tuple[int, int]:
+        match = _LINEAR_NAME.fullmatch(name)
+        if match is None or match[2] not in names.LAYER_LINEARS:
+            raise PackageError(
+                f"fp16_linears has {name[:60]!a}, expected layers.N. and one of "
+                f"{', '.join(names.LAYER_LINEARS)}"
+            )
+        if int(match[1]) >= self.num_hidden_layers:
+            raise PackageError(
+                f"fp16_linears has {name!a}, the model has {self.num_hidden_layers} layers"
+            )
+        return int(match[1]), names.LAYER_LINEARS.index(match[2])
 
     @property
     def q_size(self) -> int:

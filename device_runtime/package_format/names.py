@@ -39,6 +39,9 @@ W3 = "feed_forward.w3"
 W13 = "feed_forward.w13"
 PAST_KV_SCALE = "past_kv_scale"
 
+LAYER_LINEARS = (W_QKV, WO, W13, W2)
+"""The linears of a layer that are quantized, or stay fp16, as one: w13 stands for w1 and w3."""
+
 WEIGHT = "weight"
 BIAS = "bias"
 QWEIGHT = "qweight"
@@ -58,6 +61,11 @@ def layer_tensor(layer: int, module: str, rank: int | None, kind: str) -> str:
     """
     middle = module if rank is None else f"{module}.{rank}"
     return f"layers.{layer}.{middle}.{kind}"
+
+
+def layer_linear(layer: int, module: str) -> str:
+    """Return the name of one of `LAYER_LINEARS` of a layer, ``layers.3.attention.w_qkv``."""
+    return f"layers.{layer}.{module}"
 
 
 def kv_scale_tensor(layer: int, rank: int) -> str:

@@ -64,6 +64,7 @@ class LinearShape:
         num_outputs: columns of the rank's matrix, M of section 2.
         split: "columns" or "rows".
         has_bias: whether a bias file goes with it.
+        is_quantized: whether it is stored as int4 codes.
     """
 
     module: str
@@ -71,12 +72,14 @@ class LinearShape:
     num_outputs: int
     split: Split
     has_bias: bool = False
+    is_quantized: bool = False
 
 
-def linear_shapes(model: ModelConfig) -> tuple[LinearShape, ...]:
+def linear_shapes(model: ModelConfig, layer: int) -> tuple[LinearShape, ...]:
     """Return the linear layers of one decoder layer with the local sizes of one rank.
 
-    int4 models fuse gate and up into w13; others keep w1 and w3 (spec sections 1.2, 1.3).
+    Where they are int4, gate and up are fused into w13; else w1 and w3 stay apart (spec sections
+    1.2, 1.3).
 
     Raises:
         PackageError: a size does not split over the ranks, or an int4 layer is not made of
@@ -91,27 +94,28 @@ def linear_shapes(model: ModelConfig) -> tuple[LinearShape, ...]:
     inner = model.intermediate_size // ranks
     hidden = model.hidden_size
     bias = model.has_attention_bias
+    is_int4 = {module: model.is_quantized(layer, module) for module in names.LAYER_LINEARS}
     gate_up: tuple[LinearShape, ...]
-    if model.weight_type == "int4":
-        gate_up = (LinearShape(names.W13, hidden, 2 * inner, "columns"),)
+    if is_int4[names.W13]:
+        gate_up = (LinearShape(names.W13, hidden, 2 * inner, "columns", False, True),)
     else:
         gate_up = (
             LinearShape(names.W1, hidden, inner, "columns"),
             LinearShape(names.W3, hidden, inner, "columns"),
         )
+    qkv = model.qkv_size // ranks
     shapes = (
-        LinearShape(names.W_QKV, hidden, model.qkv_size // ranks, "columns", bias),
-        LinearShape(names.WO, model.q_size // ranks, hidden, "rows", bias),
+        LinearShape(names.W_QKV, hidden, qkv, "columns", bias, is_int4[names.W_QKV]),
+        LinearShape(names.WO, model.q_size // ranks, hidden, "rows", bias, is_int4[names.WO]),
         *gate_up,
-        LinearShape(names.W2, inner, hidden, "rows"),
+        LinearShape(names.W2, inner, hidden, "rows", False, is_int4[names.W2]),
     )
-    if model.weight_type == "int4":
-        for shape in shapes:
-            if shape.num_inputs % TILE or shape.num_outputs % TILE:
-                raise PackageError(
-                    f"{shape.module} is {shape.num_inputs} x {shape.num_outputs} on each of "
-                    f"{ranks} ranks, int4 needs multiples of {TILE}; use fp16 or fewer ranks"
-                )
+    for shape in shapes:
+        if shape.is_quantized and (shape.num_inputs % TILE or shape.num_outputs % TILE):
+            raise PackageError(
+                f"{shape.module} is {shape.num_inputs} x {shape.num_outputs} on each of "
+                f"{ranks} ranks, int4 needs multiples of {TILE}; use fp16 or fewer ranks"
+            )
     return shapes
 
 
@@ -131,11 +135,10 @@ def tensor_specs(model: ModelConfig, *, has_kv_scales: bool = True) -> tuple[Ten
     Raises:
         PackageError: the sizes of the model do not make whole files.
     """
-    shapes = linear_shapes(model)
     specs = list(_global_specs(model))
     for layer in range(model.num_hidden_layers):
         specs.extend(_norm_specs(model, layer))
-        for shape in shapes:
+        for shape in linear_shapes(model, layer):
             for rank in range(model.tensor_para_size):
                 specs.extend(_linear_specs(model, shape, layer, rank))
         if has_kv_scales:
@@ -189,7 +192,7 @@ def _linear_specs(
         return names.layer_tensor(layer, shape.module, rank, kind)
 
     size = (shape.num_inputs, shape.num_outputs)
-    if model.weight_type == "int4":
+    if shape.is_quantized:
         words = (math.prod(size) // CODES_PER_WORD,)
         groups = (shape.num_inputs // model.group_size, shape.num_outputs)
         yield TensorSpec(name(names.QWEIGHT), UINT32, words, shape.split)

@@ -85,7 +85,7 @@ def read_layer(package):
     model = package.model
     heads = (model.num_attention_heads, model.num_kv_heads, model.head_dim)
     parts = {}
-    for shape in linear_shapes(model):
+    for shape in linear_shapes(model, 0):
         for rank in range(model.tensor_para_size):
             words = package.tensor(names.layer_tensor(0, shape.module, rank, names.QWEIGHT))
             pairs = package.tensor(names.layer_tensor(0, shape.module, rank, names.SCALES_ZEROS))

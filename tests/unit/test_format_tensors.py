@@ -5,12 +5,18 @@ import pytest
 from format_samples import FP16, INT4
 
 from device_runtime.errors import PackageError
+from device_runtime.package_format import names
 from device_runtime.package_format.model_config import ModelConfig, RopeScaling
 from device_runtime.package_format.tensors import linear_shapes, padded_vocab_size, tensor_specs
 
 
 def table(model, **options):
     return {s.name: (s.dtype.str, s.shape, s.split) for s in tensor_specs(model, **options)}
+
+
+EVERY_LINEAR = tuple(
+    names.layer_linear(layer, module) for layer in range(2) for module in names.LAYER_LINEARS
+)
 
 
 def test_every_file_of_a_float_model():
@@ -130,13 +136,41 @@ def test_sizes_of_internlm2_1_8b_by_hand():
 
 
 def test_linear_shapes_are_those_of_one_rank():
-    shapes = {s.module: (s.num_inputs, s.num_outputs) for s in linear_shapes(INT4)}
+    shapes = {s.module: (s.num_inputs, s.num_outputs) for s in linear_shapes(INT4, 0)}
     assert shapes == {
         "attention.w_qkv": (64, 128),
         "attention.wo": (64, 64),
         "feed_forward.w13": (64, 192),
         "feed_forward.w2": (96, 64),
     }
+
+
+def test_linears_that_stay_fp16_are_stored_as_those_of_a_float_model():
+    kept = ("layers.0.feed_forward.w13", "layers.1.attention.w_qkv", "layers.1.feed_forward.w2")
+    model = dataclasses.replace(INT4, fp16_linears=kept)
+    mixed, floats = ({spec.name: spec for spec in tensor_specs(m)} for m in (model, FP16))
+    stems = {
+        "layers.0.feed_forward.w1.0",
+        "layers.0.feed_forward.w3.0",
+        "layers.1.attention.w_qkv.0",
+        "layers.1.feed_forward.w2.0",
+    }
+    for stem in stems:
+        assert mixed[f"{stem}.weight"] == floats[f"{stem}.weight"]
+    codes = {name.removesuffix(".qweight") for name in mixed if name.endswith(".qweight")}
+    assert codes == {
+        "layers.0.attention.w_qkv.0",
+        "layers.0.attention.wo.0",
+        "layers.0.feed_forward.w2.0",
+        "layers.1.attention.wo.0",
+        "layers.1.feed_forward.w13.0",
+    }
+    linears = {name for name in mixed if name.rpartition(".")[0] in stems}
+    assert len(linears) == len(stems)
+    assert model.is_mixed and not INT4.is_mixed
+    assert not model.is_quantized(0, "feed_forward.w13")
+    assert model.is_quantized(1, "feed_forward.w13")
+    assert not FP16.is_quantized(0, "attention.wo")
 
 
 def test_inner_size_must_split_over_the_ranks():
@@ -158,8 +192,8 @@ def test_int4_needs_whole_tiles():
         intermediate_size=64,
     )
     with pytest.raises(PackageError, match="w_qkv is 64 x 72 on each of 1 ranks, int4 needs"):
-        linear_shapes(model)
-    assert linear_shapes(dataclasses.replace(model, weight_type="fp16", group_size=0))
+        linear_shapes(model, 0)
+    assert linear_shapes(dataclasses.replace(model, weight_type="fp16", group_size=0), 0)
 
 
 @pytest.mark.parametrize(
@@ -178,6 +212,28 @@ def test_int4_needs_whole_tiles():
         ({"intermediate_size": 100}, "intermediate_size 100 is not a multiple of group_size 32"),
         ({"rms_norm_eps": 0.0}, "rms_norm_eps is 0.0, expected a finite number above 0"),
         ({"rope_theta": float("inf")}, "rope_theta is inf, expected a finite number above 0"),
+        (
+            {"fp16_linears": ("layers.0.attention.q",)},
+            r"fp16_linears has 'layers\.0\.attention\.q'",
+        ),
+        (
+            {"fp16_linears": ("layers.00.attention.wo",)},
+            r"has 'layers\.00\.att.*expected layers\.N",
+        ),
+        ({"fp16_linears": ("layers.2.attention.wo",)}, "'layers.2.attention.wo', the model has 2"),
+        (
+            {"fp16_linears": ("layers.1.attention.wo", "layers.0.attention.wo")},
+            "fp16_linears is not in the order",
+        ),
+        (
+            {"fp16_linears": ("layers.1.attention.wo", "layers.1.attention.wo")},
+            "fp16_linears is not in the order",
+        ),
+        ({"fp16_linears": EVERY_LINEAR}, "fp16_linears names every linear"),
+        (
+            {"weight_type": "fp16", "group_size": 0, "fp16_linears": EVERY_LINEAR[:1]},
+            "fp16_linears has 1 names in a model of weight_type fp16",
+        ),
     ],
 )
 def test_models_that_cannot_be_are_refused(changes, message):

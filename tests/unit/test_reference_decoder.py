@@ -15,6 +15,12 @@ from device_runtime.package_format.model_config import RopeScaling
 
 FLOAT = {"weight_type": "fp16", "group_size": 0}
 LLAMA3 = RopeScaling("llama3", 8.0, 1.0, 4.0, original_max_position_embeddings=64)
+MIXED = (
+    "layers.0.attention.w_qkv",
+    "layers.0.feed_forward.w13",
+    "layers.1.attention.wo",
+    "layers.1.feed_forward.w2",
+)
 MODELS = {
     "w4 group 32": {},
     "w4 group 64 head_dim 64 one kv head": {
@@ -46,8 +52,20 @@ MODELS = {
     },
     "two ranks": {"tensor_para_size": 2, "has_attention_bias": True},
     "two ranks of fp16, odd vocabulary": {**FLOAT, "tensor_para_size": 2, "vocab_size": 301},
+    "some linears fp16": {"fp16_linears": MIXED},
+    "some linears fp16, two ranks, biases": {
+        "fp16_linears": MIXED,
+        "tensor_para_size": 2,
+        "has_attention_bias": True,
+    },
     "linear rope": {"rope_scaling": RopeScaling("linear", 4.0)},
     "llama3 rope": {"rope_scaling": LLAMA3},
+    "layers without rope": {"num_hidden_layers": 3, "layers_without_rope": (0, 2)},
+    "log-n attention without rope in one layer": {
+        "layers_without_rope": (1,),
+        "use_logn_attn": True,
+        "max_position_embeddings": 40,
+    },
     "log-n attention": {"use_logn_attn": True, "max_position_embeddings": 40},
 }
 

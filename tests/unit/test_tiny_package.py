@@ -16,6 +16,7 @@ from device_runtime.package_format.package import open_package, verify_package
         {"weight_type": "bf16", "group_size": 0, "has_attention_bias": True},
         {"has_qk_norm": True, "head_type": "int8"},
         {"has_attention_bias": True, "tensor_para_size": 2},
+        {"fp16_linears": ("layers.0.feed_forward.w13",), "tensor_para_size": 2},
     ],
 )
 def test_a_tiny_package_opens_and_verifies(tmp_path, changes) -> None:

@@ -64,7 +64,6 @@ class Weights:
     def __init__(self, package: Package, num_resident_layers: int, is_head_resident: bool) -> None:
         self._package = package
         self._model = package.model
-        self._shapes = {shape.module: shape for shape in linear_shapes(package.model)}
         with ThreadPoolExecutor(max_workers=2) as pool:  # numpy lets go of the interpreter
             self._resident = list(pool.map(self._read_layer, range(num_resident_layers)))
         self._embedding = package.tensor(names.TOK_EMBEDDINGS)
@@ -116,7 +115,7 @@ class Weights:
             heads = (model.num_attention_heads, model.num_kv_heads, model.head_dim)
             return np.concatenate(fusion.split_qkv(parts, *heads), axis=-1)
 
-        if model.weight_type == "int4":
+        if model.is_quantized(layer, names.W13):
             gate, up = fusion.split_w13(fusion.join_columns(self._linear_parts(layer, names.W13)))
         else:
             gate = fusion.join_columns(self._linear_parts(layer, names.W1))
@@ -138,14 +137,15 @@ class Weights:
 
     def _linear_parts(self, layer: int, module: str) -> list[NDArray[Any]]:
         """Return each rank's ``[inputs, outputs]`` matrix, fp16 or fp32."""
-        shape = self._shapes[module]
-        return [self._linear(layer, shape, rank) for rank in range(self._model.tensor_para_size)]
+        shapes = {shape.module: shape for shape in linear_shapes(self._model, layer)}
+        ranks = range(self._model.tensor_para_size)
+        return [self._linear(layer, shapes[module], rank) for rank in ranks]
 
     def _linear(self, layer: int, shape: LinearShape, rank: int) -> NDArray[Any]:
         def tensor(kind: str) -> NDArray[Any]:
             return self._package.tensor(names.layer_tensor(layer, shape.module, rank, kind))
 
-        if self._model.weight_type != "int4":
+        if not shape.is_quantized:
             return _widen(tensor(names.WEIGHT))
         codes = int4.unpack_words(tensor(names.QWEIGHT), shape.num_inputs, shape.num_outputs)
         scales, zeros = int4.unpack_scales_zeros(tensor(names.SCALES_ZEROS))
