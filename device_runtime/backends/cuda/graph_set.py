@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
+
 from device_runtime.backends.cuda.driver import CudaDriver
 from device_runtime.backends.cuda.programs import Programs
 from device_runtime.backends.cuda.sizes import decode_widths
-from device_runtime.kernels.graphs import Capture, Graph
+from device_runtime.kernels.graphs import Capture, Graph, Launch
 from device_runtime.kernels.libcuda import Stream
+
+EAGER_VARIABLE = "TURBOJET_EAGER"
+"""When set, the kernels of a step are launched one by one: to compare, and for tools that cannot
+look into graphs."""
 
 
 class GraphSet:
@@ -17,11 +23,15 @@ class GraphSet:
     ) -> None:
         self._stream = stream
         self._graphs: dict[tuple[int, bool], Graph] = {}
+        self._eager: dict[tuple[int, bool], list[Launch]] = {}
         self._widths = decode_widths(max_batch_size)
         try:
             for width in self._widths:
                 for is_greedy in (True, False):
                     launches = programs.decode(width, is_greedy=is_greedy)
+                    if os.environ.get(EAGER_VARIABLE):
+                        self._eager[width, is_greedy] = launches
+                        continue
                     with Capture(driver, stream) as capture:
                         for launch in launches:
                             launch.enqueue(stream)
@@ -37,6 +47,10 @@ class GraphSet:
 
     def launch(self, width: int, *, is_greedy: bool) -> None:
         """Enqueue one step of the first ``width`` slots."""
+        if self._eager:
+            for launch in self._eager[width, is_greedy]:
+                launch.enqueue(self._stream)
+            return
         self._graphs[width, is_greedy].launch(self._stream)
 
     def close(self) -> None:

@@ -13,11 +13,15 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
+from device_runtime.backends.cuda.bf16_weights import to_half
 from device_runtime.backends.cuda.driver import CudaDriver, PinnedMemory
 from device_runtime.backends.cuda.weights import Piece
 from device_runtime.errors import PackageError
 from device_runtime.kernels.libcuda import Event, Stream
 from device_runtime.package_format.files import check_file
+from device_runtime.package_format.tensors import BF16_BITS
 
 STAGING_BYTES = 32 << 20
 """Of each of the two buffers."""
@@ -85,7 +89,7 @@ def load_weights(
 
     Raises:
         PackageError: a file is missing, was changed or cannot be read.
-        DeviceError: a copy failed.
+        DeviceError: a copy failed, or a bf16 value is too large for fp16.
     """
     with ExitStack() as stack:
         buffers, events = [], []
@@ -178,7 +182,7 @@ class _Files:
         return self._open[path]
 
     def read(self, piece: Piece, first_byte: int, target: memoryview) -> None:
-        """Read bytes of a file; any thread."""
+        """Read bytes of a file, bf16 ones as fp16; any thread."""
         descriptor = self._open[piece.spec.path]
         done = 0
         try:
@@ -192,6 +196,9 @@ class _Files:
                 done += count
         except OSError as error:
             raise PackageError(f"{piece.spec.path} cannot be read: {error}") from error
+        if piece.spec.dtype == BF16_BITS:
+            bits = np.frombuffer(target, np.uint16)
+            bits[:] = to_half(bits, piece.spec.name).view(np.uint16)
 
     def close(self, piece: Piece) -> None:
         """Close a file and let the page cache forget it."""

@@ -1,16 +1,19 @@
-"""Gate and up matrices in fp16, woven into one while they are copied: gate, up, gate, up, ..."""
+"""Gate and up matrices, woven into one in fp16 while they are copied: gate, up, gate, up, ..."""
 
 from __future__ import annotations
 
 from contextlib import ExitStack
 
 import numpy as np
+from numpy.typing import NDArray
 
+from device_runtime.backends.cuda.bf16_weights import to_half
 from device_runtime.backends.cuda.driver import CudaDriver
 from device_runtime.backends.cuda.loader import STAGING_BYTES, drop_from_page_cache
 from device_runtime.backends.cuda.weights import GatePair
 from device_runtime.kernels.libcuda import Event, Stream
 from device_runtime.package_format.package import Package
+from device_runtime.package_format.tensors import BF16_BITS, TensorSpec
 
 
 def load_pairs(
@@ -24,7 +27,7 @@ def load_pairs(
 
     Raises:
         PackageError: a file is missing or was changed.
-        DeviceError: a copy failed.
+        DeviceError: a copy failed, or a bf16 value is too large for fp16.
     """
     if not pairs:
         return
@@ -47,8 +50,8 @@ def load_pairs(
                 num_rows = min(step, len(gate) - first)
                 view = buffers[turn].bytes[: num_rows * pair.row_bytes].view(np.float16)
                 woven = view.reshape(num_rows, -1, 2)
-                woven[:, :, 0] = gate[first : first + num_rows]
-                woven[:, :, 1] = up[first : first + num_rows]
+                woven[:, :, 0] = _as_half(gate[first : first + num_rows], pair.gate)
+                woven[:, :, 1] = _as_half(up[first : first + num_rows], pair.up)
                 driver.copy_rows(
                     places[pair.tensor] + pair.offset + first * pair.pitch,
                     pair.pitch,
@@ -61,3 +64,11 @@ def load_pairs(
             del gate, up
             for spec in (pair.gate, pair.up):
                 drop_from_page_cache(package.root / spec.path)
+
+
+def _as_half(
+    rows: NDArray[np.float16] | NDArray[np.uint16], spec: TensorSpec
+) -> NDArray[np.float16]:
+    if spec.dtype == BF16_BITS:
+        return to_half(rows.view(np.uint16), spec.name)
+    return rows.view(np.float16)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from device_runtime.backends.cuda.weights import has_half_matrices
 from device_runtime.errors import DeviceError
 from device_runtime.kernels.cubins import GROUP_SIZES
 from device_runtime.kernels.gemm_shape import F16_TILES, W4A16_TILES
@@ -22,10 +23,6 @@ def check_model(model: ModelConfig) -> None:
     """
     ratio = model.num_attention_heads // model.num_kv_heads
     faults = (
-        (
-            model.weight_type == "bf16",
-            "weights are bf16, the cuda backend takes int4 and fp16; convert it again",
-        ),
         (
             model.weight_type == "int4" and model.group_size not in GROUP_SIZES,
             f"group_size is {model.group_size}, the kernels take 128, 64 and 32; {_REMEDY}",
@@ -56,9 +53,9 @@ def check_model(model: ModelConfig) -> None:
 
 def sources_for(model: ModelConfig) -> tuple[str, ...]:
     """Return the .cu files, without suffix, that a model's steps launch."""
-    tiles = [f"f16_gemm_{tokens}" for tokens in F16_TILES]
+    tiles = [f"f16_gemm_{tokens}" for tokens in F16_TILES] if has_half_matrices(model) else []
     if model.group_size:
-        tiles = [f"w4a16_gemm_{tokens}" for tokens in W4A16_TILES]
+        tiles += [f"w4a16_gemm_{tokens}" for tokens in W4A16_TILES]
         tiles += [f"w4a16_gemv_{width}" for width in GEMV_STAGES]
     return (
         "embedding",
