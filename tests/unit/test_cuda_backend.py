@@ -16,6 +16,7 @@ from tiny_package import make_package, tiny_model
 from device_runtime import cli
 from device_runtime.apps.bench_engine import open_engine
 from device_runtime.backends.cuda import state as state_module
+from device_runtime.backends.cuda.linears import Linears
 from device_runtime.backends.cuda.slices import measure_slices
 from device_runtime.backends.cuda.slots import IDLE, Slots
 from device_runtime.backends.sampling_params import SamplingParams
@@ -103,7 +104,6 @@ def test_auto_takes_the_reference_where_there_is_no_driver(root, monkeypatch) ->
         ({"num_attention_heads": 18}, "9 query heads share a kv head, the kernels take up to 8"),
         ({"group_size": 16}, "group_size is 16, the kernels take 128, 64 and 32"),
         ({"hidden_size": 224}, "hidden_size is 224, the kernels take multiples of 64"),
-        ({"weight_type": "bf16", "group_size": 0}, "weights are bf16, the cuda backend takes"),
         (
             {"weight_type": "fp16", "group_size": 0, "intermediate_size": 450},
             "intermediate_size is 450, the kernels take multiples of 32",
@@ -219,6 +219,57 @@ def test_fp16_models_run_norm_and_gemm_at_every_width(tmp_path, fake) -> None:
         "f16_gemm_silu_8",
         "f16_gemm_add_8",
     ]
+
+
+def test_linears_that_stay_fp16_take_their_own_kernels(tmp_path, fake) -> None:
+    kept = ("layers.0.attention.w_qkv", "layers.0.feed_forward.w13", "layers.1.feed_forward.w2")
+    made = make_package(
+        tmp_path / "mixed", dataclasses.replace(MODEL, fp16_linears=kept), max_batch_size=2
+    )
+    write_cubins(made.root / "kernels")
+    with Engine.open(made.root, CUDA) as engine:
+        fake.launches.clear()
+        tokens_of(engine, [range(3, 12)], params(4))
+        names = names_of(fake)
+        fake.launches.clear()
+        engine.logits(list(range(3, 60)))
+        engine.logits(list(range(3, 43)))
+        prompts = [name for name in names_of(fake) if "gem" in name or "norm" in name]
+    first = names.index("sample_top_f32") + 2
+    assert names[first : first + 11] == [
+        "rms_norm_f16",
+        "f16_gemm_8",
+        "decode_attention_half",
+        "w4a16_gemv_add_1",
+        "rms_norm_f16",
+        "f16_gemm_silu_8",
+        "w4a16_gemv_add_1",
+        "w4a16_gemv_norm_1",
+        "decode_attention_half",
+        "w4a16_gemv_add_1",
+        "w4a16_gemv_norm_silu_1",
+    ]
+    assert names[first + 11] == "f16_gemm_add_8"
+    # 57 and 40 tokens: tile 64 of both kinds.
+    passes = [
+        *("rms_norm_f16", "f16_gemm_64", "w4a16_gemm_add_64"),
+        *("rms_norm_f16", "f16_gemm_silu_64", "w4a16_gemm_add_64"),
+        *("rms_norm_f16", "w4a16_gemm_64", "w4a16_gemm_add_64"),
+        *("rms_norm_f16", "w4a16_gemm_silu_64", "f16_gemm_add_64"),
+    ]
+    assert prompts == passes * 2
+
+
+def test_passes_share_launches_only_where_both_kinds_of_matrices_do(root, fake) -> None:
+    mixed = dataclasses.replace(MODEL, fp16_linears=("layers.0.attention.wo",))
+    kernels, buffers = object(), {}
+    keys = {
+        # 12 and 16 tokens: W4 tile 16, fp16 tile 32; 33 to 64: both 64; 90: W4 tile 32.
+        model: [Linears(model, kernels, buffers).program_key(n) for n in (5, 12, 16, 33, 64, 90)]
+        for model in (MODEL, mixed)
+    }
+    assert keys[MODEL] == [5, 16000, 16000, 64000, 64000, 32000]
+    assert keys[mixed] == [5, 16032, 16032, 64064, 64064, 32064]
 
 
 def test_sequences_in_any_slot_decode_in_the_narrowest_graph(root, fake) -> None:
