@@ -73,6 +73,16 @@ CASES = {
     "fp16, two ranks": Case(
         model(weight_type="fp16", group_size=0, tensor_para_size=2, has_attention_bias=True)
     ),
+    "some linears fp16": Case(
+        model(
+            fp16_linears=(
+                "layers.0.attention.w_qkv",
+                "layers.0.feed_forward.w13",
+                "layers.1.attention.wo",
+                "layers.1.feed_forward.w2",
+            )
+        )
+    ),
     "a vocabulary of 317": Case(model(vocab_size=317)),
     "log-n attention": Case(model(use_logn_attn=True, max_position_embeddings=128)),
 }

@@ -109,6 +109,20 @@ def test_gate_and_up_in_fp16_take_turns(tmp_path, monkeypatch, ranks, staging_by
     assert np.array_equal(got.reshape(want.shape), want)
 
 
+def test_linears_that_stay_fp16_lie_among_the_codes(tmp_path, monkeypatch) -> None:
+    kept = ("layers.0.feed_forward.w13", "layers.1.attention.w_qkv")
+    made = make_package(tmp_path / "tiny", tiny_model(fp16_linears=kept))
+    loaded = load(made.root, monkeypatch)
+    package = open_package(made.root)
+    gate_up = [package.tensor(f"layers.0.feed_forward.{w}.0.weight") for w in ("w1", "w3")]
+    woven = np.stack(gate_up, axis=-1).reshape(len(gate_up[0]), -1)
+    assert np.array_equal(loaded["layers.0.feed_forward.w13.weight"], woven.view(np.uint8).ravel())
+    qkv = package.tensor("layers.1.attention.w_qkv.0.weight")
+    assert np.array_equal(loaded["layers.1.attention.w_qkv.weight"], qkv.view(np.uint8).ravel())
+    words = package.tensor("layers.1.feed_forward.w13.0.qweight")
+    assert np.array_equal(loaded["layers.1.feed_forward.w13.qweight"], words.view(np.uint8))
+
+
 def test_a_bias_of_columns_is_joined_and_one_of_rows_taken_once(tmp_path, monkeypatch) -> None:
     made = make_package(tmp_path / "tiny", TWO_RANKS)
     loaded = load(made.root, monkeypatch)

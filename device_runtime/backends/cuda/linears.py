@@ -1,4 +1,7 @@
-"""The linear layers as launches: 4-bit ones by GEMV up to 8 tokens, all others by norm and GEMM."""
+"""The linear layers as launches: 4-bit ones by GEMV up to 8 tokens, all others by norm and GEMM.
+
+A model may mix 4-bit and fp16 matrices; each goes its own way.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from device_runtime.backends.cuda.kernel_set import KernelSet
-from device_runtime.backends.cuda.weights import layer_name
+from device_runtime.backends.cuda.weights import has_half_matrices, layer_name
 from device_runtime.kernels.gemm_shape import F16_TILES, W4A16_TILES, GemmShape, fastest_tile
 from device_runtime.kernels.gemv_shape import GemvShape, plan_gemv
 from device_runtime.kernels.graphs import Launch
@@ -65,6 +68,11 @@ class Matrix:
     num_inputs: int
     num_outputs: int
 
+    @property
+    def is_quantized(self) -> bool:
+        """Whether it is 4-bit codes with scales."""
+        return len(self.parts) > 1
+
 
 @dataclass(frozen=True)
 class LayerMatrices:
@@ -80,9 +88,10 @@ class LayerMatrices:
 
 def layer_matrices(model: ModelConfig, places: Mapping[str, int], layer: int) -> LayerMatrices:
     """Return where a layer's matrices are."""
-    kinds = (names.QWEIGHT, names.SCALES_ZEROS) if model.group_size else (names.WEIGHT,)
 
     def matrix(module: str, num_inputs: int, num_outputs: int) -> Matrix:
+        is_quantized = model.is_quantized(layer, module)
+        kinds = (names.QWEIGHT, names.SCALES_ZEROS) if is_quantized else (names.WEIGHT,)
         return Matrix(
             tuple(places[layer_name(layer, module, kind)] for kind in kinds),
             places.get(layer_name(layer, module, names.BIAS)),
@@ -101,15 +110,15 @@ def layer_matrices(model: ModelConfig, places: Mapping[str, int], layer: int) ->
     )
 
 
+def _has_gemv(matrix: Matrix, num_tokens: int) -> bool:
+    return matrix.is_quantized and num_tokens <= MAX_GEMV_TOKENS
+
+
 class Linears:
     """Builds launches of one model's linear layers over one workspace."""
 
     def __init__(self, model: ModelConfig, kernels: KernelSet, buffers: Mapping[str, int]) -> None:
         self._model = model
-        self._is_quantized = model.group_size > 0
-        self._prefix, self._tiles = "f16_gemm", F16_TILES
-        if self._is_quantized:
-            self._prefix, self._tiles = "w4a16_gemm", W4A16_TILES
         self._kernels = kernels
         self._buffers = buffers
 
@@ -119,7 +128,7 @@ class Linears:
         """Return ``out = matrix @ norm(residual)``, through silu(gate) * up where asked."""
         eps = float(self._model.rms_norm_eps)
         buffers = self._buffers
-        if self._has_gemv(num_tokens):
+        if _has_gemv(matrix, num_tokens):
             shape = self._gemv(matrix, num_tokens)
             source = (buffers["residual"], norm)
             steps, x = self._quantized("quantize_norm", source, shape, num_tokens)
@@ -139,32 +148,32 @@ class Linears:
             ),
             lambda size: ((size.num_tokens, 1, 1), {}),
         )
-        tile = self._tile(num_tokens)
-        name = f"{self._prefix}_silu_{tile}" if is_silu else f"{self._prefix}_{tile}"
         bias = () if is_silu else (matrix.bias,)
-        return [norm_step, self._gemm(name, out, buffers["normed"], bias, matrix, num_tokens)]
+        kind = "_silu" if is_silu else ""
+        return [norm_step, self._gemm(kind, out, buffers["normed"], bias, matrix, num_tokens)]
 
     def added(self, x: int, matrix: Matrix, num_tokens: int) -> list[Step]:
         """Return ``residual += matrix @ x``."""
         buffers = self._buffers
-        if self._has_gemv(num_tokens):
+        if _has_gemv(matrix, num_tokens):
             shape = self._gemv(matrix, num_tokens)
             steps, activations = self._quantized("quantize", (x,), shape, num_tokens)
             head = (buffers["residual"], buffers["gemv_sums"], *activations, matrix.bias)
             name = f"w4a16_gemv_add_{shape.width}"
             return [*steps, self._launch_gemv(name, shape, head, matrix, num_tokens, ())]
-        name = f"{self._prefix}_add_{self._tile(num_tokens)}"
-        return [self._gemm(name, buffers["residual"], x, (matrix.bias,), matrix, num_tokens)]
+        return [self._gemm("_add", buffers["residual"], x, (matrix.bias,), matrix, num_tokens)]
 
     def program_key(self, num_tokens: int) -> int:
         """Return a number that passes share which differ in `Step.resize` alone."""
-        return num_tokens if self._has_gemv(num_tokens) else 1000 * self._tile(num_tokens)
+        if self._model.group_size and num_tokens <= MAX_GEMV_TOKENS:
+            return num_tokens
+        # Two kinds of matrices have tiles of their own, and passes share both or neither.
+        return 1000 * self._tile_number(num_tokens, True) + self._tile_number(num_tokens, False)
 
-    def _has_gemv(self, num_tokens: int) -> bool:
-        return self._is_quantized and num_tokens <= MAX_GEMV_TOKENS
-
-    def _tile(self, num_tokens: int) -> int:
-        return fastest_tile(num_tokens, is_quantized=self._is_quantized)
+    def _tile_number(self, num_tokens: int, is_quantized: bool) -> int:
+        """Return the tile of one kind of matrices, 0 where the model has none of them."""
+        is_there = self._model.group_size > 0 if is_quantized else has_half_matrices(self._model)
+        return fastest_tile(num_tokens, is_quantized=is_quantized) if is_there else 0
 
     def _gemv(self, matrix: Matrix, num_tokens: int) -> GemvShape:
         width = min(width for width in GEMV_STAGES if width >= num_tokens)
@@ -219,8 +228,9 @@ class Linears:
         )
 
     def _gemm_shape(self, matrix: Matrix, num_tokens: int) -> GemmShape:
+        tiles = W4A16_TILES if matrix.is_quantized else F16_TILES
         return GemmShape(
-            self._tiles[self._tile(num_tokens)],
+            tiles[fastest_tile(num_tokens, is_quantized=matrix.is_quantized)],
             num_tokens,
             matrix.num_inputs,
             matrix.num_outputs,
@@ -229,7 +239,7 @@ class Linears:
 
     def _gemm(
         self,
-        name: str,
+        kind: str,
         out: int,
         x: int,
         bias: tuple[int | None, ...],
@@ -237,6 +247,8 @@ class Linears:
         num_tokens: int,
     ) -> Step:
         shape = self._gemm_shape(matrix, num_tokens)
+        prefix = "w4a16_gemm" if matrix.is_quantized else "f16_gemm"
+        name = f"{prefix}{kind}_{shape.tile.tokens}"
         arguments = (
             out,
             self._buffers["gemm_sums"],
@@ -249,7 +261,8 @@ class Linears:
             matrix.num_outputs,
             shape.stream_tiles,
         )
-        shared_bytes = shape.tile.shared_bytes(self._model.group_size)
+        group_size = self._model.group_size if matrix.is_quantized else 0
+        shared_bytes = shape.tile.shared_bytes(group_size)
         first_number = 4 + len(bias) + len(matrix.parts)
 
         def resized(size: PassSize) -> Resized:

@@ -75,7 +75,8 @@ class GatePair:
 class WeightLayout:
     """Tensors in the order in which they lie, with their sizes and pieces.
 
-    ``sizes`` has the joined size of each tensor by name. ``pairs`` are there for fp16 models only.
+    ``sizes`` has the joined size of each tensor by name. ``pairs`` are there where gate and up are
+    fp16.
     """
 
     sizes: dict[str, int]
@@ -151,6 +152,11 @@ def _module_of(joined: str) -> str:
 def layer_name(layer: int, module: str, kind: str) -> str:
     """Return the name of a layer's joined tensor, ``layers.3.attention.w_qkv.qweight``."""
     return names.layer_tensor(layer, module, None, kind)
+
+
+def has_half_matrices(model: ModelConfig) -> bool:
+    """Tell whether a model has linears in fp16."""
+    return model.group_size == 0 or model.is_mixed
 
 
 def static_kv_parameters(

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from device_runtime.backends.cuda.arena import arena_bytes
-from device_runtime.backends.cuda.weights import padded_rows
+from device_runtime.backends.cuda.weights import has_half_matrices, padded_rows
 from device_runtime.kernels.attention_shape import PREFILL_ROWS, SPAN_TOKENS, DecodeAttentionShape
 from device_runtime.kernels.gemm_shape import F16_TILES, W4A16_TILES
 from device_runtime.kernels.gemv_shape import GemvShape
@@ -152,10 +152,10 @@ class StepLimits:
     @property
     def gemm_bytes(self) -> int:
         """Bytes of the sums that blocks of any GEMM hand to each other."""
-        tiles = W4A16_TILES if self.model.group_size else F16_TILES
-        return max(
-            2 * self.num_sms * tile.blocks_per_sm * tile.part_bytes for tile in tiles.values()
-        )
+        tiles = list(W4A16_TILES.values()) if self.model.group_size else []
+        if has_half_matrices(self.model):
+            tiles += F16_TILES.values()
+        return max(2 * self.num_sms * tile.blocks_per_sm * tile.part_bytes for tile in tiles)
 
     @property
     def num_bytes(self) -> int:
