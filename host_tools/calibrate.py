@@ -174,10 +174,10 @@ def _run(
 def _draw_windows(
     checkpoint: Checkpoint, options: CalibrateOptions, work_dir: Path, progress: Progress
 ) -> torch.Tensor:
-    if options.seqlen > checkpoint.model.max_position_embeddings:
+    if options.seqlen > checkpoint.model.context_tokens:
         raise UsageError(
             f"calib-seqlen is {options.seqlen}, the model's context has "
-            f"{checkpoint.model.max_position_embeddings} tokens"
+            f"{checkpoint.model.context_tokens} tokens"
         )
     tokenizer = SourceTokenizer.open(checkpoint.path, checkpoint.model.vocab_size).tokenizer
     request = WindowRequest(options.dataset, options.num_samples, options.seqlen, options.seed)

@@ -150,10 +150,10 @@ def dataset_cache_dir() -> Path:
 
 
 def _check_context(target: Target, options: EvaluateOptions) -> None:
-    if options.seqlen > target.model.max_position_embeddings:
+    if options.seqlen > target.model.context_tokens:
         raise UsageError(
             f"seqlen is {options.seqlen}, the context of {target.name} has "
-            f"{target.model.max_position_embeddings} tokens"
+            f"{target.model.context_tokens} tokens"
         )
 
 

@@ -25,6 +25,7 @@ from host_tools.checkpoint import Checkpoint
 from host_tools.checkpoint_names import CONFIG_JSON
 from host_tools.origin import Origin, read_origin, tool_versions
 from host_tools.package_options import ConfigValues, ConvertOptions
+from host_tools.plan import check_session
 from host_tools.tokenizer_folder import SourceTokenizer
 
 BITS_OF_WEIGHT_TYPE = {"int4": 4, "fp16": 16, "bf16": 16}
@@ -50,7 +51,8 @@ def describe(
         source_sha256: of the checkpoint, where it does not know that of what it was made from.
 
     Raises:
-        UsageError: there is no template of the name asked for.
+        UsageError: there is no template of the name asked for, or the session asked for is longer
+            than a sliding window.
         PackageError: the checkpoint names no token that ends an answer, or its template is broken.
     """
     origin = read_origin(checkpoint.path, is_quantized=checkpoint.is_quantized)
@@ -73,6 +75,7 @@ def describe(
         ),
         sampling=source.sampling_defaults(_base_sampling(template)),
     )
+    check_session(model, options.config)
     config = TurboMindConfig.from_model(
         model,
         model_name=options.model_name,
@@ -119,11 +122,13 @@ def tokenizer_facts(source: SourceTokenizer, choice: TemplateChoice) -> Tokenize
 def default_session_len(model_name: str, model: ModelConfig) -> int:
     """Return v0.2.3's session_len: of the template that LMDeploy has under this name, else ours.
 
-    A model without one gets max_position_embeddings (spec section 1.4); both get 8 more.
+    A model without one gets max_position_embeddings (spec section 1.4); both get 8 more, but never
+    more than a sliding window.
     """
     built = find_builtin(model_name) if model_name.lower() in builtin_names() else None
     session_len = built.session_len if built is not None else model.max_position_embeddings
-    return session_len + EXTRA_SESSION_LEN
+    session_len += EXTRA_SESSION_LEN
+    return min(session_len, model.sliding_window or session_len)
 
 
 def apply_values(config: TurboMindConfig, values: ConfigValues) -> TurboMindConfig:

@@ -130,7 +130,8 @@ def plan_config(
             f"session-len {values.session_len} does not fit on {board.name}: "
             f"{arithmetic(needs, board)}, which hold {fitting} tokens; use a shorter one"
         )
-    session_len = values.session_len or min(model.max_position_embeddings, fitting)
+    check_session(model, values)
+    session_len = values.session_len or min(model.context_tokens, fitting)
     batch = values.max_batch_size or max(
         1, min(MAX_BATCH_SIZE, fitting // min(session_len, SHORT_SESSION))
     )
@@ -150,6 +151,20 @@ def plan_config(
         f"{planned.cache_max_entry_count:g}"
     )
     return planned, (*left_out, sentence)
+
+
+def check_session(model: ModelConfig, values: ConfigValues) -> None:
+    """Refuse a session that would need a sliding window.
+
+    Raises:
+        UsageError: the session asked for is longer than the model's window.
+    """
+    limit = model.sliding_window
+    if limit and values.session_len is not None and values.session_len > limit:
+        raise UsageError(
+            f"session-len is {values.session_len}, the layers of this model look back {limit} "
+            "tokens; turbojet runs it up to that"
+        )
 
 
 def plan_boards(

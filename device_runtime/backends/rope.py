@@ -15,13 +15,16 @@ def planned_theta(model: ModelConfig, planned_tokens: int) -> float:
 
     Under dynamic NTK scaling with factor f and P trained positions it is ``theta * s^(D/(D-2))``,
     s = f L / P - (f - 1) for a planned length L above P; decided once per sequence (spec section
-    3). Otherwise it is the model's.
+    3). Qwen-1's own form takes s = 2^ceil(log2(L / P) + 1) - 1 (QwenLM/Qwen-7B-Chat,
+    ``modeling_qwen.py``, ``get_ntk_alpha``). Otherwise it is the model's.
     """
     scaling = model.rope_scaling
     trained = model.max_position_embeddings
-    if scaling.kind != "dynamic" or planned_tokens <= trained:
+    if scaling.kind not in ("dynamic", "qwen1") or planned_tokens <= trained:
         return model.rope_theta
     stretch = scaling.factor * planned_tokens / trained - (scaling.factor - 1)
+    if scaling.kind == "qwen1":
+        stretch = 2.0 ** math.ceil(math.log2(planned_tokens / trained) + 1) - 1
     exponent = model.head_dim / (model.head_dim - 2)
     return float(model.rope_theta * stretch**exponent)
 

@@ -10,7 +10,9 @@ from device_runtime.backends.memory_plan import CacheRequest
 from device_runtime.backends.sampling_params import SamplingParams
 from device_runtime.engine.options import DEFAULT_TOKENS_PER_STEP, EngineOptions
 from device_runtime.engine.tokenizer import Tokenizer
+from device_runtime.errors import PackageError, UsageError
 from device_runtime.package_format.manifest import SamplingDefaults, TemplateChoice
+from device_runtime.package_format.model_config import ModelConfig
 from device_runtime.package_format.package import Package
 from device_runtime.templates.choose import choose_template, find_builtin, open_template
 from device_runtime.templates.message import ChatTemplate
@@ -33,20 +35,33 @@ def cache_request(package: Package, options: EngineOptions) -> CacheRequest:
     """Return what config.ini asks for, the user's options first.
 
     Raises:
-        PackageError: quant_policy or cache_block_seq_len has a value that means nothing.
+        PackageError: quant_policy or cache_block_seq_len has a value that means nothing, or
+            config.ini's session_len is longer than a sliding window.
+        UsageError: the session asked for is.
     """
     config = package.config.resolved()
     policy = config.quant_policy if options.quant_policy is None else options.quant_policy
     return CacheRequest(
         cache_max_entry_count=options.cache_max_entry_count or config.cache_max_entry_count,
         page_size=config.cache_block_seq_len,
-        session_len=options.session_len or config.session_len,
+        session_len=_session_len(package.model, options.session_len, config.session_len),
         max_batch_size=options.max_batch_size or config.max_batch_size,
         max_tokens_per_step=options.max_tokens_per_step
         or package.config.num_tokens_per_iter
         or DEFAULT_TOKENS_PER_STEP,
         kv_format=kv_format(policy),
     )
+
+
+def _session_len(model: ModelConfig, asked: int | None, configured: int) -> int:
+    session_len, limit = asked or configured, model.sliding_window
+    if limit and session_len > limit:
+        error = UsageError if asked else PackageError
+        raise error(
+            f"session_len is {session_len}, the layers of this model look back {limit} tokens; "
+            "turbojet runs it up to that"
+        )
+    return session_len
 
 
 def package_template(package: Package, tokenizer: Tokenizer) -> ChatTemplate:

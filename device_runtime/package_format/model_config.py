@@ -14,7 +14,7 @@ from device_runtime.package_format import names
 
 WeightType = Literal["int4", "fp16", "bf16"]
 HeadType = Literal["fp16", "int8"]
-RopeKind = Literal["none", "linear", "dynamic", "llama3"]
+RopeKind = Literal["none", "linear", "dynamic", "llama3", "qwen1"]
 
 # Beyond any model there is; they keep a hostile config from making us count for hours.
 _MOST = {
@@ -36,7 +36,8 @@ class RopeScaling:
     """How rotary angles stretch beyond the trained context.
 
     ``dynamic`` is the NTK form of spec section 3 (``rope_scaling_factor``); ``llama3`` is the
-    piecewise form of Llama 3.1's config.json and uses all four numbers.
+    piecewise form of Llama 3.1's config.json and uses all four numbers; ``qwen1`` is Qwen-1's own
+    NTK form (``use_dynamic_ntk``) and uses none.
     """
 
     kind: RopeKind = "none"
@@ -76,8 +77,8 @@ class ModelConfig:
     the files on disk are split for. ``fp16_linears`` names linears of an int4 model that are stored
     in fp16 all the same, ``layers.3.attention.w_qkv``, in the order of layers and of
     `names.LAYER_LINEARS`. ``layers_without_rope`` are the numbers of layers that do not rotate
-    queries and keys (SmolLM3), in order. ``max_context_tokens`` is where a sequence would begin to
-    need what no engine here runs, a sliding window or Qwen-1's dynamic NTK; 0 for nowhere.
+    queries and keys (SmolLM3), in order. ``sliding_window`` is how many tokens layers look back,
+    0 for all; no engine here runs a sequence longer than it.
     """
 
     hidden_size: int
@@ -101,7 +102,7 @@ class ModelConfig:
     tensor_para_size: int = 1
     fp16_linears: tuple[str, ...] = ()
     layers_without_rope: tuple[int, ...] = ()
-    max_context_tokens: int = 0
+    sliding_window: int = 0
 
     def __post_init__(self) -> None:
         """Check what every layout relies on.
@@ -146,9 +147,9 @@ class ModelConfig:
                     )
         self._check_fp16_linears()
         self._check_layers_without_rope()
-        if not 0 <= self.max_context_tokens <= _MOST["max_position_embeddings"]:
+        if not 0 <= self.sliding_window <= _MOST["max_position_embeddings"]:
             raise PackageError(
-                f"max_context_tokens is {self.max_context_tokens}, expected 0 to "
+                f"sliding_window is {self.sliding_window}, expected 0 to "
                 f"{_MOST['max_position_embeddings']}"
             )
 
@@ -156,7 +157,7 @@ class ModelConfig:
     def context_tokens(self) -> int:
         """Tokens of the longest sequence that the model was made for and that runs here."""
         trained = self.max_position_embeddings
-        return min(trained, self.max_context_tokens) if self.max_context_tokens else trained
+        return min(trained, self.sliding_window or trained)
 
     @property
     def is_mixed(self) -> bool:

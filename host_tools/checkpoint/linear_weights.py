@@ -70,6 +70,7 @@ class LayerWeights:
     Attributes:
         attention_norm: ``[hidden_size]``, before attention; likewise ``ffn_norm`` before the MLP.
         q_norm: ``[head_dim]`` or None; likewise ``k_norm``.
+        has_rope: whether queries and keys are rotated.
     """
 
     attention_norm: torch.Tensor
@@ -83,6 +84,7 @@ class LayerWeights:
     down: Linear
     q_norm: torch.Tensor | None = None
     k_norm: torch.Tensor | None = None
+    has_rope: bool = True
 
     def linear(self, name: LogicalLinear) -> Linear:
         """Return a linear by its logical name."""

@@ -81,7 +81,8 @@ class DecoderLayer:
             queries = rms_norm(queries, weights.q_norm, model.rms_norm_eps)
         if weights.k_norm is not None:
             keys = rms_norm(keys, weights.k_norm, model.rms_norm_eps)
-        queries, keys = rotary.rotate(queries), rotary.rotate(keys)
+        if weights.has_rope:
+            queries, keys = rotary.rotate(queries), rotary.rotate(keys)
         observer.keys_values(keys, values)
         mixed = functional.scaled_dot_product_attention(
             queries, keys, values, is_causal=True, enable_gqa=True

@@ -47,7 +47,7 @@ def rotary_frequencies(model: ModelConfig, num_positions: int) -> torch.Tensor:
     """Return the angle per position of each pair, ``[head_dim // 2]`` fp32."""
     scaling = model.rope_scaling
     theta = model.rope_theta
-    if scaling.kind == "dynamic":
+    if scaling.kind in ("dynamic", "qwen1"):
         theta *= _ntk_stretch(scaling, model, num_positions)
     pairs = torch.arange(0, model.head_dim, 2, dtype=torch.float32) / model.head_dim
     frequencies = 1.0 / theta**pairs
@@ -55,11 +55,16 @@ def rotary_frequencies(model: ModelConfig, num_positions: int) -> torch.Tensor:
 
 
 def _ntk_stretch(scaling: RopeScaling, model: ModelConfig, num_positions: int) -> float:
-    """Return the factor on theta of dynamic NTK (spec section 3)."""
+    """Return the factor on theta of dynamic NTK (spec section 3), or of Qwen-1's form.
+
+    Source of the latter: QwenLM/Qwen-7B-Chat, ``modeling_qwen.py``, ``get_ntk_alpha``.
+    """
     trained = model.max_position_embeddings
     if num_positions <= trained:
         return 1.0
     stretch = scaling.factor * num_positions / trained - (scaling.factor - 1.0)
+    if scaling.kind == "qwen1":
+        stretch = 2.0 ** math.ceil(math.log2(num_positions / trained) + 1) - 1
     return float(stretch ** (model.head_dim / (model.head_dim - 2)))
 
 

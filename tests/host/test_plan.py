@@ -93,6 +93,13 @@ def test_what_was_given_stays():
     assert plan_config(MODEL, [SMALL], given)[0] == given
 
 
+def test_a_sliding_window_ends_the_session():
+    model = replace(MODEL, sliding_window=2048)
+    assert plan_config(model, [LARGE], ConfigValues())[0].session_len == 2048
+    with pytest.raises(UsageError, match="session-len is 2049, the layers .* look back 2048"):
+        plan_config(model, [LARGE], ConfigValues(session_len=2049))
+
+
 def test_a_session_that_does_not_fit_is_refused_with_the_arithmetic():
     with pytest.raises(
         UsageError,

@@ -22,14 +22,15 @@ def logits(made, token_ids, *, kv="fp16", theta=None, kv_scale=None):
     model = made.model
     x = made.embedding[list(token_ids)].astype(np.float64)
     cos, sin = angles(model, len(x), theta or model.rope_theta)
-    for layer in made.layers:
+    for index, layer in enumerate(made.layers):
         h = norm(x, layer.attention_norm, model)
         q = heads(h @ layer.q.astype(np.float64).T + layer.q_bias, model.head_dim)
         k = heads(h @ layer.k.astype(np.float64).T + layer.k_bias, model.head_dim)
         v = heads(h @ layer.v.astype(np.float64).T + layer.v_bias, model.head_dim)
         if model.has_qk_norm:
             q, k = norm(q, layer.q_norm, model), norm(k, layer.k_norm, model)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if index not in model.layers_without_rope:
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if model.use_logn_attn:
             n = np.arange(1, len(x) + 1)
             trained = model.max_position_embeddings

@@ -86,6 +86,7 @@ def test_auto_takes_the_reference_where_kernels_are_missing(root, fake, monkeypa
     fake.attributes[75] = 12
     with Engine.open(root, EngineOptions()) as engine:
         assert engine.backend_name == "reference"
+        assert engine.plan.notes[0].startswith("the GPU is not used: no kernels for sm_120 and")
     assert fake.contexts == 0
     with pytest.raises(DeviceError, match="no kernels for sm_120"):
         Engine.open(root, CUDA)
@@ -95,6 +96,7 @@ def test_auto_takes_the_reference_where_there_is_no_driver(root, monkeypatch) ->
     monkeypatch.setitem(sys.modules, "pycuda.driver", None)
     with Engine.open(root, EngineOptions()) as engine:
         assert engine.backend_name == "reference"
+        assert not [note for note in engine.plan.notes if "GPU" in note]
 
 
 @pytest.mark.parametrize(
@@ -122,6 +124,22 @@ def test_models_that_the_kernels_do_not_run_are_refused(tmp_path, fake, change, 
     with pytest.raises(DeviceError, match=message):
         Engine.open(made.root, CUDA)
     assert fake.contexts == 0
+
+
+def test_layers_without_rope_get_a_rotation_that_turns_nothing(tmp_path, fake) -> None:
+    model = dataclasses.replace(MODEL, num_hidden_layers=3, layers_without_rope=(1,))
+    made = make_package(tmp_path / "nope", model, quant_policy=8, session_len=512)
+    write_cubins(made.root / "kernels")
+    with Engine.open(made.root, CUDA) as engine:
+        tokens_of(engine, [range(3, 80)], params(2))
+        # The rotation's place among the arguments: out, pages, partials, tickets, qkv, two norms
+        # in decode_attention; pages, qkv, k_norm in store_kv; out, pages, qkv, q_norm in prefill.
+        for name, place in (("decode_", 7), ("store_kv", 3), ("prefill_", 4)):
+            used = [run.arguments[place] for run in fake.launches if run.name.startswith(name)]
+            assert len(set(used[:3])) == 2, name
+            assert used[0] == used[2] != used[1]
+        plain = np.frombuffer(ctypes.string_at(used[1], 8 * 512 * 32), np.float32)
+        assert (plain.reshape(-1, 2) == [1, 0]).all()
 
 
 def test_a_decode_step_replays_one_graph_whatever_the_position(root, fake) -> None:

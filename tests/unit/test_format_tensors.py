@@ -212,6 +212,11 @@ def test_int4_needs_whole_tiles():
         ({"intermediate_size": 100}, "intermediate_size 100 is not a multiple of group_size 32"),
         ({"rms_norm_eps": 0.0}, "rms_norm_eps is 0.0, expected a finite number above 0"),
         ({"rope_theta": float("inf")}, "rope_theta is inf, expected a finite number above 0"),
+        ({"layers_without_rope": (1, 0)}, "layers_without_rope has 2 numbers, expected different"),
+        ({"layers_without_rope": (0, 0)}, "layers_without_rope has 2 numbers, expected different"),
+        ({"layers_without_rope": (2,)}, "has 1 numbers, expected .* in order, from 0 to 1"),
+        ({"layers_without_rope": (-1, 1)}, "has 2 numbers, expected .* in order, from 0 to 1"),
+        ({"sliding_window": -1}, "sliding_window is -1, expected 0 to 2147483648"),
         (
             {"fp16_linears": ("layers.0.attention.q",)},
             r"fp16_linears has 'layers\.0\.attention\.q'",

@@ -10,7 +10,13 @@ from tiny_package import DEFAULT_KV_SCALE, make_package, tiny_model
 from device_runtime.backends.reference.backend import ReferenceBackend, available_memory_bytes
 from device_runtime.engine.batch_builder import build_evaluation_batch
 from device_runtime.engine.engine import Engine, EngineOptions
-from device_runtime.errors import DeviceError, InternalError, OutOfMemoryError, PackageError
+from device_runtime.errors import (
+    DeviceError,
+    InternalError,
+    OutOfMemoryError,
+    PackageError,
+    UsageError,
+)
 from device_runtime.package_format.model_config import RopeScaling
 
 FLOAT = {"weight_type": "fp16", "group_size": 0}
@@ -102,6 +108,29 @@ def test_dynamic_ntk_follows_the_planned_length(tmp_path) -> None:
     expected = plain_model.logits(made, token_ids(70), theta=theta)
     assert np.abs(long - expected).max() < 2e-3
     assert np.abs(short - plain_model.logits(made, token_ids(30))).max() < 2e-3
+
+
+def test_qwen1_stretches_rope_by_powers_of_two(tmp_path) -> None:
+    model = tiny_model(rope_scaling=RopeScaling("qwen1"), max_position_embeddings=32)
+    made, engine = open_tiny(tmp_path, model, session_len=256)
+    with engine:
+        long, short = engine.logits(token_ids(70)), engine.logits(token_ids(32))
+    # ceil(log2(70 / 32) + 1) is 3, so s = 2^3 - 1 = 7 and theta' = 10000 * 7^(32/30).
+    expected = plain_model.logits(made, token_ids(70), theta=10000 * 7 ** (32 / 30))
+    assert np.abs(long - expected).max() < 2e-3
+    assert np.abs(short - plain_model.logits(made, token_ids(32))).max() < 2e-3
+
+
+def test_a_session_longer_than_a_sliding_window_is_refused(tmp_path) -> None:
+    model = tiny_model(sliding_window=96)
+    made = make_package(tmp_path / "p", model, session_len=96)
+    with pytest.raises(UsageError, match="session_len is 128, the layers .* look back 96 tokens"):
+        Engine.open(made.root, EngineOptions(session_len=128))
+    with Engine.open(made.root, EngineOptions(backend="reference")) as engine:
+        assert engine.session_len == 96
+    make_package(tmp_path / "edited", model, session_len=97)
+    with pytest.raises(PackageError, match="session_len is 97, the layers .* look back 96 tokens"):
+        Engine.open(tmp_path / "edited")
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import dataclass
 
+import numpy as np
+
 from device_runtime.backends.cuda.arena import allocate_arena
 from device_runtime.backends.cuda.driver import CudaDriver
 from device_runtime.backends.cuda.fill import fill_weights
@@ -32,7 +34,7 @@ class LoadedMemory:
         limits: of a step.
         kernels: loaded.
         weights: address of each joined tensor.
-        buffers: address of each buffer, all zero.
+        buffers: address of each buffer, all zero but what `StepLimits.buffers` says.
         kv: address of each layer's pages.
     """
 
@@ -97,6 +99,9 @@ def load_memory(
         load_pairs(driver, stream, package, layout.pairs, places)
     if "kv_scales" in buffers:
         _put_kv_scales(driver, package, buffers["kv_scales"])
+    if "no_rotation" in buffers:
+        turns = np.tile(np.array([1, 0], np.float32), sizes["no_rotation"] // 8)
+        driver.copy_to_device(buffers["no_rotation"], turns.ctypes.data, turns.nbytes)
     return LoadedMemory(stream, limits, kernels, places, buffers, kv.addresses)
 
 

@@ -192,6 +192,10 @@ class Programs:
             weights.get(layer_name(index, names.K_NORM, names.WEIGHT)),
         )
 
+    def _rotation(self, index: int) -> int:
+        is_plain = index not in self._model.layers_without_rope
+        return self._buffers["rotation" if is_plain else "no_rotation"]
+
     def _kv_scales(self, index: int) -> tuple[int, ...]:
         if self._limits.layout.quant_policy != 4:
             return ()
@@ -226,7 +230,7 @@ class Programs:
                 b["attention_tickets"],
                 b["qkv"],
                 *self._norms(index),
-                b["rotation"],
+                self._rotation(index),
                 b["query_scale"],
                 *self._kv_scales(index),
                 b["positions"],
@@ -249,7 +253,7 @@ class Programs:
                 self._memory.kv[index],
                 b["qkv"],
                 k_norm,
-                b["rotation"],
+                self._rotation(index),
                 *self._kv_scales(index),
                 b["prompt_positions"],
                 b["prompt_start"],
@@ -267,7 +271,7 @@ class Programs:
                 self._memory.kv[index],
                 b["qkv"],
                 q_norm,
-                b["rotation"],
+                self._rotation(index),
                 b["query_scale"],
                 *self._kv_scales(index),
                 b["prompt_positions"],

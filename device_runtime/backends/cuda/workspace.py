@@ -79,7 +79,10 @@ class StepLimits:
         )
 
     def buffers(self) -> dict[str, int]:
-        """Return the bytes of each buffer by name; all are zero at first."""
+        """Return the bytes of each buffer by name; all are zero at first.
+
+        ``no_rotation`` takes the place of ``rotation`` in layers without rope: (1, 0) throughout.
+        """
         model, rows, slots = self.model, self.rows, self.num_slots
         pairs = model.head_dim // 2
         return {
@@ -118,6 +121,7 @@ class StepLimits:
             "best": 8 * self.logits_rows,
             "sample_tickets": 4 * self.logits_rows,
             **({"kv_scales": self._kv_scale_bytes} if self.layout.quant_policy == 4 else {}),
+            **({"no_rotation": 8 * rows * pairs} if model.layers_without_rope else {}),
         }
 
     @property

@@ -36,13 +36,14 @@ class Decoder:
     def run(self, batch: Batch) -> Activations:
         """Store the batch's keys and values; return ``[num_tokens, hidden_size]`` normed states."""
         hidden = self._weights.embed(batch.token_ids)
-        rotation = rotations(self._model, batch)
+        rotated = rotations(self._model, batch)
         scale = attention_scale(self._model, batch.positions)
         pages, offsets = self._slots(batch)
         self._threads.begin()
         for index in range(self._model.num_hidden_layers):
             layer = self._weights.layer(index)
             normed = rms_norm(hidden, layer.attention_norm, self._model.rms_norm_eps)
+            rotation = None if index in self._model.layers_without_rope else rotated
             queries, kv = self._project(layer, normed, rotation)
             if scale is not None:
                 queries *= scale[:, None, None]
@@ -63,9 +64,12 @@ class Decoder:
         return batch.page_table[rows, pages], offsets
 
     def _project(
-        self, layer: LayerWeights, normed: Activations, rotation: NDArray[np.complex64]
+        self, layer: LayerWeights, normed: Activations, rotation: NDArray[np.complex64] | None
     ) -> tuple[Activations, Activations]:
-        """Return rotated queries ``[num_tokens, heads, D]`` and k, v ``[2, num_tokens, .., D]``."""
+        """Return queries ``[num_tokens, heads, D]`` and k, v ``[2, num_tokens, .., D]``.
+
+        q and k are rotated, unless there is no rotation.
+        """
         model = self._model
         qkv = normed @ layer.w_qkv.T
         if layer.qkv_bias is not None:
@@ -76,7 +80,9 @@ class Decoder:
         if layer.q_norm is not None and layer.k_norm is not None:
             queries = rms_norm(queries, layer.q_norm, model.rms_norm_eps)
             keys = rms_norm(keys, layer.k_norm, model.rms_norm_eps)
-        return rotate(queries, rotation), np.stack([rotate(keys, rotation), values])
+        if rotation is not None:
+            queries, keys = rotate(queries, rotation), rotate(keys, rotation)
+        return queries, np.stack([keys, values])
 
     def _attend(self, index: int, batch: Batch, queries: Activations) -> Activations:
         mixed = np.empty((len(queries), self._model.q_size), np.float32)
