@@ -195,7 +195,7 @@ class ModelConfig:
 
     def _check_layers_without_rope(self) -> None:
         layers = self.layers_without_rope
-        is_ordered = all(first < second for first, second in zip(layers, layers[1:], strict=False))
+        is_ordered = all(first < second for first, second in pairwise(layers))
         if not is_ordered or (layers and not 0 <= layers[0] <= layers[-1] < self.num_hidden_layers):
             raise PackageError(
                 f"layers_without_rope has {len(layers)} numbers, expected different ones in order, "

@@ -96,7 +96,7 @@ def test_what_was_given_stays():
 def test_a_sliding_window_ends_the_session():
     model = replace(MODEL, sliding_window=2048)
     assert plan_config(model, [LARGE], ConfigValues())[0].session_len == 2048
-    with pytest.raises(UsageError, match="session-len is 2049, the layers .* look back 2048"):
+    with pytest.raises(UsageError, match=r"session-len is 2049, the layers .* look back 2048"):
         plan_config(model, [LARGE], ConfigValues(session_len=2049))
 
 

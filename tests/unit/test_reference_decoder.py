@@ -124,12 +124,12 @@ def test_qwen1_stretches_rope_by_powers_of_two(tmp_path) -> None:
 def test_a_session_longer_than_a_sliding_window_is_refused(tmp_path) -> None:
     model = tiny_model(sliding_window=96)
     made = make_package(tmp_path / "p", model, session_len=96)
-    with pytest.raises(UsageError, match="session_len is 128, the layers .* look back 96 tokens"):
+    with pytest.raises(UsageError, match=r"session_len is 128, the layers .* look back 96 tokens"):
         Engine.open(made.root, EngineOptions(session_len=128))
     with Engine.open(made.root, EngineOptions(backend="reference")) as engine:
         assert engine.session_len == 96
     make_package(tmp_path / "edited", model, session_len=97)
-    with pytest.raises(PackageError, match="session_len is 97, the layers .* look back 96 tokens"):
+    with pytest.raises(PackageError, match=r"session_len is 97, the layers .* look back 96 tokens"):
         Engine.open(tmp_path / "edited")
 
 
