@@ -70,6 +70,8 @@ def run_chat(args: argparse.Namespace) -> int:
                 conversation.restore(args.system, conversation.messages)
         if is_conversation:
             return _talk(engine, conversation, settings, is_markdown=not args.no_markdown)
+        for note in engine.plan.notes:
+            print(f"turbojet: {printable(note)}", file=sys.stderr)
         if args.json:
             return answer_as_json(
                 conversation, prompt, settings, model=package.name, backend=engine.backend_name

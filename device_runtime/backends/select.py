@@ -14,7 +14,7 @@ def create_backend(name: str, package: Package) -> Backend:
 
     Args:
         name: one of `BACKEND_NAMES`; "auto" takes cuda where there is a GPU with kernels that fit
-            the package, else reference.
+            the package, else reference; where there is a GPU, the plan's notes then say why not.
         package: what it shall run.
 
     Raises:
@@ -27,20 +27,21 @@ def create_backend(name: str, package: Package) -> Backend:
 
     if name == "reference":
         return ReferenceBackend()
+    from device_runtime.backends.cuda.backend import CudaBackend
+
     try:
-        return _cuda_backend(package)
-    except DeviceError:
+        backend = CudaBackend()
+    except DeviceError:  # no GPU here, which is nothing to speak of
         if name == "cuda":
             raise
         return ReferenceBackend()
-
-
-def _cuda_backend(package: Package) -> Backend:
-    from device_runtime.backends.cuda.backend import CudaBackend
-
-    backend = CudaBackend()
     try:
         backend.check(package)
+    except DeviceError as error:
+        backend.close()
+        if name == "cuda":
+            raise
+        return ReferenceBackend(note=f"the GPU is not used: {error}")
     except BaseException:
         backend.close()
         raise

@@ -34,7 +34,13 @@ class ReferenceBackend:
     name = "reference"
     max_steps_ahead = 0
 
-    def __init__(self) -> None:
+    def __init__(self, note: str = "") -> None:
+        """Load nothing yet.
+
+        Args:
+            note: first of the plan's notes, such as why no faster backend runs.
+        """
+        self._note = note
         self._weights: Weights | None = None
         self._decoder: Decoder | None = None
         self._seen: dict[int, NDArray[np.bool_]] = {}
@@ -54,7 +60,8 @@ class ReferenceBackend:
         page_bytes = kv_page_bytes(model, request.page_size, request.kv_format)
         one_session = -(-request.session_len // request.page_size) * page_bytes
         layer, head = layer_weight_bytes(model), head_weight_bytes(model)
-        weights, num_streamed, notes = model.num_hidden_layers * layer + head, 0, []
+        weights, num_streamed = model.num_hidden_layers * layer + head, 0
+        notes = [self._note] if self._note else []
         room = available - workspace - one_session
         if weights > room:
             # One layer more is in memory while it is used; the head goes block by block.
