@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 
@@ -10,11 +11,16 @@ from device_runtime.errors import PackageError
 from device_runtime.package_format import int4
 from device_runtime.package_format.names import QWEIGHT
 from host_tools.checkpoint.linear_weights import QuantizedLinear
+from host_tools.checkpoint.packed_format import (
+    BITS,
+    SCALE_DTYPES,
+    check_expected,
+    read_scales,
+)
 from host_tools.checkpoint.tensor_files import TensorFiles
 
 QZEROS = "qzeros"
 SCALES = "scales"
-BITS = 4
 
 
 def quantization_config(group_size: int) -> dict[str, object]:
@@ -28,19 +34,64 @@ def quantization_config(group_size: int) -> dict[str, object]:
     }
 
 
-def find_group_size(config: Mapping[str, object], files: TensorFiles) -> int:
-    """Return the group size of an AWQ checkpoint, 0 for a floating-point one.
+@dataclass(frozen=True)
+class AwqTensors:
+    """The packed linears of one AWQ gemm checkpoint.
+
+    Attributes:
+        files: its tensors.
+        group_size: inputs that share a scale and a zero.
+    """
+
+    files: TensorFiles
+    group_size: int
+    name: str = "awq"
+
+    def is_packed(self, module: str) -> bool:
+        """Tell whether a module has codes in the place of a weight."""
+        return f"{module}.{QWEIGHT}" in self.files
+
+    def check(self, module: str, outputs: int, inputs: int) -> list[str]:
+        """Check dtypes and shapes of one linear and return its tensor names.
+
+        Raises:
+            PackageError: a tensor is missing, or its dtype or shape is another one.
+        """
+        groups, words = inputs // self.group_size, outputs // int4.CODES_PER_WORD
+        return check_expected(
+            self.files,
+            (
+                (f"{module}.{QWEIGHT}", (torch.int32,), (inputs, words)),
+                (f"{module}.{QZEROS}", (torch.int32,), (groups, words)),
+                (f"{module}.{SCALES}", SCALE_DTYPES, (groups, outputs)),
+            ),
+        )
+
+    def read(self, module: str, bias: torch.Tensor | None) -> QuantizedLinear:
+        """Unpack one linear.
+
+        Raises:
+            PackageError: a scale is not finite in fp16.
+        """
+        return QuantizedLinear(
+            codes=_unpack(self.files.tensor(f"{module}.{QWEIGHT}")),
+            zeros=_unpack(self.files.tensor(f"{module}.{QZEROS}")),
+            scales=read_scales(self.files, f"{module}.{SCALES}"),
+            group_size=self.group_size,
+            bias=bias,
+        )
+
+
+def find_awq(files: TensorFiles, section: Mapping[str, object] | None) -> AwqTensors | None:
+    """Return the reader of an AWQ checkpoint, None for a floating-point one.
 
     LMDeploy 0.2.3 writes AWQ tensors without a ``quantization_config``, so the tensors decide and
     a config that is there must agree.
 
     Raises:
-        PackageError: another quantization method or variant, or config and tensors disagree.
+        PackageError: another variant, or config and tensors disagree.
     """
-    section = config.get("quantization_config")
     if section is not None:
-        if not isinstance(section, dict):
-            raise PackageError("config.json says a quantization_config that is no object")
         _check_variant(section)
     sizes = set()
     for name in files:
@@ -49,61 +100,12 @@ def find_group_size(config: Mapping[str, object], files: TensorFiles) -> int:
     if len(sizes) > 1:
         raise PackageError(f"the checkpoint mixes group sizes {sorted(sizes)}, expected one")
     found = sizes.pop() if sizes else 0
-    if section is None:
-        return found
-    stated = section.get("group_size", section.get("q_group_size"))
+    stated = found if section is None else section.get("group_size", section.get("q_group_size"))
     if stated != found:
         raise PackageError(
             f"config.json says group_size {str(stated)[:20]}, the tensors have {found}"
         )
-    return found
-
-
-def read_quantized(
-    files: TensorFiles, module: str, group_size: int, bias: torch.Tensor | None
-) -> QuantizedLinear:
-    """Unpack one linear of an AWQ checkpoint.
-
-    Raises:
-        PackageError: a scale is not finite in fp16.
-    """
-    scales = files.tensor(f"{module}.{SCALES}").to(torch.float16)
-    if not torch.isfinite(scales).all():
-        raise PackageError(f"{module}.{SCALES} holds a scale that fp16 cannot, quantize again")
-    return QuantizedLinear(
-        codes=_unpack(files.tensor(f"{module}.{QWEIGHT}")),
-        zeros=_unpack(files.tensor(f"{module}.{QZEROS}")),
-        scales=scales,
-        group_size=group_size,
-        bias=bias,
-    )
-
-
-def check_quantized(
-    files: TensorFiles, module: str, outputs: int, inputs: int, group_size: int
-) -> list[str]:
-    """Check dtypes and shapes of one quantized linear and return its tensor names.
-
-    Raises:
-        PackageError: a tensor is missing, or its dtype or shape is another one.
-    """
-    groups = inputs // group_size
-    words = outputs // int4.CODES_PER_WORD
-    expected = (
-        (f"{module}.{QWEIGHT}", (torch.int32,), (inputs, words)),
-        (f"{module}.{QZEROS}", (torch.int32,), (groups, words)),
-        (f"{module}.{SCALES}", (torch.float16, torch.bfloat16, torch.float32), (groups, outputs)),
-    )
-    for name, dtypes, shape in expected:
-        if name not in files:
-            raise PackageError(f"tensor {name} is missing, fetch or quantize the checkpoint again")
-        dtype, found = files.facts(name)
-        if dtype not in dtypes or found != shape:
-            raise PackageError(
-                f"tensor {name} is {dtype} {list(found)}, config.json means {dtypes[0]} "
-                f"{list(shape)}"
-            )
-    return [name for name, _, _ in expected]
+    return AwqTensors(files, found) if found else None
 
 
 def _group_size_of(module: str, files: TensorFiles) -> int:
@@ -122,12 +124,6 @@ def _group_size_of(module: str, files: TensorFiles) -> int:
 
 
 def _check_variant(section: Mapping[str, object]) -> None:
-    method = str(section.get("quant_method", "awq"))
-    if method != "awq":
-        raise PackageError(
-            f"the checkpoint is quantized with {method[:40]}, turbojet reads awq; "
-            f"use the floating-point checkpoint"
-        )
     version = str(section.get("version", "gemm")).lower()
     bits = section.get("bits", section.get("w_bit", BITS))
     if version != "gemm" or bits != BITS or section.get("zero_point", True) is not True:

@@ -9,8 +9,7 @@ import torch
 
 from device_runtime.errors import PackageError
 from device_runtime.package_format.model_config import ModelConfig
-from device_runtime.package_format.names import BIAS, QWEIGHT, WEIGHT
-from host_tools.checkpoint import awq_tensors
+from device_runtime.package_format.names import BIAS, WEIGHT
 from host_tools.checkpoint.config_reader import read_family, read_json, read_model
 from host_tools.checkpoint.families import Family, LogicalLinear, SourceLinear
 from host_tools.checkpoint.linear_weights import (
@@ -21,6 +20,8 @@ from host_tools.checkpoint.linear_weights import (
     linear_shape,
     split_qkv_rows,
 )
+from host_tools.checkpoint.packed_format import PackedFormat
+from host_tools.checkpoint.quantization import find_packed
 from host_tools.checkpoint.tensor_files import TensorFiles
 
 CONFIG_JSON = "config.json"
@@ -34,7 +35,8 @@ class Checkpoint:
         path: the folder.
         config: config.json as parsed.
         family: its naming table.
-        model: the architecture; ``weight_type`` is int4 for AWQ codes, else fp16.
+        model: the architecture; ``weight_type`` is int4 for 4-bit codes, else fp16.
+        packed: reader of the 4-bit linears, None for a floating-point checkpoint.
         dtype: of the embedding in the files.
     """
 
@@ -45,6 +47,7 @@ class Checkpoint:
         family: Family,
         model: ModelConfig,
         files: TensorFiles,
+        packed: PackedFormat | None = None,
     ) -> None:
         """Check every tensor against the config.
 
@@ -55,6 +58,7 @@ class Checkpoint:
         self.config = config
         self.family = family
         self.model = model
+        self.packed = packed
         self._files = files
         self._check_names(self._check_tensors())
         self.dtype = files.facts(f"{family.embedding}.{WEIGHT}")[0]
@@ -71,13 +75,14 @@ class Checkpoint:
         config = read_json(path / CONFIG_JSON)
         family = read_family(config)
         files = TensorFiles.open(path)
-        model = read_model(config, family, awq_tensors.find_group_size(config, files))
-        return cls(path, config, family, model, files)
+        packed = find_packed(path, config, files)
+        model = read_model(config, family, packed.group_size if packed else 0)
+        return cls(path, config, family, model, files, packed)
 
     @property
     def is_quantized(self) -> bool:
-        """Whether the linears are AWQ codes."""
-        return self.model.group_size > 0
+        """Whether the linears are 4-bit codes."""
+        return self.packed is not None
 
     def names(self) -> list[str]:
         """Return the names of all tensors, sorted."""
@@ -137,8 +142,8 @@ class Checkpoint:
         has_bias = self.family.has_bias(source.parts[0], self.config)
         bias = self.tensor(f"{module}.{BIAS}") if has_bias else None
         linear: Linear
-        if f"{module}.{QWEIGHT}" in self._files:
-            linear = awq_tensors.read_quantized(self._files, module, self.model.group_size, bias)
+        if self.packed is not None and self.packed.is_packed(module):
+            linear = self.packed.read(module, bias)
         else:
             linear = DenseLinear(self.tensor(f"{module}.{WEIGHT}"), bias)
         if len(source.parts) == 1:
@@ -175,6 +180,11 @@ class Checkpoint:
             self._check(f"{family.embedding}.{WEIGHT}", table),
             self._check(f"{family.final_norm}.{WEIGHT}", (model.hidden_size,)),
         }
+        if self.packed is not None and self.packed.is_packed(family.head):
+            raise PackageError(
+                f"{family.head} is quantized, turbojet runs a head of floating-point weights; "
+                f"quantize the checkpoint without its head"
+            )
         head = f"{family.head}.{WEIGHT}"
         if not model.tie_word_embeddings or head in self._files:
             names.add(self._check(head, table))
@@ -197,13 +207,16 @@ class Checkpoint:
         shapes = [linear_shape(self.model, part) for part in source.parts]
         outputs, inputs = sum(shape[0] for shape in shapes), shapes[0][1]
         names = []
+        bias = f"{module}.{BIAS}"
         if self.family.has_bias(source.parts[0], self.config):
-            names.append(self._check(f"{module}.{BIAS}", (outputs,)))
-        if self.is_quantized and f"{module}.{WEIGHT}" not in self._files:
-            group_size = self.model.group_size
-            return names + awq_tensors.check_quantized(
-                self._files, module, outputs, inputs, group_size
-            )
+            names.append(self._check(bias, (outputs,)))
+        elif self.packed is not None and bias in self._files:
+            # AutoGPTQ writes biases of zeros where the model has none.
+            names.append(self._check(bias, (outputs,)))
+            if self.tensor(bias).any():
+                raise PackageError(f"tensor {bias} is not zero, a {self.family.name} has no such")
+        if self.packed is not None and f"{module}.{WEIGHT}" not in self._files:
+            return names + self.packed.check(module, outputs, inputs)
         return [*names, self._check(f"{module}.{WEIGHT}", (outputs, inputs))]
 
     def _check(self, name: str, shape: tuple[int, ...]) -> str:

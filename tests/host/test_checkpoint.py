@@ -186,7 +186,8 @@ def test_a_stated_quantization_must_agree_with_the_tensors(tmp_path: Path) -> No
     with pytest.raises(PackageError, match="says group_size 64, the tensors have 32"):
         Checkpoint.open(folder)
     for change, complaint in (
-        ({"quant_method": "gptq"}, "quantized with gptq, turbojet reads awq"),
+        ({"quant_method": "hqq"}, "quantized with hqq, turbojet reads awq, gptq, compressed-ten"),
+        ({"quant_method": "gptq"}, "which is no 4-bit GPTQ pair"),
         ({"version": "gemv"}, "awq gemv with 4 bits"),
         ({"w_bit": 8}, "awq gemm with 8 bits"),
     ):
