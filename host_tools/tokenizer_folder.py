@@ -18,7 +18,7 @@ from device_runtime.tokenization.folder import (
     convert_tokenizer,
     original_file,
 )
-from host_tools.checkpoint.config_reader import read_json
+from host_tools.checkpoint.config_values import read_json
 from host_tools.checkpoint.reader import CONFIG_JSON
 
 TOKENIZER_FILES = (

@@ -2,114 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping
-from pathlib import Path
 
 from device_runtime.errors import PackageError
 from device_runtime.package_format.model_config import ModelConfig, RopeKind, RopeScaling
+from host_tools.checkpoint.config_values import ConfigReader, shown
 from host_tools.checkpoint.families import Family, find_family
-
-MAX_CONFIG_BYTES = 4 << 20
-MAX_SIZE = 1 << 24
-"""No size of a model in config.json is larger; keeps a lie from becoming an allocation."""
 
 _ROPE_KINDS: dict[str, RopeKind] = {
     "default": "none",
     "none": "none",
+    "origin": "none",  # InternLM 1
     "linear": "linear",
     "dynamic": "dynamic",
     "llama3": "llama3",
 }
-
-
-def read_json(path: Path) -> dict[str, object]:
-    """Return the object in a small JSON file of a checkpoint.
-
-    Raises:
-        PackageError: the file is not there, is too large or holds no JSON object.
-    """
-    try:
-        size = path.stat().st_size
-        if size > MAX_CONFIG_BYTES:
-            raise PackageError(f"{path.name} has {size} bytes, expected at most {MAX_CONFIG_BYTES}")
-        loaded = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise PackageError(f"{path.parent} has no readable {path.name}") from error
-    except (ValueError, RecursionError) as error:
-        raise PackageError(f"{path.name} in {path.parent} is no JSON, fetch it again") from error
-    if not isinstance(loaded, dict):
-        raise PackageError(f"{path.name} in {path.parent} holds no JSON object, fetch it again")
-    return loaded
-
-
-class ConfigReader:
-    """Typed access to one config.json; every complaint names the key."""
-
-    def __init__(self, config: Mapping[str, object]) -> None:
-        self._config = config
-
-    def integer(self, key: str, default: int | None = None) -> int:
-        """Return a positive integer.
-
-        Raises:
-            PackageError: it is missing without a default, no integer or out of range.
-        """
-        value = self._config.get(key)
-        if value is None and default is not None:
-            return default
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_SIZE:
-            raise PackageError(
-                f"config.json says {key} {_shown(value)}, expected an integer from 1 to {MAX_SIZE}"
-            )
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        """Return a positive finite number.
-
-        Raises:
-            PackageError: it is missing without a default, or no such number.
-        """
-        value = self._config.get(key)
-        if value is None and default is not None:
-            return default
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not is_number or not 0 < float(value) < math.inf:  # type: ignore[arg-type]
-            raise PackageError(
-                f"config.json says {key} {_shown(value)}, expected a positive number"
-            )
-        return float(value)  # type: ignore[arg-type]
-
-    def text(self, key: str, default: str) -> str:
-        """Return a string.
-
-        Raises:
-            PackageError: it is something else.
-        """
-        value = self._config.get(key)
-        if value is None:
-            return default
-        if not isinstance(value, str):
-            raise PackageError(f"config.json says {key} {_shown(value)}, expected a string")
-        return value
-
-    def section(self, key: str) -> ConfigReader | None:
-        """Return an object inside the config, None when it is absent or null.
-
-        Raises:
-            PackageError: it is something else.
-        """
-        value = self._config.get(key)
-        if value is None:
-            return None
-        if not isinstance(value, dict):
-            raise PackageError(f"config.json says {key} {_shown(value)}, expected an object")
-        return ConfigReader(value)
-
-    def has(self, key: str) -> bool:
-        """Tell whether the key is there and not null."""
-        return self._config.get(key) is not None
 
 
 def read_family(config: Mapping[str, object]) -> Family:
@@ -121,12 +28,24 @@ def read_family(config: Mapping[str, object]) -> Family:
     architectures = config.get("architectures")
     if not isinstance(architectures, list) or len(architectures) != 1:
         raise PackageError(
-            f"config.json says architectures {_shown(architectures)}, expected a list of one name"
+            f"config.json says architectures {shown(architectures)}, expected a list of one name"
         )
     family = find_family(str(architectures[0]))
     for key, meaning in family.refused.items():
         if config.get(key):
             raise PackageError(f"config.json asks for {meaning} ({key}), turbojet does not run it")
+    for key, (expected, meaning) in family.fixed.items():
+        if config.get(key) not in (None, expected):
+            raise PackageError(
+                f"config.json asks for {meaning} ({key} {shown(config[key])}), turbojet does not "
+                f"run it"
+            )
+    for key, meaning in family.needed.items():
+        if config.get(key) is None:
+            raise PackageError(
+                f"config.json has no {key}: this is {meaning}, which turbojet does not run"
+            )
+    _check_layer_types(config)
     reader = ConfigReader(config)
     activation = reader.text("hidden_act", "silu")
     if activation not in ("silu", "swish"):
@@ -145,7 +64,7 @@ def read_model(config: Mapping[str, object], family: Family, group_size: int) ->
     Raises:
         PackageError: a key is missing, wrong or asks for something that we do not run.
     """
-    reader = ConfigReader(config)
+    reader = ConfigReader(config, family.keys)
     hidden_size = reader.integer("hidden_size")
     num_heads = reader.integer("num_attention_heads")
     if not reader.has("head_dim") and hidden_size % num_heads:
@@ -154,56 +73,101 @@ def read_model(config: Mapping[str, object], family: Family, group_size: int) ->
             f"does not divide"
         )
     context = reader.integer("max_position_embeddings")
-    rope_theta, rope_scaling = _read_rope(reader, context)
+    rope_theta, rope_scaling = _read_rope(reader, config, family, context)
+    num_layers = reader.integer("num_hidden_layers")
+    intermediate_size = reader.integer("intermediate_size")
+    if intermediate_size % family.num_mlp_halves:
+        raise PackageError(
+            f"config.json says intermediate_size {intermediate_size}, expected a multiple of "
+            f"{family.num_mlp_halves}: it counts gate and up"
+        )
     return ModelConfig(
         hidden_size=hidden_size,
-        intermediate_size=reader.integer("intermediate_size"),
-        num_hidden_layers=reader.integer("num_hidden_layers"),
+        intermediate_size=intermediate_size // family.num_mlp_halves,
+        num_hidden_layers=num_layers,
         num_attention_heads=num_heads,
         num_kv_heads=reader.integer("num_key_value_heads", num_heads),
         head_dim=reader.integer("head_dim", hidden_size // num_heads),
         vocab_size=reader.integer("vocab_size"),
         rms_norm_eps=reader.number("rms_norm_eps", 1e-6),
         rope_theta=rope_theta,
-        max_position_embeddings=_full_attention_context(config, context),
+        max_position_embeddings=context,
         weight_type="int4" if group_size else "fp16",
         group_size=group_size,
         rope_scaling=rope_scaling,
         has_attention_bias=any(family.has_bias(linear, config) for linear in ("q", "o")),
         has_qk_norm=family.has_qk_norm,
-        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+        tie_word_embeddings=bool(config.get("tie_word_embeddings", family.is_tied)),
+        use_logn_attn=bool(config.get("use_logn_attn", False)),
+        layers_without_rope=_layers_without_rope(reader, family.rope_layers, num_layers),
+        sliding_window=_sliding_window(reader, config, family, context),
     )
 
 
-def _full_attention_context(config: Mapping[str, object], context: int) -> int:
-    """Cap the context at a sliding window: within it such a model attends to everything."""
-    window = config.get("sliding_window")
-    if config.get("use_sliding_window", True) and isinstance(window, int) and window > 0:
-        return min(context, window)
-    return context
+def _sliding_window(
+    reader: ConfigReader, config: Mapping[str, object], family: Family, context: int
+) -> int:
+    """Return how far layers look back, 0 where that is the whole context."""
+    if not config.get("use_sliding_window", family.has_window):
+        return 0
+    window = reader.integer("sliding_window", context)
+    return window if window < context else 0
 
 
-def _read_rope(reader: ConfigReader, context: int) -> tuple[float, RopeScaling]:
+def _layers_without_rope(reader: ConfigReader, name: str, num_layers: int) -> tuple[int, ...]:
+    if not name:
+        return ()
+    listed = reader.items(f"{name}s")
+    if listed is None:
+        interval = reader.integer(f"{name}_interval", 4)
+        return tuple(range(interval - 1, num_layers, interval))
+    if len(listed) < num_layers or not all(entry in (0, 1) for entry in listed):
+        raise PackageError(
+            f"config.json says {name}s with {len(listed)} entries, expected 0 or 1 for each of "
+            f"{num_layers} layers"
+        )
+    return tuple(layer for layer in range(num_layers) if not listed[layer])
+
+
+def _check_layer_types(config: Mapping[str, object]) -> None:
+    """Refuse layers that are no plain attention.
+
+    Raises:
+        PackageError: there are some.
+    """
+    kinds = config.get("layer_types")
+    for kind in kinds if isinstance(kinds, list) else ():
+        if kind not in ("full_attention", "sliding_attention"):
+            raise PackageError(
+                f"config.json asks for layers of the kind {shown(kind)}, turbojet runs "
+                f"full_attention"
+            )
+
+
+def _read_rope(
+    reader: ConfigReader, config: Mapping[str, object], family: Family, context: int
+) -> tuple[float, RopeScaling]:
     """Read both spellings: ``rope_theta`` + ``rope_scaling``, and newer ``rope_parameters``."""
-    section = reader.section("rope_parameters") or reader.section("rope_scaling")
-    if section is None:
-        return reader.number("rope_theta", 10000.0), RopeScaling()
+    section = reader.section("rope_parameters") or reader.section("rope_scaling", family.rope_keys)
     for holder in (reader, section):
-        if holder.number("partial_rotary_factor", 1.0) != 1.0:
+        if holder is not None and holder.number("partial_rotary_factor", 1.0) != 1.0:
             raise PackageError(
                 "config.json asks for partial rotary embeddings, which we do not run"
             )
-    theta = section.number("rope_theta", reader.number("rope_theta", 10000.0))
+    theta = reader.number("rope_theta", 10000.0)
+    if section is None:
+        return theta, RopeScaling("qwen1" if config.get("use_dynamic_ntk") else "none")
+    theta = section.number("rope_theta", theta)
     name = section.text("rope_type", section.text("type", "default"))
     kind = _ROPE_KINDS.get(name)
     if kind is None:
         raise PackageError(
             f"config.json asks for rope scaling {name[:40]!r}, turbojet runs "
-            f"{', '.join(key for key in _ROPE_KINDS if key != 'none')}"
+            f"{', '.join(key for key, kind in _ROPE_KINDS.items() if key in ('default', kind))}"
         )
     if kind == "none":
         return theta, RopeScaling()
-    factor = section.number("factor")
+    factor = section.number("factor", family.rope_factor)
     if kind != "llama3":
         return theta, RopeScaling(kind=kind, factor=factor)
     return theta, RopeScaling(
@@ -215,7 +179,3 @@ def _read_rope(reader: ConfigReader, context: int) -> tuple[float, RopeScaling]:
             "original_max_position_embeddings", context
         ),
     )
-
-
-def _shown(value: object) -> str:
-    return repr(value)[:60]

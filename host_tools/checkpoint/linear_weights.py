@@ -122,6 +122,9 @@ def split_qkv_rows(
     Raises:
         ValueError: the layout is not a fused one.
     """
+    if layout == "stacked":
+        q, k, v = torch.split(rows, [model.q_size, model.kv_size, model.kv_size])
+        return q, k, v
     if layout != "grouped":
         raise ValueError(f"qkv layout {layout} is not fused")
     queries = model.num_attention_heads // model.num_kv_heads
@@ -138,6 +141,8 @@ def join_qkv_rows(
     Raises:
         ValueError: the layout is not a fused one.
     """
+    if layout == "stacked":
+        return torch.cat((q, k, v))
     if layout != "grouped":
         raise ValueError(f"qkv layout {layout} is not fused")
     queries = model.num_attention_heads // model.num_kv_heads

@@ -10,7 +10,7 @@ from device_runtime.package_format.int4 import CODES_PER_WORD
 from device_runtime.package_format.names import QWEIGHT
 from host_tools.checkpoint.awq_tensors import SCALES, find_awq
 from host_tools.checkpoint.compressed_tensors import PACKED, find_compressed
-from host_tools.checkpoint.config_reader import read_json
+from host_tools.checkpoint.config_values import read_json
 from host_tools.checkpoint.gptq_tensors import G_IDX, find_gptq
 from host_tools.checkpoint.packed_format import PackedFormat
 from host_tools.checkpoint.tensor_files import TensorFiles

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
+from torch.nn import functional
 
 from device_runtime.errors import PackageError
 from device_runtime.package_format.model_config import ModelConfig
 from device_runtime.package_format.names import BIAS, WEIGHT
-from host_tools.checkpoint.config_reader import read_family, read_json, read_model
+from host_tools.checkpoint.config_reader import read_family, read_model
+from host_tools.checkpoint.config_values import read_json
 from host_tools.checkpoint.families import Family, LogicalLinear, SourceLinear
 from host_tools.checkpoint.linear_weights import (
     DenseLinear,
@@ -20,6 +24,7 @@ from host_tools.checkpoint.linear_weights import (
     linear_shape,
     split_qkv_rows,
 )
+from host_tools.checkpoint.mixed import KeptLinears, float_linears
 from host_tools.checkpoint.packed_format import PackedFormat
 from host_tools.checkpoint.quantization import find_packed
 from host_tools.checkpoint.tensor_files import TensorFiles
@@ -77,12 +82,22 @@ class Checkpoint:
         files = TensorFiles.open(path)
         packed = find_packed(path, config, files)
         model = read_model(config, family, packed.group_size if packed else 0)
+        if packed is not None:
+            kept = _kept(family, model.num_hidden_layers, packed)
+            model = replace(model, fp16_linears=kept.fp16_linears)
         return cls(path, config, family, model, files, packed)
 
     @property
     def is_quantized(self) -> bool:
         """Whether the linears are 4-bit codes."""
         return self.packed is not None
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a person should know about the checkpoint, one sentence each."""
+        if self.packed is None:
+            return ()
+        return _kept(self.family, self.model.num_hidden_layers, self.packed).notes
 
     def names(self) -> list[str]:
         """Return the names of all tensors, sorted."""
@@ -108,7 +123,7 @@ class Checkpoint:
         """Return the output projection ``[vocab_size, hidden_size]``; the embedding when tied."""
         if self.model.tie_word_embeddings:
             return self.embedding()
-        return self.tensor(f"{self.family.head}.{WEIGHT}")
+        return self._unit_head if self.family.has_unit_head else self._stored_head
 
     def layer(self, layer: int) -> LayerWeights:
         """Return the weights of a decoder layer; dense ones stay in the mapped file.
@@ -125,6 +140,7 @@ class Checkpoint:
             ffn_norm=self._norm(layer, family.ffn_norm),
             q_norm=self._norm(layer, family.q_norm) if family.q_norm else None,
             k_norm=self._norm(layer, family.k_norm) if family.k_norm else None,
+            has_rope=layer not in self.model.layers_without_rope,
             q=linears["q"],
             k=linears["k"],
             v=linears["v"],
@@ -133,6 +149,15 @@ class Checkpoint:
             up=linears["up"],
             down=linears["down"],
         )
+
+    @property
+    def _stored_head(self) -> torch.Tensor:
+        return self.tensor(f"{self.family.head}.{WEIGHT}")
+
+    @cached_property
+    def _unit_head(self) -> torch.Tensor:
+        """The head with rows of length 1, computed in its dtype as the model does (Baichuan2)."""
+        return functional.normalize(self._stored_head)
 
     def _norm(self, layer: int, module: str) -> torch.Tensor:
         return self.tensor(f"{self.family.module(layer, module)}.{WEIGHT}")
@@ -240,3 +265,13 @@ class Checkpoint:
                     f"tensor {name[:120]} has no place in a {self.family.name} model with "
                     f"{self.model.num_hidden_layers} layers, config.json and weights disagree"
                 )
+
+
+def _kept(family: Family, num_layers: int, packed: PackedFormat) -> KeptLinears:
+    """Return the linears of a 4-bit checkpoint that are floating-point."""
+    modules = {part: source.module for source in family.linears for part in source.parts}
+
+    def is_float(layer: int, linear: LogicalLinear) -> bool:
+        return not packed.is_packed(family.module(layer, modules[linear]))
+
+    return float_linears(num_layers, is_float)

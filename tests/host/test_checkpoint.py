@@ -239,9 +239,14 @@ def test_both_spellings_of_rope_are_read(tmp_path: Path, changes, theta, scaling
 
 def test_a_sliding_window_limits_the_context(tmp_path: Path) -> None:
     folder = tiny.write_llama(tmp_path, architectures=["MistralForCausalLM"], sliding_window=32)
-    assert Checkpoint.open(folder).model.max_position_embeddings == 32
+    model = Checkpoint.open(folder).model
+    assert (model.max_position_embeddings, model.sliding_window, model.context_tokens) == (
+        64,
+        32,
+        32,
+    )
     edit_config(folder, use_sliding_window=False)
-    assert Checkpoint.open(folder).model.max_position_embeddings == 64
+    assert Checkpoint.open(folder).model.sliding_window == 0
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,131 @@
+"""Typed access to the JSON files of a checkpoint, which may hold anything."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+from device_runtime.errors import PackageError
+
+MAX_CONFIG_BYTES = 4 << 20
+MAX_SIZE = 1 << 24
+"""No size of a model in config.json is larger; keeps a lie from becoming an allocation."""
+
+
+def read_json(path: Path) -> dict[str, object]:
+    """Return the object in a small JSON file of a checkpoint.
+
+    Raises:
+        PackageError: the file is not there, is too large or holds no JSON object.
+    """
+    try:
+        size = path.stat().st_size
+        if size > MAX_CONFIG_BYTES:
+            raise PackageError(f"{path.name} has {size} bytes, expected at most {MAX_CONFIG_BYTES}")
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise PackageError(f"{path.parent} has no readable {path.name}") from error
+    except (ValueError, RecursionError) as error:
+        raise PackageError(f"{path.name} in {path.parent} is no JSON, fetch it again") from error
+    if not isinstance(loaded, dict):
+        raise PackageError(f"{path.name} in {path.parent} holds no JSON object, fetch it again")
+    return loaded
+
+
+class ConfigReader:
+    """Typed access to one config.json by Llama's keys; every complaint names the key it has."""
+
+    def __init__(self, config: Mapping[str, object], keys: Mapping[str, str] | None = None) -> None:
+        """Wrap a config.
+
+        Args:
+            config: the parsed object.
+            keys: what it calls Llama's keys, where it has other names for them.
+        """
+        self._config = config
+        self._keys = keys or {}
+
+    def _get(self, key: str) -> tuple[str, object]:
+        own = self._keys.get(key, key)
+        return own, self._config.get(own)
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        """Return a positive integer.
+
+        Raises:
+            PackageError: it is missing without a default, no integer or out of range.
+        """
+        key, value = self._get(key)
+        if value is None and default is not None:
+            return default
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_SIZE:
+            raise PackageError(
+                f"config.json says {key} {shown(value)}, expected an integer from 1 to {MAX_SIZE}"
+            )
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """Return a positive finite number.
+
+        Raises:
+            PackageError: it is missing without a default, or no such number.
+        """
+        key, value = self._get(key)
+        if value is None and default is not None:
+            return default
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or not 0 < float(value) < math.inf:  # type: ignore[arg-type]
+            raise PackageError(f"config.json says {key} {shown(value)}, expected a positive number")
+        return float(value)  # type: ignore[arg-type]
+
+    def text(self, key: str, default: str) -> str:
+        """Return a string.
+
+        Raises:
+            PackageError: it is something else.
+        """
+        key, value = self._get(key)
+        if value is None:
+            return default
+        if not isinstance(value, str):
+            raise PackageError(f"config.json says {key} {shown(value)}, expected a string")
+        return value
+
+    def items(self, key: str) -> list[object] | None:
+        """Return a list, None when it is absent or null.
+
+        Raises:
+            PackageError: it is something else.
+        """
+        key, value = self._get(key)
+        if value is not None and not isinstance(value, list):
+            raise PackageError(f"config.json says {key} {shown(value)}, expected a list")
+        return value
+
+    def section(self, key: str, keys: Mapping[str, str] | None = None) -> ConfigReader | None:
+        """Return an object inside the config, None when it is absent or null.
+
+        Args:
+            key: of the object.
+            keys: what it calls the usual keys.
+
+        Raises:
+            PackageError: it is something else.
+        """
+        key, value = self._get(key)
+        if value is None:
+            return None
+        if not isinstance(value, dict):
+            raise PackageError(f"config.json says {key} {shown(value)}, expected an object")
+        return ConfigReader(value, keys)
+
+    def has(self, key: str) -> bool:
+        """Tell whether the key is there and not null."""
+        return self._get(key)[1] is not None
+
+
+def shown(value: object) -> str:
+    """Return a value as an error may show it."""
+    return repr(value)[:60]
