@@ -5,14 +5,20 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from dataclasses import asdict, replace
+from dataclasses import replace
 
-from device_runtime import __version__
-from device_runtime.apps.bench_device import describe_machine, machine_facts, memory_use
+from device_runtime.apps.bench_device import describe_machine, memory_use
 from device_runtime.apps.bench_engine import OpenEngine, open_engine, step_bytes
 from device_runtime.apps.bench_load import measure_load
-from device_runtime.apps.bench_project import project_all, projection_lines, slice_rates
-from device_runtime.apps.bench_report import print_report, result_facts, to_csv
+from device_runtime.apps.bench_nodes import node_times
+from device_runtime.apps.bench_project import project_all, rates_alone, slice_rates
+from device_runtime.apps.bench_report import (
+    Report,
+    print_report,
+    report_facts,
+    result_facts,
+    to_csv,
+)
 from device_runtime.apps.bench_runs import Result, Workload, run_workload
 from device_runtime.apps.chat_view import make_console
 from device_runtime.apps.engine_flags import add_engine_arguments, engine_options
@@ -59,9 +65,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--temperature", type=float, default=0.0, metavar="X", help="0, the default, is greedy"
     )
     parser.add_argument(
-        "--project", metavar="BOARD,..", help="compute what boards would do, or all"
+        "--project",
+        metavar="BOARD,..",
+        help="compute what boards would do, or all; measures slices of this GPU first",
     )
     parser.add_argument("--load", action="store_true", help="measure also how long loading takes")
+    parser.add_argument(
+        "--nodes", action="store_true", help="measure each node of a decode step against reading"
+    )
     shape = parser.add_mutually_exclusive_group()
     shape.add_argument("--json", action="store_true", help="print the results as JSON")
     shape.add_argument("--csv", action="store_true", help="print the results as CSV")
@@ -79,6 +90,22 @@ def run_bench(args: argparse.Namespace) -> int:
         raise UsageError(
             f"--warm-up is {args.warm_up} and --repeats {args.repeats}, expected at least 0 and 1"
         )
+    report = measure(args, workloads)
+    if args.json:
+        print(json.dumps(report_facts(report), indent=2, ensure_ascii=False))
+    elif args.csv:
+        print(to_csv([result_facts(result, report.machine) for result in report.results]), end="")
+    else:
+        print_report(make_console(), report)
+    return 0
+
+
+def measure(args: argparse.Namespace, workloads: list[Workload]) -> Report:
+    """Measure workloads and what else the arguments ask for.
+
+    Raises:
+        TurbojetError: as `run_bench`.
+    """
     boards = parse_targets(args.project) if args.project else ()
     options = engine_options(args, os.environ)
     concurrency = max(workload.concurrency for workload in workloads)
@@ -88,35 +115,27 @@ def run_bench(args: argparse.Namespace) -> int:
     package, title = find_target(args, concurrency, longest)
     load = measure_load(package, options, args.repeats) if args.load else None
     opened = open_engine(package, options)
+    plan = opened.engine.plan
     with opened.engine:
         machine = describe_machine(opened.backend, package)
-        results = [_measure(opened, workload, args) for workload in workloads]
-        memory = memory_use(opened.backend, opened.engine.plan)
-        rates = slice_rates(opened.backend, package) if boards else {}
-    alone = replace(workloads[0], concurrency=1)
-    per_step = step_bytes(package.model, opened.engine.plan.kv_format.value, alone)
-    projections = project_all(boards, package.model, per_step, rates)
-    rows = [result_facts(result, machine) for result in results]
-    if args.json:
-        facts = {
-            "model": title,
-            "backend": opened.backend.name,
-            "version": __version__,
-            "quant_policy": opened.engine.plan.kv_format.value,
-            **machine_facts(machine, memory),
-            "load": asdict(load) if load else None,
-            "results": rows,
-            "projections": [asdict(projection) for projection in projections],
-        }
-        print(json.dumps(facts, indent=2, ensure_ascii=False))
-    elif args.csv:
-        print(to_csv(rows), end="")
-    else:
-        heading = f"{title}, {opened.backend.name}, {opened.engine.plan.kv_format.title} KV cache"
-        print_report(make_console(), heading, results, machine, memory, load)
-        if projections:
-            print("\n".join(projection_lines(projections, alone)))
-    return 0
+        results = tuple(_measure(opened, workload, args) for workload in workloads)
+        memory = memory_use(opened.backend, plan)
+        slices = tuple(slice_rates(opened.backend, package)) if boards else ()
+        nodes = tuple(node_times(opened, workloads[0])) if args.nodes else ()
+    per_step = step_bytes(package.model, plan.kv_format.value, replace(workloads[0], concurrency=1))
+    return Report(
+        title=title,
+        backend=opened.backend.name,
+        quant_policy=plan.kv_format.value,
+        kv_title=plan.kv_format.title,
+        machine=machine,
+        memory=memory,
+        results=results,
+        load=load,
+        nodes=nodes,
+        slices=slices,
+        projections=tuple(project_all(boards, package.model, per_step, rates_alone(slices))),
+    )
 
 
 def find_target(args: argparse.Namespace, concurrency: int, longest: int) -> tuple[Package, str]:

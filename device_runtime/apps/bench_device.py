@@ -31,7 +31,7 @@ class Machine:
         board: of a Jetson.
         sm: 87 for sm_87.
         num_sms: streaming multiprocessors.
-        gpu_mhz: current GPU clock, else the highest the driver names.
+        gpu_mhz: GPU clock after it has worked, else the highest the driver names.
         power_mode: nvpmodel's name for it.
         software: L4T release or CUDA version.
         driver: who owns the context, "pycuda" or "libcuda".
@@ -84,19 +84,22 @@ def describe_machine(backend: Backend, package: Package) -> Machine:
             driver="numpy",
             read_bytes_s=_host_read_bandwidth(),
         )
+    from device_runtime.backends.cuda.nvml import sm_clock_mhz
     from device_runtime.backends.cuda.probe import device_facts, measure_read_bandwidth
 
     facts = device_facts(backend.driver)
+    # Before the clock is asked for: an idle device lowers it.
+    read_bytes_s = measure_read_bandwidth(backend.driver, package)
     return Machine(
         device=facts.name,
         board=_read(_MODEL_FILE),
         sm=facts.sm,
         num_sms=facts.num_sms,
-        gpu_mhz=_gpu_clock_mhz() or facts.max_clock_mhz,
+        gpu_mhz=_gpu_clock_mhz() or sm_clock_mhz() or facts.max_clock_mhz,
         power_mode=power_mode(),
         software=_read(_JETPACK_FILE).partition("\n")[0] or f"CUDA {facts.cuda}",
         driver=facts.driver,
-        read_bytes_s=measure_read_bandwidth(backend.driver, package),
+        read_bytes_s=read_bytes_s,
     )
 
 

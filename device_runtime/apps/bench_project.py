@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from device_runtime.apps.bench_runs import Workload
 from device_runtime.backends.base import Backend
 from device_runtime.package_format.boards import Board
 from device_runtime.package_format.model_config import ModelConfig
 from device_runtime.package_format.package import Package
+
+if TYPE_CHECKING:
+    from device_runtime.backends.cuda.slices import SliceRate
 
 BANDWIDTH_SHARE = {87: 0.80, 110: 0.90, 72: 0.75}
 """Of the nominal bandwidth that engines reach: AGX Orin 163-166 of 204.8 GB/s, Thor 242-245 of 273
@@ -87,8 +92,8 @@ def project(
     )
 
 
-def slice_rates(backend: Backend, package: Package) -> dict[int, float]:
-    """Return weights per clock and SM for one token by SMs of the slice; empty without a GPU.
+def slice_rates(backend: Backend, package: Package) -> list[SliceRate]:
+    """Return the GEMV's rates on slices of the device; empty without a GPU.
 
     Raises:
         DeviceError: the measurement failed.
@@ -96,10 +101,14 @@ def slice_rates(backend: Backend, package: Package) -> dict[int, float]:
     from device_runtime.backends.cuda.backend import CudaBackend
 
     if not isinstance(backend, CudaBackend) or not package.model.group_size:
-        return {}
+        return []
     from device_runtime.backends.cuda.slices import measure_slices
 
-    rates = measure_slices(backend.driver, package)
+    return measure_slices(backend.driver, package)
+
+
+def rates_alone(rates: Sequence[SliceRate]) -> dict[int, float]:
+    """Return weights per clock and SM for one token by SMs of the slice."""
     return {rate.num_sms: rate.weights_per_clock for rate in rates if rate.num_tokens == 1}
 
 
@@ -123,8 +132,10 @@ def project_all(
     ]
 
 
-def projection_lines(projections: list[Projection], workload: Workload) -> list[str]:
+def projection_lines(projections: Sequence[Projection], workload: Workload) -> list[str]:
     """Return projections and their assumptions for a person."""
+    if not projections:
+        return []
     length = workload.prompt_tokens + workload.completion_tokens // 2
     lines = [f"projected, not measured: one sequence of {length} tokens"]
     for p in projections:

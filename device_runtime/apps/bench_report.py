@@ -5,16 +5,24 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from device_runtime.apps.bench_device import Machine, MemoryUse
+from device_runtime import __version__
+from device_runtime.apps.bench_device import Machine, MemoryUse, machine_facts
 from device_runtime.apps.bench_load import LoadResult
-from device_runtime.apps.bench_runs import PERCENTILES, Result
+from device_runtime.apps.bench_nodes import node_lines, slice_lines
+from device_runtime.apps.bench_project import Projection, projection_lines
+from device_runtime.apps.bench_runs import PERCENTILES, Result, Workload
 from device_runtime.apps.sizes import format_bytes
+
+if TYPE_CHECKING:
+    from device_runtime.backends.cuda.nodes import NodeTime
+    from device_runtime.backends.cuda.slices import SliceRate
 
 _HEADINGS = (
     ("prompt+", "answer"),
@@ -29,6 +37,58 @@ _HEADINGS = (
     ("", "GB/s"),
     ("of", "max"),
 )
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that one call measured; tuples are empty for what was not asked for.
+
+    Attributes:
+        title: what ran.
+        backend: its name.
+        quant_policy: of the KV cache.
+        kv_title: the same in words.
+        machine: what it ran on.
+        memory: what it took.
+        results: one for each workload.
+        load: how long loading takes.
+        nodes: of a decode step of the first workload.
+        slices: rates of the GEMV on a few SMs.
+        projections: of boards, for one sequence of the first workload.
+    """
+
+    title: str
+    backend: str
+    quant_policy: int
+    kv_title: str
+    machine: Machine
+    memory: MemoryUse
+    results: tuple[Result, ...]
+    load: LoadResult | None
+    nodes: tuple[NodeTime, ...]
+    slices: tuple[SliceRate, ...]
+    projections: tuple[Projection, ...]
+
+    @property
+    def first(self) -> Workload:
+        """The workload that nodes and projections are for."""
+        return self.results[0].workload
+
+
+def report_facts(report: Report) -> dict[str, object]:
+    """Return a report as JSON values."""
+    return {
+        "model": report.title,
+        "backend": report.backend,
+        "version": __version__,
+        "quant_policy": report.quant_policy,
+        **machine_facts(report.machine, report.memory),
+        "load": asdict(report.load) if report.load else None,
+        "results": [result_facts(result, report.machine) for result in report.results],
+        "nodes": [asdict(node) | {"ratio": node.ratio} for node in report.nodes],
+        "slices": [asdict(rate) for rate in report.slices],
+        "projections": [asdict(projection) for projection in report.projections],
+    }
 
 
 def result_facts(result: Result, machine: Machine) -> dict[str, object]:
@@ -51,21 +111,16 @@ def to_csv(rows: Sequence[dict[str, object]]) -> str:
     return text.getvalue()
 
 
-def print_report(
-    console: Console,
-    title: str,
-    results: Sequence[Result],
-    machine: Machine,
-    memory: MemoryUse,
-    load: LoadResult | None,
-) -> None:
-    """Print the table and what it was measured on."""
+def print_report(console: Console, report: Report) -> None:
+    """Print the table, what it was measured on, and what else was asked for."""
+    machine, load = report.machine, report.load
+    title = f"{report.title}, {report.backend}, {report.kv_title} KV cache"
     table = Table(
         title=title, title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0), collapse_padding=True
     )
     for first, second in _HEADINGS:
         table.add_column(f"{first}\n{second}", justify="right", no_wrap=True)
-    for result in results:
+    for result in report.results:
         workload = result.workload
         share = result.read_bytes_s / machine.read_bytes_s
         spread = result.decode_tok_s_max - result.decode_tok_s_min
@@ -82,7 +137,7 @@ def print_report(
             f"{share:.0%}",
         )
     console.print(table)
-    console.print("\n".join(machine_lines(machine, memory)), soft_wrap=True)
+    console.print("\n".join(machine_lines(machine, report.memory)), soft_wrap=True)
     if load is not None:
         rate = load.weight_bytes / load.load_s
         console.print(
@@ -90,6 +145,12 @@ def print_report(
             f"{format_bytes(rate)}/s",
             soft_wrap=True,
         )
+    for line in (
+        *node_lines(report.nodes, report.first),
+        *slice_lines(report.slices),
+        *projection_lines(report.projections, report.first),
+    ):
+        console.print(line, soft_wrap=True, highlight=False)
 
 
 def machine_lines(machine: Machine, memory: MemoryUse) -> list[str]:

@@ -63,6 +63,9 @@ class Launch:
     """A kernel, its shape and its arguments, laid out once for any number of launches.
 
     The driver copies the arguments in `enqueue`, so `resize` may change them between two launches.
+
+    Attributes:
+        name: of the entry point, where whoever made the launch gave it.
     """
 
     def __init__(
@@ -71,7 +74,9 @@ class Launch:
         function: c_void_p,
         shape: LaunchShape,
         arguments: Sequence[Argument],
+        name: str = "",
     ) -> None:
+        self.name = name
         self._driver = driver
         self._function = function
         self._arguments = tuple(arguments)

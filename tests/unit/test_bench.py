@@ -14,8 +14,16 @@ from device_runtime.apps import bench_device
 from device_runtime.apps.bench import read_workloads
 from device_runtime.apps.bench_device import power_mode
 from device_runtime.apps.bench_engine import decode_weight_bytes, step_bytes
-from device_runtime.apps.bench_project import nearest_rate, project, quantized_weights
+from device_runtime.apps.bench_nodes import node_lines, slice_lines
+from device_runtime.apps.bench_project import (
+    nearest_rate,
+    project,
+    quantized_weights,
+    rates_alone,
+)
 from device_runtime.apps.bench_runs import Round, Workload, summarize
+from device_runtime.backends.cuda.nodes import NodeTime
+from device_runtime.backends.cuda.slices import SliceRate
 from device_runtime.backends.synthetic import synthetic_package
 from device_runtime.errors import UsageError
 from device_runtime.package_format.boards import BOARDS
@@ -179,3 +187,32 @@ def test_projections_say_that_they_are_and_what_they_assume(root, capsys) -> Non
         "assumed",
     ):
         assert word in out
+
+
+def test_slices_are_told_for_each_number_of_tokens() -> None:
+    rates = [SliceRate(8, 1, 70.0), SliceRate(8, 8, 40.5), SliceRate(16, 1, 69.0)]
+    assert slice_lines(rates)[1:] == [
+        "   8 SMs    70.0 with 1 at once,   40.5 with 8 at once",
+        "  16 SMs    69.0 with 1 at once",
+    ]
+    assert slice_lines([]) == []
+    assert rates_alone(rates) == {8: 70.0, 16: 69.0}
+
+
+def test_nodes_are_told_beside_reading() -> None:
+    nodes = [
+        NodeTime("qkv", "w4a16_gemv_norm_1", 26_738_688, 7.5e-6, 7.5e-6 / 1.25),
+        NodeTime("embed_f16", "embed_f16", 0, 2e-6, 0.0),
+    ]
+    lines = node_lines(nodes, Workload(4096, 64, 1))
+    assert "of a step of 1 at 4096 tokens" in lines[0]
+    told = "qkv 7.50 us 26.74 MB, reading them 6.00 us: 1.25 times"
+    assert " ".join(lines[1].split()) == told
+    assert lines[2].split() == ["embed_f16", "2.00", "us"]
+    assert node_lines([], Workload(1, 1, 1)) == []
+
+
+def test_nodes_are_those_of_a_gpu(root, capsys) -> None:
+    arguments = ["bench", str(root), "--backend", "reference", "--repeats", "1", "--prompt", "3"]
+    assert cli.main([*arguments, "--completion", "2", "--nodes"]) == UsageError.exit_code
+    assert "--nodes measures the cuda backend, reference runs" in capsys.readouterr().err

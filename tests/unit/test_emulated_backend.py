@@ -18,6 +18,9 @@ from emulator import emulator
 from fake_cuda import install, write_cubins
 from tiny_package import make_package, tiny_model
 
+from device_runtime.apps.bench_engine import open_engine
+from device_runtime.apps.bench_nodes import node_times
+from device_runtime.apps.bench_runs import Workload
 from device_runtime.backends.cuda.bf16_weights import to_half
 from device_runtime.backends.cuda.graph_set import EAGER_VARIABLE
 from device_runtime.backends.sampling_params import SamplingParams
@@ -26,6 +29,7 @@ from device_runtime.errors import DeviceError
 from device_runtime.package_format import bfloat16, names
 from device_runtime.package_format.kv_scale import KvScale
 from device_runtime.package_format.model_config import ModelConfig
+from device_runtime.package_format.package import open_package
 
 pytestmark = pytest.mark.skipif(
     not emulator.has_compiler(), reason="the kernels run on the CPU where there is g++"
@@ -203,6 +207,25 @@ def test_sequences_that_join_leave_and_are_cancelled_lose_nothing(plainest: Prep
                     active.remove(output.sequence_id)
             engine.check_integrity()
         assert plainest.fake.num_bytes == taken
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_the_nodes_of_a_step_are_measured_beside_reading(plainest: Prepared, width: int) -> None:
+    opened = open_engine(open_package(plainest.root), CUDA)
+    nodes = node_times(opened, Workload(40, 9, width))
+    read = {node.name: node for node in nodes if node.num_bytes}
+    # 40 tokens of 2 kv heads: 64 codes, scale and zero, of keys and of values.
+    assert read["attention"].num_bytes == 40 * width * 2 * 2 * (64 + 4)
+    # 4 bits a weight and 4 bytes a group of 32: qkv 128 x 512, wo 256 x 128, w13 128 x 384.
+    sizes = [read[name].num_bytes for name in ("qkv", "wo", "gate+up", "down")]
+    assert sizes == [count * 5 // 8 for count in (65536, 32768, 49152, 24576)]
+    assert read["layer"].num_bytes == sum(sizes) + read["attention"].num_bytes
+    # The fake's events are half a millisecond apart; there are two layers.
+    assert all(node.seconds == pytest.approx(0.25e-3) for node in nodes)
+    assert read["qkv"].ratio == pytest.approx(1.0)
+    assert read["layer"].ratio == pytest.approx(1 / 5)
+    others = {node.kernel for node in nodes if not node.num_bytes}
+    assert others == ({"w4a16_quantize_norm_4", "w4a16_quantize_4"} if width > 1 else set())
 
 
 def test_bf16_values_become_the_nearest_fp16() -> None:

@@ -45,6 +45,11 @@ class CudaBackend:
         """The open device, for measurements."""
         return self._open().driver
 
+    @property
+    def runner(self) -> Runner:
+        """What runs the loaded package, for measurements."""
+        return self._loaded()
+
     def used_bytes(self) -> int:
         """Return what of the device is in use since it was opened, the context included."""
         device = self._open()

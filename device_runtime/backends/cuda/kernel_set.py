@@ -122,9 +122,8 @@ class KernelSet:
         if min(grid) < 1:
             raise InternalError(f"{name} is launched with the grid {grid}")
         shape = LaunchShape(grid, row.block, shared_bytes, self.is_programmatic)
-        return Launch(
-            self._driver, self._function(row, shared_bytes), shape, to_arguments(row, arguments)
-        )
+        function, values = self._function(row, shared_bytes), to_arguments(row, arguments)
+        return Launch(self._driver, function, shape, values, name)
 
     def close(self) -> None:
         """Unload everything; a second call does nothing."""

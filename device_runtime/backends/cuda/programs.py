@@ -10,6 +10,7 @@ from device_runtime.backends.cuda.kernel_set import KernelSet
 from device_runtime.backends.cuda.linears import (
     LayerMatrices,
     Linears,
+    Matrix,
     PassSize,
     Step,
     layer_matrices,
@@ -69,11 +70,22 @@ class Programs:
         """
         b = self._buffers
         launches = [self._embed(width, b["tokens"], b["positions"], None)]
-        for index, layer in enumerate(self._layers):
-            launches += self._layer(index, layer, width, [self._decode_attention(index, width)])
+        for index in range(len(self._layers)):
+            launches += self.decode_layer(index, width)
         for start in range(0, width, MAX_ROWS):
             launches.append(self._head(start, min(MAX_ROWS, width - start), None))
         return launches + self.sample(width, None, is_greedy=is_greedy)
+
+    def decode_layer(self, index: int, width: int) -> list[Launch]:
+        """Return one layer's share of a decode step."""
+        attention = [Step(self._decode_attention(index, width), None)]
+        steps = self._layer_steps(index, self._layers[index], width, attention)
+        return [step.launch for step in steps]
+
+    def layer_weights(self, index: int) -> tuple[Matrix, ...]:
+        """Return the matrices of a layer in the order in which a step reads them."""
+        layer = self._layers[index]
+        return (layer.qkv, layer.wo, layer.gate_up, layer.down)
 
     def prompt(self, num_tokens: int) -> list[Step]:
         """Return a pass over new tokens of prompts, without the head.
@@ -166,12 +178,6 @@ class Programs:
                 1 / math.log(trained) if has_log_n else 0.0,
             ),
         )
-
-    def _layer(
-        self, index: int, layer: LayerMatrices, num_tokens: int, attention: list[Launch]
-    ) -> list[Launch]:
-        steps = [Step(launch, None) for launch in attention]
-        return [step.launch for step in self._layer_steps(index, layer, num_tokens, steps)]
 
     def _layer_steps(
         self, index: int, layer: LayerMatrices, num_tokens: int, attention: list[Step]

@@ -22,7 +22,13 @@ from device_runtime.package_format.package import Package
 
 
 class Runner:
-    """Owns everything on the device but the context; close it before the driver."""
+    """Owns everything on the device but the context; close it before the driver.
+
+    Attributes:
+        memory: what was loaded.
+        programs: launches over it.
+        state: rows of sequences.
+    """
 
     def __init__(
         self, driver: CudaDriver, package: Package, plan: MemoryPlan, max_steps_ahead: int
@@ -46,7 +52,8 @@ class Runner:
                 driver, self._stream, self._limits, memory.buffers, self._uploads
             )
             self._exits.callback(self.state.close)
-            programs = memory.programs(self.state.ring_address)
+            self.memory = memory
+            self.programs = programs = memory.programs(self.state.ring_address)
             self._graphs = GraphSet(driver, self._stream, programs, plan.max_batch_size)
             self._exits.callback(self._graphs.close)
             self._prompts = PromptRunner(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import dataclass
 
 from device_runtime.backends.cuda.driver import CudaDriver, open_driver
 from device_runtime.backends.cuda.loader import STAGING_BYTES
+from device_runtime.backends.cuda.nvml import device_used_bytes
 from device_runtime.backends.reference.backend import available_memory_bytes
 from device_runtime.errors import DeviceError
 
@@ -60,26 +60,6 @@ def open_device() -> OpenDevice:
 def pinned_bytes(ring_bytes: int, upload_bytes: int) -> int:
     """Return the host memory that is pinned, which a board shares with the GPU."""
     return 2 * STAGING_BYTES + ring_bytes + upload_bytes
-
-
-def device_used_bytes() -> int | None:
-    """Return what all processes use of the first device, by NVML; None where it does not say."""
-    try:
-        library = ctypes.CDLL("libnvidia-ml.so.1")
-    except OSError:
-        return None
-    if library.nvmlInit_v2():
-        return None
-    try:
-        handle = ctypes.c_void_p()
-        if library.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(0), ctypes.byref(handle)):
-            return None
-        memory = (ctypes.c_ulonglong * 3)()  # nvmlMemory_t: total, free, used
-        if library.nvmlDeviceGetMemoryInfo(handle, memory):
-            return None
-        return int(memory[2])
-    finally:
-        library.nvmlShutdown()
 
 
 def _host_available() -> int:

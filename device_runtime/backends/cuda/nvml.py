@@ -1,0 +1,47 @@
+"""What the driver's management library says of the first device; boards have none."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_CLOCK_SM = 1  # NVML_CLOCK_SM
+
+
+def device_used_bytes() -> int | None:
+    """Return what all processes use of the device; None where nothing says."""
+    with _device() as (library, handle):
+        memory = (ctypes.c_ulonglong * 3)()  # nvmlMemory_t: total, free, used
+        if library is None or library.nvmlDeviceGetMemoryInfo(handle, memory):
+            return None
+        return int(memory[2])
+
+
+def sm_clock_mhz() -> int:
+    """Return the SM clock of this moment; 0 where nothing says."""
+    with _device() as (library, handle):
+        clock = ctypes.c_uint()
+        if library is None or library.nvmlDeviceGetClockInfo(
+            handle, ctypes.c_uint(_CLOCK_SM), ctypes.byref(clock)
+        ):
+            return 0
+        return int(clock.value)
+
+
+@contextmanager
+def _device() -> Iterator[tuple[ctypes.CDLL | None, ctypes.c_void_p]]:
+    handle = ctypes.c_void_p()
+    try:
+        library = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        yield None, handle
+        return
+    if library.nvmlInit_v2():
+        yield None, handle
+        return
+    try:
+        is_missing = library.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(0), ctypes.byref(handle))
+        yield (None if is_missing else library), handle
+    finally:
+        library.nvmlShutdown()
