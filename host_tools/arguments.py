@@ -10,7 +10,7 @@ from typing import Any
 
 from host_tools.fetch.options import FetchOptions
 from host_tools.options import DEVICES, METHODS, CalibrateOptions, EvaluateOptions, QuantizeOptions
-from host_tools.package_options import BUILD_METHODS, KvQparamsOptions, PackOptions
+from host_tools.package_options import BUILD_METHODS, HEADS, KvQparamsOptions, PackOptions
 
 ENVIRONMENT_PREFIX = "TURBOJET_"
 
@@ -46,6 +46,7 @@ def quantize_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for the AWQ checkpoint")
     _quantize_options(parser, METHODS, defaults.group_size, "inputs that share a scale")
     _device(parser, defaults.device)
+    _devices(parser)
 
 
 def convert_arguments(parser: argparse.ArgumentParser) -> None:
@@ -178,6 +179,7 @@ def _calibrate_options(parser: argparse.ArgumentParser) -> None:
     _option(parser, "--calib-seqlen", int, defaults.seqlen, "tokens of a window")
     _option(parser, "--seed", int, defaults.seed, "of the draw")
     _device(parser, defaults.device)
+    _devices(parser)
 
 
 def _quantize_options(
@@ -187,6 +189,13 @@ def _quantize_options(
     _option(parser, "--w-bits", int, defaults.w_bits, "bits of a weight")
     _option(parser, "--w-group-size", int, group_size, group_help)
     _option(parser, "--method", str, defaults.method, "how weights are quantized", methods)
+    parser.add_argument(
+        "--keep-fp16",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="leave linears that match in fp16, such as 'layers.0.*' or '*.down'; may be repeated",
+    )
 
 
 def _kv_options(parser: argparse.ArgumentParser) -> None:
@@ -196,6 +205,7 @@ def _kv_options(parser: argparse.ArgumentParser) -> None:
 
 def _workspace_options(parser: argparse.ArgumentParser, default: str) -> None:
     _option(parser, "--tp", int, 1, "ranks that the files are split for")
+    _option(parser, "--head", str, HEADS[0], "how the output head is stored", HEADS)
     _option(parser, "--template", str, "", "a built-in chat template (default: the model's own)")
     for name, kind, text in (
         ("quant-policy", int, "KV cache: 0 fp16, 4 static int8, 8 online int8"),
@@ -228,6 +238,16 @@ def _target(parser: argparse.ArgumentParser) -> None:
 
 def _device(parser: argparse.ArgumentParser, default: str) -> None:
     _option(parser, "--device", str, default, "where torch computes", DEVICES)
+
+
+def _devices(parser: argparse.ArgumentParser) -> None:
+    _option(
+        parser,
+        "--devices",
+        str,
+        "",
+        "GPUs that search layers side by side, such as 0,1; the result is the same",
+    )
 
 
 def _option(

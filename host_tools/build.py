@@ -19,6 +19,7 @@ from host_tools.build_choices import default_name, largest_group_size
 from host_tools.calibrate import calibrate
 from host_tools.calibration_time import cpu_notice
 from host_tools.checkpoint import Checkpoint
+from host_tools.checkpoint.mixed import kept_linears
 from host_tools.content_hash import content_files
 from host_tools.convert import convert, target_model
 from host_tools.fetch.fetch import fetch
@@ -181,6 +182,8 @@ class _Build:
             group_size=group_size,
             method=options.method,
             device=options.calibrate.device,
+            devices=options.calibrate.devices,
+            keep_fp16=options.keep_fp16,
         )
 
     def _planned(
@@ -189,11 +192,20 @@ class _Build:
         """Return how the workspace is written, its values planned for the boards."""
         options = self._options
         named = ConvertOptions(
-            options.model_name or default_name(self._source), options.tp, template=options.template
+            options.model_name or default_name(self._source),
+            options.tp,
+            template=options.template,
+            head=options.head,
         )
         model = target_model(checkpoint, named)
         if quantizer is not None:
-            model = replace(model, weight_type="int4", group_size=quantizer.group_size)
+            kept = kept_linears(quantizer.keep_fp16, model.num_hidden_layers)
+            model = replace(
+                model,
+                weight_type="int4",
+                group_size=quantizer.group_size,
+                fp16_linears=kept.fp16_linears,
+            )
         values, notes = plan_config(
             model, boards, options.config, is_all=options.target == ALL_TARGETS
         )

@@ -8,7 +8,12 @@ import sys
 from dataclasses import asdict, replace
 
 from host_tools.fetch.options import FetchOptions
-from host_tools.options import CalibrateOptions, EvaluateOptions, QuantizeOptions
+from host_tools.options import (
+    CalibrateOptions,
+    EvaluateOptions,
+    QuantizeOptions,
+    parse_devices,
+)
 from host_tools.package_options import (
     BuildOptions,
     ConfigValues,
@@ -123,19 +128,31 @@ def fetch_options(args: argparse.Namespace) -> FetchOptions:
 def calibrate_options(args: argparse.Namespace) -> CalibrateOptions:
     """Return what was asked of the calibration."""
     return CalibrateOptions(
-        args.calib_dataset, args.calib_samples, args.calib_seqlen, args.device, args.seed
+        args.calib_dataset,
+        args.calib_samples,
+        args.calib_seqlen,
+        args.device,
+        args.seed,
+        parse_devices(args.devices),
     )
 
 
 def quantize_options(args: argparse.Namespace) -> QuantizeOptions:
     """Return what was asked of the quantization."""
-    return QuantizeOptions(args.w_bits, args.w_group_size, args.method, args.device)
+    return QuantizeOptions(
+        w_bits=args.w_bits,
+        group_size=args.w_group_size,
+        method=args.method,
+        device=args.device,
+        devices=parse_devices(args.devices),
+        keep_fp16=tuple(args.keep_fp16),
+    )
 
 
 def convert_options(args: argparse.Namespace) -> ConvertOptions:
     """Return what was asked of the workspace."""
     return ConvertOptions(
-        args.model_name, args.tp, args.group_size, args.template, config_values(args)
+        args.model_name, args.tp, args.group_size, args.template, config_values(args), args.head
     )
 
 
@@ -158,6 +175,8 @@ def build_options(args: argparse.Namespace) -> BuildOptions:
         method=args.method,
         w_bits=args.w_bits,
         group_size=args.w_group_size,
+        keep_fp16=tuple(args.keep_fp16),
+        head=args.head,
         kv=KvQparamsOptions(args.kv_bits, args.kv_sym),
         tp=args.tp,
         template=args.template,

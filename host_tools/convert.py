@@ -53,6 +53,8 @@ def convert(
         return output
     _check_replaceable(output)
     checkpoint = Checkpoint.open(checkpoint_dir)
+    for note in checkpoint.notes:
+        progress.note(f"convert: {note}")
     model = target_model(checkpoint, options)
     part = output.with_name(f".{output.name}{durable.PART_SUFFIX}")
     source = SourceTokenizer.open(checkpoint_dir, model.vocab_size)
@@ -95,6 +97,7 @@ def convert_stage(checkpoint_dir: Path, output: Path, options: ConvertOptions) -
             "tp": options.tp,
             "group_size": options.group_size,
             "template": options.template,
+            "head": options.head,
             "origin": repr(origin),
             **asdict(options.config),
         },
@@ -132,7 +135,7 @@ def target_model(checkpoint: Checkpoint, options: ConvertOptions) -> ModelConfig
     stated = checkpoint.config.get("torch_dtype", checkpoint.config.get("dtype"))
     if model.weight_type == "fp16" and stated == "bfloat16":
         model = replace(model, weight_type="bf16")
-    return replace(model, tensor_para_size=options.tp)
+    return replace(model, tensor_para_size=options.tp, head_type=options.head)
 
 
 def _write_tensors(checkpoint: Checkpoint, writer: WorkspaceWriter, progress: Progress) -> None:

@@ -22,6 +22,7 @@ class CalibrateOptions:
         seqlen: tokens of one window.
         device: auto takes a GPU where there is one.
         seed: of Python's ``random`` (spec section 4.1 uses 0).
+        devices: GPU numbers in place of ``device``; the first one calibrates.
     """
 
     dataset: str = "ptb"
@@ -29,6 +30,7 @@ class CalibrateOptions:
     seqlen: int = 2048
     device: str = "auto"
     seed: int = 0
+    devices: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse what cannot be.
@@ -39,6 +41,7 @@ class CalibrateOptions:
         check_at_least_one("calib-samples", self.num_samples)
         check_at_least_one("calib-seqlen", self.seqlen)
         check_choice("device", self.device, DEVICES)
+        check_devices(self.devices)
 
 
 @dataclass(frozen=True)
@@ -50,12 +53,16 @@ class QuantizeOptions:
         group_size: inputs that share a scale and a zero.
         method: awq, or rtn (round to nearest: no calibration, the baseline to beat).
         device: auto takes a GPU where there is one.
+        devices: GPU numbers in place of ``device``; layers are searched on all of them at once.
+        keep_fp16: patterns of linears that stay fp16, such as ``layers.0.*`` or ``*.down``.
     """
 
     w_bits: int = 4
     group_size: int = 128
     method: str = "awq"
     device: str = "auto"
+    devices: tuple[str, ...] = ()
+    keep_fp16: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse what cannot be.
@@ -69,6 +76,7 @@ class QuantizeOptions:
             raise UsageError(f"w-group-size is {self.group_size}, choose 128, 64 or 32")
         check_choice("method", self.method, METHODS)
         check_choice("device", self.device, DEVICES)
+        check_devices(self.devices)
 
 
 @dataclass(frozen=True)
@@ -105,6 +113,24 @@ class EvaluateOptions:
                 f"quant-policy is {self.quant_policy}, choose 0 (fp16), 4 (static int8) or "
                 f"8 (online int8)"
             )
+
+
+def parse_devices(text: str) -> tuple[str, ...]:
+    """Return the devices of a list with commas between them; none for an empty text."""
+    return tuple(name.strip() for name in text.split(",")) if text.strip() else ()
+
+
+def check_devices(devices: tuple[str, ...]) -> None:
+    """Refuse a list of devices that is none; whether they are there is seen when they are used.
+
+    Raises:
+        UsageError: one is neither a number nor ``cpu``, or both kinds are listed.
+    """
+    is_number = [name.isascii() and name.isdecimal() for name in devices]
+    if not all(is_number) and set(devices) != {"cpu"}:
+        raise UsageError(
+            f"devices is {','.join(devices)!r}, name the numbers of GPUs with commas between them"
+        )
 
 
 def check_at_least_one(name: str, value: int) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import get_args
 
 from device_runtime.errors import PackageError, UsageError
+from device_runtime.package_format.model_config import HeadType
 from device_runtime.package_format.names import check_package_name
 from host_tools.fetch.options import FetchOptions
 from host_tools.options import (
@@ -20,6 +22,8 @@ KERNELS_AUTO = "auto"
 """Compile the CUDA kernels of the target boards."""
 KERNELS_NONE = "none"
 """Pack no CUDA kernels."""
+
+HEADS: tuple[HeadType, ...] = get_args(HeadType)
 
 BUILD_METHODS = (*METHODS, "none")
 """How ``build`` treats the weights; none leaves them in fp16."""
@@ -91,6 +95,7 @@ class ConvertOptions:
         group_size: what a 4-bit checkpoint must have; 0 takes what it says.
         template: name of a built-in chat template; empty takes the model's own, else its family's.
         config: values of config.ini.
+        head: fp16 leaves the output head as it is; int8 gives it codes with a scale for each row.
     """
 
     model_name: str
@@ -98,12 +103,13 @@ class ConvertOptions:
     group_size: int = 0
     template: str = ""
     config: ConfigValues = ConfigValues()
+    head: HeadType = "fp16"
 
     def __post_init__(self) -> None:
         """Refuse what cannot be.
 
         Raises:
-            UsageError: no name for a folder, tp no power of two, or an unknown group size.
+            UsageError: no name for a folder, tp no power of two, an unknown group size or head.
         """
         try:
             check_package_name(self.model_name)
@@ -114,6 +120,7 @@ class ConvertOptions:
             raise UsageError(f"tp is {self.tp}, expected a power of two")
         if self.group_size not in (0, *GROUP_SIZES):
             raise UsageError(f"group-size is {self.group_size}, choose 128, 64 or 32")
+        check_choice("head", self.head, HEADS)
 
 
 @dataclass(frozen=True)
@@ -167,6 +174,8 @@ class BuildOptions:
         method: awq, rtn or none.
         w_bits: bits of a weight, where the method is not none.
         group_size: 0 takes the largest that fits the model.
+        keep_fp16: patterns of linears that stay fp16.
+        head: fp16 or int8.
         kv: static int8 KV parameters.
         tp: ranks the files are split for.
         template: name of a built-in chat template; empty takes the model's own.
@@ -181,6 +190,8 @@ class BuildOptions:
     method: str = "awq"
     w_bits: int = 4
     group_size: int = 0
+    keep_fp16: tuple[str, ...] = ()
+    head: HeadType = "fp16"
     kv: KvQparamsOptions = field(default_factory=KvQparamsOptions)
     tp: int = 1
     template: str = ""
@@ -192,8 +203,12 @@ class BuildOptions:
         """Refuse what cannot be; the stages' own options check the rest.
 
         Raises:
-            UsageError: an unknown method or group size.
+            UsageError: an unknown method, group size or head, or patterns where nothing is
+                quantized.
         """
         check_choice("method", self.method, BUILD_METHODS)
         if self.group_size not in (0, *GROUP_SIZES):
             raise UsageError(f"w-group-size is {self.group_size}, choose 128, 64 or 32")
+        check_choice("head", self.head, HEADS)
+        if self.keep_fp16 and self.method == "none":
+            raise UsageError("keep-fp16 goes with a method that quantizes, --method none does not")

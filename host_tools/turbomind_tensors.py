@@ -15,12 +15,14 @@ from device_runtime.package_format.model_config import ModelConfig
 from device_runtime.package_format.rotary import to_pairs
 from device_runtime.package_format.tensors import BF16_BITS, padded_vocab_size
 from host_tools.checkpoint import Checkpoint, DenseLinear, LayerWeights, Linear, QuantizedLinear
+from host_tools.checkpoint.mixed import FUSED
+from host_tools.int8_head import quantize_rows
 
 NamedTensor = tuple[str, NDArray[Any]]
 
 
 def global_tensors(checkpoint: Checkpoint, model: ModelConfig) -> Iterator[NamedTensor]:
-    """Yield embedding, final norm and head; the head is left out when it is tied.
+    """Yield embedding, final norm and head; a tied head is left out, unless it is int8.
 
     Args:
         checkpoint: the source.
@@ -28,7 +30,12 @@ def global_tensors(checkpoint: Checkpoint, model: ModelConfig) -> Iterator[Named
     """
     yield names.TOK_EMBEDDINGS, _padded(checkpoint.embedding(), model, names.TOK_EMBEDDINGS)
     yield names.FINAL_NORM, float_array(checkpoint.final_norm(), model, names.FINAL_NORM)
-    if not model.tie_word_embeddings:
+    if model.head_type == "int8":
+        codes, scales = quantize_rows(checkpoint.head())
+        missing = padded_vocab_size(model) - len(codes)
+        yield names.OUTPUT_QWEIGHT, np.pad(codes.numpy(), ((0, missing), (0, 0)))
+        yield names.OUTPUT_SCALES, np.pad(scales.numpy(), (0, missing))
+    elif not model.tie_word_embeddings:
         yield names.OUTPUT, _padded(checkpoint.head(), model, names.OUTPUT)
 
 
@@ -37,18 +44,19 @@ def layer_tensors(weights: LayerWeights, model: ModelConfig, layer: int) -> Iter
 
     Args:
         weights: the layer as the checkpoint has it.
-        model: the target, with its weight type and number of ranks.
+        model: the target, with its weight type, fp16 linears and number of ranks.
         layer: its number.
 
     Raises:
-        PackageError: a value is too large for fp16, or the layer mixes int4 and float linears.
+        PackageError: a value is too large for fp16, or an int4 linear is floating-point.
     """
     yield from _norms(weights, model, layer)
     ranks = model.tensor_para_size
-    if model.weight_type == "int4":
-        yield from _int4_linears(weights, model, layer)
-    else:
-        yield from _float_linears(weights, model, layer)
+    for module in names.LAYER_LINEARS:
+        if model.is_quantized(layer, module):
+            yield from _int4_linear(weights, model, layer, module)
+        else:
+            yield from _float_linear(weights, model, layer, module)
     if model.has_attention_bias:
         q, k, v = (
             _bias(linear, model, f"layers.{layer}") for linear in (weights.q, weights.k, weights.v)
@@ -98,62 +106,69 @@ def _norms(weights: LayerWeights, model: ModelConfig, layer: int) -> Iterator[Na
             yield name, _pairs(array, model) if module in (names.Q_NORM, names.K_NORM) else array
 
 
-def _float_linears(weights: LayerWeights, model: ModelConfig, layer: int) -> Iterator[NamedTensor]:
+def _float_linear(
+    weights: LayerWeights, model: ModelConfig, layer: int, module: str
+) -> Iterator[NamedTensor]:
+    """Yield a linear as LMDeploy writes floating-point ones; gate and up stay apart."""
+    if module == names.W13:
+        parts = {names.W1: [weights.gate], names.W3: [weights.up]}
+    else:
+        parts = {module: [weights.linear(name) for name in FUSED[module]]}
+    for name, linears in parts.items():
+        arrays = [_columns(linear, model, layer) for linear in linears]
+        for rank, array in enumerate(_of_ranks(name, arrays, model)):
+            tensor = names.layer_tensor(layer, name, rank, names.WEIGHT)
+            yield tensor, np.ascontiguousarray(array)
+
+
+def _int4_linear(
+    weights: LayerWeights, model: ModelConfig, layer: int, module: str
+) -> Iterator[NamedTensor]:
+    """Yield words and scales of a 4-bit linear; codes, zeros and scales are arranged alike."""
+    fields = zip(*(_fields(weights.linear(name), layer) for name in FUSED[module]), strict=True)
+    split = [_of_ranks(module, list(field), model) for field in fields]
+    for rank, (codes, zeros, scales) in enumerate(zip(*split, strict=True)):
+        yield (
+            names.layer_tensor(layer, module, rank, names.QWEIGHT),
+            int4.pack_words(np.ascontiguousarray(codes)),
+        )
+        yield (
+            names.layer_tensor(layer, module, rank, names.SCALES_ZEROS),
+            int4.pack_scales_zeros(scales, zeros),
+        )
+
+
+def _of_ranks(module: str, arrays: list[NDArray[Any]], model: ModelConfig) -> list[NDArray[Any]]:
+    """Return each rank's ``[rows, columns]`` of the arrays that a module fuses."""
     ranks = model.tensor_para_size
-
-    def columns(linear: Linear) -> NDArray[Any]:
-        """Return ``[in, out]``, the transpose of what a checkpoint stores."""
-        if not isinstance(linear, DenseLinear):
-            raise _mixed(layer)
-        return float_array(linear.weight.T, model, f"a weight of layers.{layer}")
-
-    def parts(module: str, arrays: list[NDArray[Any]]) -> Iterator[NamedTensor]:
-        for rank, array in enumerate(arrays):
-            name = names.layer_tensor(layer, module, rank, names.WEIGHT)
-            yield name, np.ascontiguousarray(array)
-
-    q, k = (_pairs(columns(linear), model) for linear in (weights.q, weights.k))
-    yield from parts(names.W_QKV, fusion.fuse_qkv(q, k, columns(weights.v), ranks))
-    yield from parts(names.WO, fusion.split_rows(columns(weights.o), ranks))
-    yield from parts(names.W1, fusion.split_columns(columns(weights.gate), ranks))
-    yield from parts(names.W3, fusion.split_columns(columns(weights.up), ranks))
-    yield from parts(names.W2, fusion.split_rows(columns(weights.down), ranks))
+    if module == names.W_QKV:
+        q, k, v = arrays
+        return fusion.fuse_qkv(_pairs(q, model), _pairs(k, model), v, ranks)
+    if module == names.W13:
+        return fusion.split_columns(fusion.fuse_w13(*arrays), ranks)
+    (array,) = arrays
+    if module in (names.W1, names.W3):
+        return fusion.split_columns(array, ranks)
+    return fusion.split_rows(array, ranks)
 
 
-def _int4_linears(weights: LayerWeights, model: ModelConfig, layer: int) -> Iterator[NamedTensor]:
-    ranks = model.tensor_para_size
+def _columns(linear: Linear, model: ModelConfig, layer: int) -> NDArray[Any]:
+    """Return ``[in, out]``, the transpose of what a checkpoint stores; codes dequantized."""
+    return float_array(linear.weight.T, model, f"a weight of layers.{layer}")
 
-    def fields(linear: Linear) -> list[NDArray[Any]]:
-        """Return codes, zeros and scales, which are all arranged alike."""
-        if not isinstance(linear, QuantizedLinear):
-            raise _mixed(layer)
-        return [linear.codes.numpy(), linear.zeros.numpy(), linear.scales.numpy()]
 
-    def packed(module: str, *split: list[NDArray[Any]]) -> Iterator[NamedTensor]:
-        for rank, (codes, zeros, scales) in enumerate(zip(*split, strict=True)):
-            yield (
-                names.layer_tensor(layer, module, rank, names.QWEIGHT),
-                int4.pack_words(np.ascontiguousarray(codes)),
-            )
-            yield (
-                names.layer_tensor(layer, module, rank, names.SCALES_ZEROS),
-                int4.pack_scales_zeros(scales, zeros),
-            )
+def _fields(linear: Linear, layer: int) -> list[NDArray[Any]]:
+    """Return codes, zeros and scales.
 
-    qkv = zip(fields(weights.q), fields(weights.k), fields(weights.v), strict=True)
-    yield from packed(
-        names.W_QKV,
-        *(fusion.fuse_qkv(_pairs(q, model), _pairs(k, model), v, ranks) for q, k, v in qkv),
-    )
-    yield from packed(names.WO, *(fusion.split_rows(field, ranks) for field in fields(weights.o)))
-    gate_up = zip(fields(weights.gate), fields(weights.up), strict=True)
-    yield from packed(
-        names.W13,
-        *(fusion.split_columns(fusion.fuse_w13(gate, up), ranks) for gate, up in gate_up),
-    )
-    yield from packed(
-        names.W2, *(fusion.split_rows(field, ranks) for field in fields(weights.down))
-    )
+    Raises:
+        PackageError: the linear is floating-point.
+    """
+    if not isinstance(linear, QuantizedLinear):
+        raise PackageError(
+            f"layers.{layer} has a floating-point linear where the package has 4-bit ones; "
+            f"quantize every linear of the decoder layers, or keep it with --keep-fp16"
+        )
+    return [linear.codes.numpy(), linear.zeros.numpy(), linear.scales.numpy()]
 
 
 def _pairs(columns: NDArray[Any], model: ModelConfig) -> NDArray[Any]:
@@ -173,10 +188,3 @@ def _padded(table: torch.Tensor, model: ModelConfig, name: str) -> NDArray[Any]:
     array = float_array(table, model, name)
     missing = padded_vocab_size(model) - array.shape[0]
     return array if not missing else np.pad(array, ((0, missing), (0, 0)))
-
-
-def _mixed(layer: int) -> PackageError:
-    return PackageError(
-        f"layers.{layer} mixes int4 and float linears, which TurboMind's files cannot; "
-        f"quantize every linear of the decoder layers"
-    )

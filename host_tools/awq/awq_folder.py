@@ -15,7 +15,7 @@ from safetensors.torch import save
 from device_runtime.package_format import durable, int4
 from device_runtime.package_format.names import BIAS, QWEIGHT, WEIGHT
 from host_tools.awq.layer_solver import QuantizedLayer, in_fp16
-from host_tools.checkpoint import Checkpoint, QuantizedLinear
+from host_tools.checkpoint import Checkpoint, DenseLinear, Linear, QuantizedLinear
 from host_tools.checkpoint.awq_tensors import QZEROS, SCALES, quantization_config
 from host_tools.checkpoint.families import SourceLinear
 from host_tools.checkpoint.linear_weights import LayerWeights, join_qkv_rows
@@ -47,17 +47,18 @@ class LayerFiles:
         self._folder = folder
         self._checkpoint = checkpoint
 
-    def num_finished(self) -> int:
-        """Return how many layers from the first on are there."""
-        finished = 0
-        while self._path(finished).is_file():
-            finished += 1
-        return finished
+    def unfinished(self) -> list[int]:
+        """Return the layers that are not there, in order."""
+        num_layers = self._checkpoint.model.num_hidden_layers
+        return [layer for layer in range(num_layers) if not self._path(layer).is_file()]
 
-    def write(self, layer: int, quantized: QuantizedLayer) -> None:
-        """Write a layer under the names and in the fusion of its family."""
-        tensors = _layer_tensors(self._checkpoint, layer, quantized.weights)
-        durable.write_atomically(self._path(layer), save(tensors))
+    def pack(self, layer: int, quantized: QuantizedLayer) -> bytes:
+        """Return a layer's file, under the names and in the fusion of its family."""
+        return save(_layer_tensors(self._checkpoint, layer, quantized.weights))
+
+    def write(self, layer: int, content: bytes) -> None:
+        """Write what :func:`pack` returned."""
+        durable.write_atomically(self._path(layer), content)
 
     def names(self, layer: int) -> list[str]:
         """Return the names of a layer's tensors, sorted."""
@@ -93,7 +94,7 @@ def write_awq_folder(
     config = {
         **{key: value for key, value in checkpoint.config.items() if key != "dtype"},
         "torch_dtype": "float16",
-        "quantization_config": quantization_config(group_size),
+        "quantization_config": quantization_config(group_size, _kept_modules(checkpoint, layers)),
     }
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     (folder / CONFIG_JSON).write_text(text, encoding="utf-8")
@@ -103,6 +104,17 @@ def write_awq_folder(
     for path in folder.iterdir():
         durable.sync_file(path)
     durable.sync_folder(folder)
+
+
+def _kept_modules(checkpoint: Checkpoint, layers: LayerFiles) -> list[str]:
+    """Return the modules whose weights stay floating-point, by their names in the checkpoint."""
+    family = checkpoint.family
+    kept = []
+    for layer in range(checkpoint.model.num_hidden_layers):
+        there = layers.open(layer).names()
+        modules = [family.module(layer, source.module) for source in family.linears]
+        kept += [module for module in modules if f"{module}.{WEIGHT}" in there]
+    return kept
 
 
 def _global_names(checkpoint: Checkpoint) -> list[str]:
@@ -147,33 +159,39 @@ def _layer_tensors(
     for source in family.linears:
         module = family.module(layer, source.module)
         linear = _fused(checkpoint, source, weights)
-        tensors[f"{module}.{QWEIGHT}"] = _packed(linear.codes)
-        tensors[f"{module}.{QZEROS}"] = _packed(linear.zeros)
-        tensors[f"{module}.{SCALES}"] = linear.scales
+        if isinstance(linear, QuantizedLinear):
+            tensors[f"{module}.{QWEIGHT}"] = _packed(linear.codes)
+            tensors[f"{module}.{QZEROS}"] = _packed(linear.zeros)
+            tensors[f"{module}.{SCALES}"] = linear.scales
+        else:
+            tensors[f"{module}.{WEIGHT}"] = linear.weight.contiguous()
         if linear.bias is not None:
             tensors[f"{module}.{BIAS}"] = linear.bias
     return tensors
 
 
-def _fused(checkpoint: Checkpoint, source: SourceLinear, weights: LayerWeights) -> QuantizedLinear:
+def _fused(checkpoint: Checkpoint, source: SourceLinear, weights: LayerWeights) -> Linear:
     """Return one module of the checkpoint, q, k and v joined where it holds all of them."""
     parts = [weights.linear(part) for part in source.parts]
     quantized = [part for part in parts if isinstance(part, QuantizedLinear)]
     if len(parts) == 1:
-        return quantized[0]
+        return parts[0]
     layout, model = checkpoint.family.qkv_layout, checkpoint.model
 
     def join(values: list[torch.Tensor]) -> torch.Tensor:
         q, k, v = values
         return join_qkv_rows(layout, q, k, v, model)
 
-    biases = [part.bias for part in quantized if part.bias is not None]
+    biases = [part.bias for part in parts if part.bias is not None]
+    bias = join(biases).contiguous() if biases else None
+    if not quantized:
+        return DenseLinear(join([part.weight for part in parts]), bias)
     return QuantizedLinear(
         codes=join([part.codes.T for part in quantized]).T,
         zeros=join([part.zeros.T for part in quantized]).T,
         scales=join([part.scales.T for part in quantized]).T.contiguous(),
         group_size=quantized[0].group_size,
-        bias=join(biases).contiguous() if biases else None,
+        bias=bias,
     )
 
 

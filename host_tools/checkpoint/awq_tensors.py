@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,15 +23,23 @@ QZEROS = "qzeros"
 SCALES = "scales"
 
 
-def quantization_config(group_size: int) -> dict[str, object]:
-    """Return the ``quantization_config`` that transformers, vLLM and LMDeploy read."""
-    return {
+def quantization_config(group_size: int, kept_modules: Sequence[str] = ()) -> dict[str, object]:
+    """Return the ``quantization_config`` that transformers, vLLM and LMDeploy read.
+
+    Args:
+        group_size: of the codes.
+        kept_modules: full names of linears that stay floating-point.
+    """
+    facts: dict[str, object] = {
         "quant_method": "awq",
         "version": "gemm",
         "bits": BITS,
         "group_size": group_size,
         "zero_point": True,
     }
+    if kept_modules:
+        facts["modules_to_not_convert"] = list(kept_modules)
+    return facts
 
 
 @dataclass(frozen=True)

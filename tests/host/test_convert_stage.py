@@ -22,12 +22,14 @@ from device_runtime.package_format.manifest import (
 )
 from device_runtime.package_format.model_config import RopeScaling
 from device_runtime.package_format.package import open_package
+from host_tools.checkpoint import Checkpoint
 from host_tools.content_hash import ContentHasher
 from host_tools.convert import convert
 from host_tools.origin import Origin, read_origin, write_origin
 from host_tools.package_options import ConfigValues, ConvertOptions
 from host_tools.progress import Progress
 from host_tools.stage import exclusive
+from host_tools.turbomind_tensors import layer_tensors
 
 CONFIG_INI = """\
 [llama]
@@ -328,15 +330,12 @@ def test_a_value_beyond_fp16_is_refused_by_name(tmp_path):
         run(source, tmp_path / "tm")
 
 
-def test_float_linears_inside_an_int4_model_are_refused(tmp_path, awq_tensors):
-    tensors = dict(awq_tensors)
-    module = "model.layers.1.mlp.down_proj"
-    for part in ("qweight", "qzeros", "scales"):
-        del tensors[f"{module}.{part}"]
-    tensors[f"{module}.weight"] = llama_tensors(GQA_64.config())[f"{module}.weight"]
-    source = write_source(tmp_path / "mixed", GQA_64.config(), tensors)
-    with pytest.raises(PackageError, match=r"layers\.1 mixes int4 and float linears"):
-        run(source, tmp_path / "tm")
+def test_a_float_linear_in_the_place_of_codes_is_refused(tmp_path):
+    source = write_source(tmp_path / "float", GQA_64.config(), llama_tensors(GQA_64.config()))
+    checkpoint = Checkpoint.open(source)
+    model = replace(checkpoint.model, weight_type="int4", group_size=64)
+    with pytest.raises(PackageError, match=r"layers\.1 has a floating-point linear where the pack"):
+        list(layer_tensors(checkpoint.layer(1), model, 1))
 
 
 def test_a_missing_tokenizer_says_how_to_get_one(awq_dir, tmp_path):

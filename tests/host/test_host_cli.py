@@ -127,6 +127,7 @@ def test_every_option_of_the_stages_reaches_build():
         "--template", "llama2", "--quant-policy", "4", "--cache-max-entry-count", "0.5",
         "--cache-block-seq-len", "128", "--cache-chunk-size", "1", "--session-len", "2048",
         "--max-batch-size", "2", "--target", "thor", "--kernels", "none",
+        "--keep-fp16", "*.down", "--keep-fp16", "layers.0.*", "--head", "int8",
     )  # fmt: skip
     options = commands.build_options(args)
     default = BuildOptions()
