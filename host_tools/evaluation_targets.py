@@ -30,6 +30,9 @@ from host_tools.tokenizer_folder import SourceTokenizer
 CHUNK_TOKENS = 256
 """Rows of logits at once: with 150,000 tokens in the vocabulary they are 150 MB in fp32."""
 
+KINDS = {"awq": "AWQ", "gptq": "GPTQ"}
+"""How the methods of 4-bit checkpoints are written."""
+
 KV_NAMES = {0: "fp16", 4: "static int8", 8: "online int8"}
 
 
@@ -66,7 +69,8 @@ class CheckpointTarget:
         self._device = choose_device(options.device)
         self._checkpoint = Checkpoint.open(path)
         self.model = self._checkpoint.model
-        self.kind = "AWQ checkpoint" if self._checkpoint.is_quantized else "checkpoint"
+        packed = self._checkpoint.packed
+        self.kind = f"{KINDS.get(packed.name, packed.name)} checkpoint" if packed else "checkpoint"
         self.tokenizer = SourceTokenizer.open(path, self.model.vocab_size).tokenizer
         _check_context(self, options)
 

@@ -33,20 +33,21 @@ class Origin:
         return Origin(replace(self.provenance, calibration=calibration), method)
 
 
-def read_origin(folder: Path, *, is_quantized: bool) -> Origin:
+def read_origin(folder: Path, *, is_quantized: bool, method: Method = "awq") -> Origin:
     """Return what the folder says of itself; a folder that says nothing is its own source.
 
     Args:
         folder: of a checkpoint.
-        is_quantized: whether its weights are int4; somebody else's count as AWQ.
+        is_quantized: whether its weights are int4.
+        method: how somebody else's int4 weights were made.
 
     Raises:
         PackageError: the file in it is damaged.
     """
     path = folder / RECORD_DIR / ORIGIN_FILE
     if not path.is_file():
-        method: Method = "awq" if is_quantized else "none"
-        return Origin(Provenance(folder.resolve().name, "folder"), method)
+        made_by: Method = method if is_quantized else "none"
+        return Origin(Provenance(folder.resolve().name, "folder"), made_by)
     try:
         value = strict_json.parse_object(path.read_bytes(), str(path), MAX_ORIGIN_BYTES)
         return strict_json.decode(Origin, value, str(path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from typing import cast
 
 from device_runtime.errors import PackageError
 from device_runtime.package_format import names
@@ -23,12 +24,14 @@ from device_runtime.templates.choose import (
 )
 from host_tools.checkpoint import Checkpoint
 from host_tools.checkpoint_names import CONFIG_JSON
-from host_tools.origin import Origin, read_origin, tool_versions
+from host_tools.origin import Method, Origin, read_origin, tool_versions
 from host_tools.package_options import ConfigValues, ConvertOptions
 from host_tools.plan import check_session
 from host_tools.tokenizer_folder import SourceTokenizer
 
 BITS_OF_WEIGHT_TYPE = {"int4": 4, "fp16": 16, "bf16": 16}
+RECIPE = "recipe.yaml"
+MAX_RECIPE_CHARACTERS = 1 << 16
 EXTRA_SESSION_LEN = 8
 """What v0.2.3's convert adds to the template's session_len (spec section 3)."""
 
@@ -55,7 +58,11 @@ def describe(
             than a sliding window.
         PackageError: the checkpoint names no token that ends an answer, or its template is broken.
     """
-    origin = read_origin(checkpoint.path, is_quantized=checkpoint.is_quantized)
+    origin = read_origin(
+        checkpoint.path,
+        is_quantized=checkpoint.is_quantized,
+        method=quantization_method(checkpoint),
+    )
     template = choose(source, options, origin)
     tokens = tokenizer_facts(source, template)
     manifest = Manifest(
@@ -84,6 +91,23 @@ def describe(
         session_len=default_session_len(options.model_name, model),
     )
     return manifest, apply_values(config, options.config)
+
+
+def quantization_method(checkpoint: Checkpoint) -> Method:
+    """Return how somebody else's weights were quantized, as far as their folder tells.
+
+    A compressed-tensors checkpoint names its method in llm-compressor's recipe only.
+    """
+    name = checkpoint.packed.name if checkpoint.packed is not None else "none"
+    if name in ("awq", "gptq", "none"):
+        return cast(Method, name)
+    try:
+        with (checkpoint.path / RECIPE).open(encoding="utf-8", errors="replace") as stream:
+            recipe = stream.read(MAX_RECIPE_CHARACTERS)
+    except OSError:
+        recipe = ""
+    found = [method for method in ("awq", "gptq") if f"{method.upper()}Modifier" in recipe]
+    return cast(Method, "+".join(found) or "rtn")
 
 
 def choose(source: SourceTokenizer, options: ConvertOptions, origin: Origin) -> TemplateChoice:
