@@ -15,11 +15,14 @@ from device_runtime.errors import PackageError, UsageError
 from device_runtime.package_format.durable import write_atomically
 from host_tools.checkpoint import Checkpoint
 from host_tools.datasets import WindowRequest, calibration_windows
+from host_tools.decoder.devices import choose_devices, place_activations, tensor_cores
 from host_tools.decoder.layer import rms_norm
+from host_tools.decoder.prefetch import ready_layers
 from host_tools.decoder.snapshots import Snapshots
-from host_tools.decoder.stream import Activations, LayerRunner, choose_device
+from host_tools.decoder.stream import Activations, LayerRunner
 from host_tools.options import CalibrateOptions
 from host_tools.output_folder import scratch_folder
+from host_tools.phase_times import DISK, FORWARD, READING, WINDOWS, PhaseTimes
 from host_tools.progress import Progress
 from host_tools.stage import RECORD_DIR, Stage, exclusive
 from host_tools.statistics import (
@@ -67,6 +70,7 @@ def calibrate(
         UsageError: the calibration set is too short, or the windows exceed the model's context.
         DeviceError: the device is not there.
     """
+    times = PhaseTimes()
     stage = calibrate_stage(checkpoint_dir, work_dir, options)
     with exclusive(work_dir):
         if stage.is_finished():
@@ -78,13 +82,17 @@ def calibrate(
             raise PackageError(
                 f"{checkpoint_dir} is quantized already, calibrate its floating-point original"
             )
-        token_ids = _draw_windows(checkpoint, options, work_dir, progress)
+        with times.phase(WINDOWS):
+            token_ids = _draw_windows(checkpoint, options, work_dir, progress)
         with scratch_folder(work_dir / RECORD_DIR, stage) as scratch:
             snapshots = Snapshots(scratch, SNAPSHOT_INTERVAL_S)
-            statistics = _run(checkpoint, token_ids, options, snapshots, progress)
-        outputs = write_statistics(statistics, work_dir)
-        outputs.append(_write_tokens(token_ids, options, work_dir))
-        stage.record(outputs)
+            device = choose_devices(options.device, options.devices)[0]
+            statistics = _run(checkpoint, token_ids, device, snapshots, times, progress)
+        with times.phase(DISK):
+            outputs = write_statistics(statistics, work_dir)
+            outputs.append(_write_tokens(token_ids, options, work_dir))
+        stage.record(outputs, times=times)
+    progress.note(times.summary("calibrate"))
     return work_dir
 
 
@@ -142,33 +150,52 @@ def read_calibration_tokens(work_dir: Path) -> CalibrationTokens:
 def _run(
     checkpoint: Checkpoint,
     token_ids: torch.Tensor,
-    options: CalibrateOptions,
+    device: torch.device,
     snapshots: Snapshots,
+    times: PhaseTimes,
     progress: Progress,
 ) -> Statistics:
-    device = choose_device(options.device)
     num_layers = checkpoint.model.num_hidden_layers
-    activations = Activations.embed(checkpoint, token_ids, snapshots.folder)
     parts_path = snapshots.folder / _PARTS_FILE
-    start = snapshots.load([activations])
+    with times.phase(READING, device):
+        activations = place_activations(checkpoint.model, token_ids, device, snapshots.folder)
+        start = snapshots.load([activations])
+        if start == 0:
+            activations.fill(checkpoint, token_ids)
     parts: list[Statistics] = torch.load(parts_path, weights_only=True)[:start] if start else []
     runner = LayerRunner(checkpoint, token_ids.shape[1], device)
-    with progress.task(f"calibrate on {device.type}", num_layers, "layers") as task:
+    with (
+        tensor_cores(device),
+        progress.task(f"calibrate on {device}", num_layers, "layers") as task,
+    ):
         task.move_to(start)
-        for index in range(start, num_layers):
-            seen = LayerStatistics(checkpoint, index)
-            runner.advance(runner.layer(index), activations, seen)
-            parts.append(seen.statistics())
+        for ready in ready_layers(checkpoint, range(start, num_layers), device, times):
+            index = ready.index
+            with times.phase(FORWARD, device):
+                seen = LayerStatistics(checkpoint, index)
+                runner.advance(ready.layer, activations, seen)
+                parts.append(seen.statistics())
+            del ready, seen  # else they are there until the next layer has come
             if snapshots.is_due():
-                # The parts first: a snapshot without them would be of no use.
-                save_whole(parts, parts_path)
-                snapshots.save(index + 1, [activations])
+                with times.phase(DISK):
+                    # The parts first: a snapshot without them would be of no use.
+                    save_whole(parts, parts_path)
+                    snapshots.save(index + 1, [activations])
             task.advance()
-    last = ChannelStatistics()
-    weight = checkpoint.final_norm().float()
+    with times.phase(FORWARD, device):
+        last = _final_norm(checkpoint, activations, device)
+    return merge([*parts, last])
+
+
+def _final_norm(
+    checkpoint: Checkpoint, activations: Activations, device: torch.device
+) -> Statistics:
+    seen = ChannelStatistics()
+    weight = checkpoint.final_norm().to(device=device, dtype=torch.float32)
     for batch in activations.batches():
-        last.update(rms_norm(activations.states[batch], weight, checkpoint.model.rms_norm_eps))
-    return merge([*parts, final_norm_statistics(checkpoint, last)])
+        states = activations.load(batch, device)
+        seen.update(rms_norm(states, weight, checkpoint.model.rms_norm_eps))
+    return final_norm_statistics(checkpoint, seen)
 
 
 def _draw_windows(

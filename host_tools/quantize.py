@@ -5,29 +5,24 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import torch
-
 from device_runtime.errors import PackageError, UsageError
 from device_runtime.package_format.manifest import Calibration
 from device_runtime.package_format.model_config import ModelConfig
-from host_tools.awq.awq_folder import LayerFiles, write_awq_folder
-from host_tools.awq.gram import GramObserver
-from host_tools.awq.layer_solver import round_layer, solve_layer
+from host_tools.awq.awq_folder import write_awq_folder
 from host_tools.calibrate import CALIBRATION_TOKENS, CalibrationTokens, read_calibration_tokens
 from host_tools.checkpoint import Checkpoint
-from host_tools.decoder.layer import DecoderLayer
-from host_tools.decoder.snapshots import Snapshots
-from host_tools.decoder.stream import Activations, LayerRunner, choose_device
+from host_tools.decoder.devices import choose_devices
+from host_tools.layer_records import write_quantize_record
 from host_tools.options import GROUP_SIZES, QuantizeOptions
 from host_tools.origin import read_origin, write_origin
 from host_tools.output_folder import check_replaceable, replace_folder, scratch_folder
+from host_tools.phase_times import DISK, PhaseTimes
 from host_tools.progress import Progress
+from host_tools.quantize_layers import LayerQuantizer
 from host_tools.stage import RECORD_DIR, Stage, exclusive
 
 VERSION = 1
 """Counted up when the same inputs start to give other codes."""
-
-SNAPSHOT_INTERVAL_S = 60.0
 
 
 def quantize(
@@ -40,8 +35,9 @@ def quantize(
     """Quantize the linears of every decoder layer on the windows that ``calibrate`` drew.
 
     The layers are streamed once: each is run on the original's activations, its Gram matrices
-    give scales, clipping and codes, and they are gone before the next. A killed run goes on after
-    its last finished layer and ends with the same bytes.
+    give scales, clipping and codes, and they are gone before the next. Several devices search
+    layers at the same time. A killed run goes on with the layers that it had not finished and ends
+    with the same bytes. Where the time went is noted in the stage's record and told at the end.
 
     Args:
         checkpoint_dir: a checkpoint in floating point.
@@ -60,6 +56,7 @@ def quantize(
         PackageError: the checkpoint is damaged or quantized already, or not calibrated.
         DeviceError: the device is not there.
     """
+    times = PhaseTimes()
     stage = quantize_stage(checkpoint_dir, work_dir, output_dir, options)
     with exclusive(work_dir):
         if stage.is_finished():
@@ -70,18 +67,22 @@ def quantize(
         check_quantizable(checkpoint, options.group_size)
         tokens = None if options.method == "rtn" else read_calibration_tokens(work_dir)
         with scratch_folder(work_dir / RECORD_DIR, stage) as scratch:
-            layers = LayerFiles(scratch, checkpoint)
+            devices = choose_devices(options.device, options.devices)
+            quantizer = LayerQuantizer(checkpoint, scratch, options, devices, times)
             if tokens is None:
-                _round(checkpoint, layers, options, progress)
+                quantizer.round(progress)
             else:
-                _solve(checkpoint, layers, tokens.token_ids, scratch, options, progress)
+                quantizer.solve(tokens.token_ids, progress)
             part = output_dir.with_name(f".{output_dir.name}.part")
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
-            write_awq_folder(part, checkpoint, layers, options.group_size)
+            with times.phase(DISK):
+                write_awq_folder(part, checkpoint, quantizer.files, options.group_size)
             _write_origin(checkpoint_dir, part, tokens)
-            stage.record([part], part)
+            stage.record([part], part, times)
+            write_quantize_record(work_dir, quantizer.record(stage.fingerprint))
             replace_folder(part, output_dir)
+    progress.note(times.summary("quantize"))
     return output_dir
 
 
@@ -135,52 +136,6 @@ def check_quantizable(checkpoint: Checkpoint, group_size: int) -> None:
             f"w-group-size {group_size} does not divide all inputs of the linears ({sizes}), "
             f"{advice}"
         )
-
-
-@torch.no_grad()
-def _round(
-    checkpoint: Checkpoint, layers: LayerFiles, options: QuantizeOptions, progress: Progress
-) -> None:
-    device = choose_device(options.device)
-    num_layers, start = checkpoint.model.num_hidden_layers, layers.num_finished()
-    with progress.task(f"round on {device.type}", num_layers, "layers") as task:
-        task.move_to(start)
-        for index in range(start, num_layers):
-            layer = DecoderLayer.ready(checkpoint.layer(index), checkpoint.model, device)
-            layers.write(index, round_layer(layer.weights, options.group_size))
-            task.advance()
-
-
-@torch.no_grad()
-def _solve(
-    checkpoint: Checkpoint,
-    layers: LayerFiles,
-    token_ids: torch.Tensor,
-    scratch: Path,
-    options: QuantizeOptions,
-    progress: Progress,
-) -> None:
-    device = choose_device(options.device)
-    num_layers, num_finished = checkpoint.model.num_hidden_layers, layers.num_finished()
-    if num_finished == num_layers:
-        return
-    snapshots = Snapshots(scratch, SNAPSHOT_INTERVAL_S)
-    activations = Activations.embed(checkpoint, token_ids, scratch)
-    start = snapshots.load([activations])
-    runner = LayerRunner(checkpoint, token_ids.shape[1], device)
-    with progress.task(f"quantize on {device.type}", num_layers, "layers") as task:
-        for index in range(start, num_layers):
-            layer = runner.layer(index)
-            if index < num_finished:
-                runner.advance(layer, activations)
-            else:
-                seen = GramObserver()
-                runner.advance(layer, activations, seen)
-                solved = solve_layer(layer.weights, seen.take, checkpoint.model, options.group_size)
-                layers.write(index, solved)
-            if snapshots.is_due():
-                snapshots.save(index + 1, [activations])
-            task.move_to(index + 1)
 
 
 def _write_origin(checkpoint_dir: Path, folder: Path, tokens: CalibrationTokens | None) -> None:

@@ -6,7 +6,7 @@ import fcntl
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +14,7 @@ from pathlib import Path
 from device_runtime.errors import UsageError
 from device_runtime.package_format.durable import write_atomically
 from host_tools.content_hash import ContentHasher, content_files
+from host_tools.phase_times import HASHING, PhaseTimes
 
 RECORD_DIR = ".turbojet"
 """Folder inside a stage's own folder that holds its record; no part of any result."""
@@ -84,7 +85,12 @@ class Stage:
             return False
         return _hasher(self.folder).hash_files(paths) == list(outputs.values())
 
-    def record(self, outputs: Sequence[Path], folder: Path | None = None) -> None:
+    def record(
+        self,
+        outputs: Sequence[Path],
+        folder: Path | None = None,
+        times: PhaseTimes | None = None,
+    ) -> None:
         """Write down that the stage is finished; call it when every output is whole.
 
         Args:
@@ -92,11 +98,13 @@ class Stage:
                 left out.
             folder: where they are now, when that is not yet the stage's folder: the record then
                 lies beside them and takes its place together with them, in one rename.
+            times: of the stage, to be kept in the record; hears of the hashing.
         """
         place = self.folder if folder is None else folder
         paths = [path for output in outputs for _, path in content_files(output)]
-        hashes = _hasher(place).hash_files(paths)
-        facts = {
+        with nullcontext() if times is None else times.phase(HASHING):
+            hashes = _hasher(place).hash_files(paths)
+        facts: dict[str, object] = {
             "stage": self.name,
             "fingerprint": self.fingerprint,
             "settings": dict(self.settings),
@@ -105,6 +113,8 @@ class Stage:
                 for path, content in zip(paths, hashes, strict=True)
             },
         }
+        if times is not None:
+            facts["times"] = times.shares()
         record_path = place / RECORD_DIR / self.record_path.name
         record_path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(record_path, json.dumps(facts, indent=2, sort_keys=True).encode())

@@ -25,6 +25,10 @@ class Observer:
     def keys_values(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """See what the cache would hold, both ``[batch, num_kv_heads, tokens, head_dim]``."""
 
+    def cached(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return keys and values as attention reads them back; here as they are."""
+        return keys, values
+
 
 SILENT = Observer()
 
@@ -84,8 +88,13 @@ class DecoderLayer:
         if weights.has_rope:
             queries, keys = rotary.rotate(queries), rotary.rotate(keys)
         observer.keys_values(keys, values)
+        keys, values = observer.cached(keys, values)
+        if queries.is_cuda:
+            # torch's fused fp32 kernel knows no shared heads; its plain one holds every score.
+            num_shared = model.num_attention_heads // model.num_kv_heads
+            keys, values = (heads.repeat_interleave(num_shared, dim=1) for heads in (keys, values))
         mixed = functional.scaled_dot_product_attention(
-            queries, keys, values, is_causal=True, enable_gqa=True
+            queries, keys, values, is_causal=True, enable_gqa=not queries.is_cuda
         )
         return mixed.transpose(1, 2).flatten(2)
 

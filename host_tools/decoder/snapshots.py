@@ -20,8 +20,8 @@ _NAME = re.compile(r"^before-(\d{5})\.states$")
 class Snapshots:
     """Activations on disk, at most one set, that of the latest layer.
 
-    The file's name says which layer comes next; it holds the states of every stream, raw fp32,
-    one after another.
+    The file's name says which layer comes next; it holds the states of every stream as they lie in
+    memory, one after another.
 
     Attributes:
         folder: belongs to the run alone.
@@ -54,9 +54,9 @@ class Snapshots:
         """Save the activations that enter ``next_layer`` and drop older ones."""
         path = self.folder / f"before-{next_layer:05d}.states"
         with replacing(path) as stream:
-            for activations in streams:
-                for sample in activations.states:
-                    stream.write(sample.contiguous().numpy().data)
+            for part in _parts(streams):
+                for sample in part:
+                    stream.write(sample.cpu().contiguous().numpy().data)
             stream.flush()
             os.fsync(stream.fileno())
         for other in self.folder.iterdir():
@@ -70,16 +70,21 @@ class Snapshots:
         Returns:
             The layer that comes next; 0, and nothing filled, when there is no whole snapshot.
         """
-        expected = sum(4 * activations.states.numel() for activations in streams)
+        expected = sum(activations.num_bytes for activations in streams)
         for path in sorted(self.folder.iterdir(), reverse=True):
             match = _NAME.match(path.name)
             if match is None or path.stat().st_size != expected:
                 continue
-            saved = torch.from_numpy(np.memmap(path, dtype=np.float32, mode="c"))
+            saved = torch.from_numpy(np.memmap(path, dtype=np.uint8, mode="c"))
             start = 0
-            for activations in streams:
-                size = activations.states.numel()
-                activations.states.copy_(saved[start : start + size].view_as(activations.states))
-                start += size
+            for part in _parts(streams):
+                values = saved[start : start + part.nbytes].view(part.dtype).view_as(part)
+                for sample, value in zip(part, values, strict=True):
+                    sample.copy_(value)
+                start += part.nbytes
             return int(match[1])
         return 0
+
+
+def _parts(streams: Sequence[Activations]) -> list[torch.Tensor]:
+    return [part for activations in streams for part in activations.parts()]

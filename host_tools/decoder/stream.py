@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -73,19 +73,44 @@ class Activations:
         Raises:
             PackageError: a token id has no embedding.
         """
+        num_samples, seqlen = token_ids.shape
+        activations = cls.allocate((num_samples, seqlen, checkpoint.model.hidden_size), folder)
+        activations.fill(checkpoint, token_ids)
+        return activations
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that the states take."""
+        return sum(part.nbytes for part in self.parts())
+
+    def parts(self) -> Sequence[torch.Tensor]:
+        """Return the tensors that hold the states, samples along the first axis of each."""
+        return (self.states,)
+
+    def load(self, batch: slice, device: torch.device) -> torch.Tensor:
+        """Return some samples' states on ``device``, ``[samples, seqlen, hidden_size]`` fp32."""
+        return self.states[batch].to(device)
+
+    def store(self, batch: slice, hidden: torch.Tensor) -> None:
+        """Replace some samples' states by ``[samples, seqlen, hidden_size]`` fp32 of any device."""
+        self.states[batch] = hidden.to("cpu")
+
+    def fill(self, checkpoint: Checkpoint, token_ids: torch.Tensor) -> None:
+        """Make these the embeddings of ``token_ids`` ``[num_samples, seqlen]``.
+
+        Raises:
+            PackageError: a token id has no embedding.
+        """
         vocab_size = checkpoint.model.vocab_size
         if int(token_ids.min()) < 0 or int(token_ids.max()) >= vocab_size:
             raise PackageError(
                 f"the windows have the token id {int(token_ids.max())}, the embedding has "
                 f"{vocab_size} rows; they are of another tokenizer"
             )
-        num_samples, seqlen = token_ids.shape
-        shape = (num_samples, seqlen, checkpoint.model.hidden_size)
-        activations = cls.allocate(shape, folder)
         table = checkpoint.embedding()
-        for sample in range(num_samples):
-            activations.states[sample] = functional.embedding(token_ids[sample].long(), table)
-        return activations
+        for sample in range(len(token_ids)):
+            rows = functional.embedding(token_ids[sample : sample + 1].long(), table)
+            self.store(slice(sample, sample + 1), rows)
 
     def batches(self) -> Iterator[slice]:
         """Return runs of samples of at most :data:`BATCH_TOKENS` tokens, or single samples."""
@@ -118,8 +143,8 @@ class LayerRunner:
     ) -> None:
         """Replace the activations by what the layer makes of them."""
         for batch in activations.batches():
-            hidden = activations.states[batch].to(self.device)
-            activations.states[batch] = layer.forward(hidden, self.rotary, observer).to("cpu")
+            hidden = activations.load(batch, self.device)
+            activations.store(batch, layer.forward(hidden, self.rotary, observer))
         return_free_memory()
 
 
