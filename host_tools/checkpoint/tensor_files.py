@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from device_runtime.errors import PackageError
 from host_tools.checkpoint.shard_index import check_shards, read_index
+from host_tools.checkpoint.synthetic import MARKER, SyntheticFile
 
 _SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -176,6 +177,8 @@ class TensorFiles:
             if shards:
                 check_shards(folder, shards)
                 return cls({name: opener(folder / name) for name in shards})
+        if (folder / MARKER).is_file():
+            return cls({MARKER: SyntheticFile(folder)})
         raise PackageError(
             f"{folder} has no model.safetensors, pytorch_model.bin or shards of them, "
             f"name a folder with a whole checkpoint"
