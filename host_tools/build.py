@@ -22,6 +22,7 @@ from host_tools.checkpoint import Checkpoint
 from host_tools.checkpoint.mixed import kept_linears
 from host_tools.content_hash import content_files
 from host_tools.convert import convert, target_model
+from host_tools.costs import COSTS
 from host_tools.fetch.fetch import fetch
 from host_tools.kv_qparams import kv_qparams
 from host_tools.meter import Meter
@@ -34,6 +35,7 @@ from host_tools.package_options import (
     PackOptions,
 )
 from host_tools.plan import plan_config
+from host_tools.precision_cost import measure_costs
 from host_tools.progress import Progress
 from host_tools.quantize import quantize
 from host_tools.stage import exclusive, read_record
@@ -154,12 +156,23 @@ class _Build:
                 workspace,
                 lambda: kv_qparams(work, workspace, options.kv, progress),
             )
+        if converter.config.quant_policy == QUANT_POLICY_STATIC_INT8 or converter.head == "int8":
+            device = options.calibrate.device
+            self._stage(
+                "costs",
+                work,
+                lambda: self._costs(weights_dir, workspace, device),
+            )
         packer = PackOptions(options.target, options.kernels)
         self._stage(
             "pack", work, lambda: pack_once(workspace, self._output, work, packer, progress)
         )
         manifest = planned_manifest(open_package(workspace), packer, Progress())
         return BuildReport(self._output, manifest.name, tuple(self._reports), manifest.memory)
+
+    def _costs(self, weights_dir: Path, workspace: Path, device: str) -> Path:
+        measure_costs(weights_dir, workspace, self._work, device, self._progress)
+        return self._work / COSTS
 
     def _quantizer(self, checkpoint: Checkpoint) -> QuantizeOptions | None:
         """Return how the weights are quantized, None where they stay as they are."""

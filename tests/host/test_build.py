@@ -2,6 +2,7 @@
 
 import multiprocessing
 import random
+import re
 import time
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from device_runtime.errors import UsageError
 from device_runtime.package_format.archive_reader import extract_archive
 from device_runtime.package_format.package import verify_package
 from host_tools.build import build
+from host_tools.costs import read_costs
 from host_tools.options import CalibrateOptions
 from host_tools.package_options import BuildOptions, ConfigValues
 from host_tools.progress import Progress
@@ -129,8 +131,25 @@ def test_round_to_nearest_needs_no_calibration(source, tmp_path):
 def test_the_static_kv_cache_calibrates_float_weights_too(source, tmp_path):
     report = run(source, tmp_path, method="none", config=ConfigValues(quant_policy=4))
     assert [stage.name for stage in report.stages] == [
-        "fetch", "calibrate", "convert", "kv-qparams", "pack",
+        "fetch", "calibrate", "convert", "kv-qparams", "costs", "pack",
     ]  # fmt: skip
+
+
+def test_an_int8_head_and_the_static_kv_cache_say_what_they_cost(source, tmp_path):
+    notes = Notes()
+    config = ConfigValues(quant_policy=4)
+    run(source, tmp_path, notes, method="rtn", head="int8", config=config)
+    told = [line for line in notes.lines if " perplexity (" in line]
+    assert [re.sub("costs.*", "", line).removeprefix("warning: ").strip() for line in told] == [
+        "static int8 KV", "int8 head", "static int8 KV and int8 head",
+    ]  # fmt: skip
+    found = read_costs(tmp_path / "work")
+    for cost, line in zip(found.costs, told, strict=True):
+        assert f"{100 * cost.increase:.2f} %" in line
+    package = verify_package(extract_archive(tmp_path / "x.tgz", tmp_path / "device").root)
+    assert package.model.head_type == "int8" and package.has_kv_scales
+    report = run(source, tmp_path, method="rtn", head="int8", config=config)
+    assert [stage.name for stage in report.stages if not stage.is_kept] == ["fetch"]
 
 
 def test_a_quantized_source_is_converted_as_it_is(tmp_path):
