@@ -13,6 +13,8 @@ from types import TracebackType
 from device_runtime.errors import DeviceError, OutOfMemoryError
 
 _ERROR_OUT_OF_MEMORY = 2
+_ERRORS_OF_A_LOST_DEVICE = frozenset((214, 220, 700, 702, 710, 714, 715, 716, 717, 718, 719, 999))
+"""ECC, link and kernel failures (cuda.h): the context takes no call after them."""
 _STREAM_NON_BLOCKING = 1
 _ATTRIBUTE_MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _ATTRIBUTE_CARVEOUT = 9  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, per cent
@@ -104,7 +106,10 @@ class Driver:
             self._lib.cuGetErrorString(c_int(code), byref(text))
             reason = text.value.decode() if text.value else "unknown error"
             kind = OutOfMemoryError if code == _ERROR_OUT_OF_MEMORY else DeviceError
-            raise kind(f"{function} failed: {reason} (CUDA error {code})")
+            remedy = ""
+            if code in _ERRORS_OF_A_LOST_DEVICE:
+                remedy = "; start again, and if it comes back see what `turbojet selftest` says"
+            raise kind(f"{function} failed: {reason} (CUDA error {code}){remedy}")
 
     def attribute(self, name: str) -> int:
         """Return one of `DEVICE_ATTRIBUTES` of the device."""

@@ -21,6 +21,8 @@ from device_runtime.kernels.table import KERNELS
 
 OUT_OF_MEMORY = 2
 INVALID_VALUE = 1
+LOST = 700
+NEEDS_NO_CONTEXT = ("cuGetErrorString", "cuCtxPopCurrent_v2", "cuDevicePrimaryCtxRelease_v2")
 ATTRIBUTES = {16: 132, 18: 0, 13: 1980000, 38: 50 << 20, 75: 9, 76: 0, 81: 228 << 10, 97: 227 << 10}
 
 
@@ -46,6 +48,7 @@ class FakeCuda:
         version: CUDA release times 1000, as cuDriverGetVersion has it.
         missing: functions that this driver does not export.
         failing: error codes by function.
+        is_lost: every call that needs the context fails, as after a kernel that faulted.
         calls: names in order.
         launches: enqueued outside graphs, and by graphs when they are launched.
         choose: the token for (slot, position).
@@ -56,6 +59,7 @@ class FakeCuda:
     version: int = 13000
     missing: set[str] = field(default_factory=set)
     failing: dict[str, int] = field(default_factory=dict)
+    is_lost: bool = False
     attributes: dict[int, int] = field(default_factory=lambda: dict(ATTRIBUTES))
     calls: list[str] = field(default_factory=list)
     launches: list[Launched] = field(default_factory=list)
@@ -79,6 +83,8 @@ class FakeCuda:
             self.calls.append(name)
             if name in self.failing:
                 return self.failing[name]
+            if self.is_lost and name not in NEEDS_NO_CONTEXT:
+                return LOST
             return (action(self, *arguments) or 0) if action else 0
 
         return call

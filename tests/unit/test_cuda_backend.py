@@ -344,6 +344,19 @@ def test_a_failing_step_ends_generations_and_leaves_the_engine_usable(root, fake
     assert (fake.num_bytes, fake.contexts) == (0, 0)
 
 
+def test_a_lost_device_is_told_once_and_the_context_is_left(root, fake) -> None:
+    with (
+        pytest.raises(DeviceError, match=r"^cuGraphLaunch failed: .*700\); start again, and if"),
+        Engine.open(root, CUDA) as engine,
+    ):
+        engine.add(range(3, 12), params(30))
+        engine.step()
+        fake.is_lost = True
+        for _ in range(30):
+            engine.step()
+    assert fake.contexts == 0
+
+
 def test_a_device_that_is_silent_is_told(root, fake, monkeypatch) -> None:
     monkeypatch.setattr(state_module, "_CHECK_EVERY", 10)
     monkeypatch.setattr(state_module, "_SPINS", 5)

@@ -85,7 +85,7 @@ class FakePinned(np.ndarray):
         return 1234
 
     def free(self) -> None:
-        pass
+        raise FakePycuda.Error("cuMemFreeHost failed: context is destroyed")
 
 
 def test_no_driver_is_a_sentence(monkeypatch) -> None:
@@ -214,6 +214,10 @@ def test_pycudas_errors_become_ours(monkeypatch) -> None:
             driver.allocate(10)
         with pytest.raises(OutOfMemoryError, match="pagelocked_empty failed"):
             driver.allocate_pinned(10)
+        pycuda.is_full = False
+        memory = driver.allocate_pinned(10)
+        with pytest.raises(DeviceError, match="free of pinned memory failed: cuMemFreeHost failed"):
+            driver.free_pinned(memory)
 
 
 def test_pycuda_that_cannot_open_leaves_nothing(monkeypatch) -> None:

@@ -80,6 +80,17 @@ CASES = {
         ),
         quant_policy=4,
     ),
+    "some linears fp16": Case(
+        dataclasses.replace(
+            MODEL,
+            fp16_linears=(
+                "layers.0.attention.w_qkv",
+                "layers.0.feed_forward.w13",
+                "layers.1.attention.wo",
+                "layers.1.feed_forward.w2",
+            ),
+        )
+    ),
     "fp16, two ranks": Case(dataclasses.replace(HALF, tensor_para_size=2)),
     "bf16": Case(dataclasses.replace(HALF, weight_type="bf16"), quant_policy=0),
 }

@@ -264,7 +264,10 @@ class PycudaDriver(CudaDriver):
 
     def free_pinned(self, memory: PinnedMemory) -> None:
         """See `CudaDriver.free_pinned`."""
-        self._pinned.pop(memory.address).free()
+        try:
+            self._pinned.pop(memory.address).free()
+        except self._pycuda.Error as error:
+            raise DeviceError(f"pycuda's free of pinned memory failed: {error}") from error
 
 
 class _PycudaStream(Stream):

@@ -119,10 +119,12 @@ class Runner:
 
     def close(self) -> None:
         """Free everything; a second call does nothing."""
-        if hasattr(self, "_stream"):
-            with suppress(DeviceError):  # a lost device cannot be waited for
+        # A lost device refuses every call; its context goes next, and with it all that is in it.
+        with suppress(DeviceError):
+            if hasattr(self, "_stream"):
                 self._stream.synchronize()
-        self._exits.close()
+        with suppress(DeviceError):
+            self._exits.close()
 
     def _slot(self, batch: Batch, row: int) -> Slot:
         sequence_id = batch.sequence_ids[row]
