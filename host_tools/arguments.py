@@ -10,7 +10,7 @@ from typing import Any
 
 from host_tools.fetch.options import FetchOptions
 from host_tools.options import DEVICES, METHODS, CalibrateOptions, EvaluateOptions, QuantizeOptions
-from host_tools.package_options import BUILD_METHODS, HEADS, KvQparamsOptions, PackOptions
+from host_tools.package_options import BUILD_METHODS, ENGINES, HEADS, KvQparamsOptions, PackOptions
 
 ENVIRONMENT_PREFIX = "TURBOJET_"
 
@@ -56,6 +56,13 @@ def convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for the workspace")
     _option(
         parser, "--group-size", int, 0, "what a 4-bit checkpoint must have; 0 takes what it has"
+    )
+    parser.add_argument(
+        "--for",
+        dest="engine",
+        choices=ENGINES,
+        default=os.environ.get(f"{ENVIRONMENT_PREFIX}FOR", ENGINES[0]),
+        help="lmdeploy adds what LMDeploy 0.1 to 0.5.3 want beside the weights",
     )
     _workspace_options(parser, "v0.2.3's value")
 

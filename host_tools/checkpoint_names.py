@@ -6,6 +6,8 @@ CONFIG_JSON = "config.json"
 
 SAFETENSORS = ".safetensors"
 PICKLED = ".bin"
+JSON = ".json"
+PYTHON = ".py"
 INDEX_SUFFIX = ".index.json"
 SINGLE_SAFETENSORS = f"model{SAFETENSORS}"
 SAFETENSORS_INDEX = f"{SINGLE_SAFETENSORS}{INDEX_SUFFIX}"

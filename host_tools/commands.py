@@ -152,7 +152,13 @@ def quantize_options(args: argparse.Namespace) -> QuantizeOptions:
 def convert_options(args: argparse.Namespace) -> ConvertOptions:
     """Return what was asked of the workspace."""
     return ConvertOptions(
-        args.model_name, args.tp, args.group_size, args.template, config_values(args), args.head
+        args.model_name,
+        args.tp,
+        args.group_size,
+        args.template,
+        config_values(args),
+        args.head,
+        args.engine,
     )
 
 

@@ -14,10 +14,12 @@ from device_runtime.package_format.model_config import ModelConfig
 from device_runtime.package_format.package import open_package
 from device_runtime.package_format.workspace import WorkspaceWriter
 from host_tools.checkpoint import Checkpoint
+from host_tools.lmdeploy.limits import check_model_name, check_runs
+from host_tools.lmdeploy.tree import TOP_LEVEL, is_tree, remove_tree, write_tree
 from host_tools.origin import read_origin
 from host_tools.output_folder import replace_folder
 from host_tools.package_facts import describe
-from host_tools.package_options import ConvertOptions
+from host_tools.package_options import LMDEPLOY, ConvertOptions
 from host_tools.progress import Progress
 from host_tools.stage import RECORD_DIR, Stage, exclusive
 from host_tools.tokenizer_folder import SourceTokenizer
@@ -43,19 +45,25 @@ def convert(
 
     Raises:
         UsageError: ``output`` holds something else, another process writes it, or the group size
-            is not the checkpoint's, or the library of its tokenizer is not installed.
-        PackageError: the checkpoint is damaged or cannot be laid out so, or its tokenizer.model
-            or qwen.tiktoken cannot be converted exactly.
+            is not the checkpoint's, or the library of its tokenizer is not installed, or the name
+            is none of LMDeploy's where the workspace is for it.
+        PackageError: the checkpoint is damaged or cannot be laid out so, its tokenizer.model or
+            qwen.tiktoken cannot be converted exactly, or LMDeploy cannot run the model it is for.
     """
     stage = convert_stage(checkpoint_dir, output, options)
     if is_converted(stage):
         progress.note(f"convert: {output} is up to date")
         return output
     _check_replaceable(output)
+    is_for_lmdeploy = options.engine == LMDEPLOY
+    if is_for_lmdeploy:
+        check_model_name(options.model_name)
     checkpoint = Checkpoint.open(checkpoint_dir)
     for note in checkpoint.notes:
         progress.note(f"convert: {note}")
     model = target_model(checkpoint, options)
+    if is_for_lmdeploy:
+        check_runs(model)
     part = output.with_name(f".{output.name}{durable.PART_SUFFIX}")
     source = SourceTokenizer.open(checkpoint_dir, model.vocab_size)
     manifest, config = describe(
@@ -69,6 +77,7 @@ def convert(
         )
     with exclusive(part):
         shutil.rmtree(part / names.TRITON_MODELS, ignore_errors=True)
+        remove_tree(part)
         writer = WorkspaceWriter(part, model)
         _write_tensors(checkpoint, writer, progress)
         for path in source.copy_to(part / names.TOKENIZER_DIR):
@@ -76,11 +85,13 @@ def convert(
         writer.write_config(config)
         writer.finish()
         write_manifest(part, manifest)
+        tree = write_tree(part, manifest, config, checkpoint_dir) if is_for_lmdeploy else []
         open_package(part)
         # config.ini may be edited by hand and kv-qparams changes the manifest: neither is watched.
         weights = (part / names.WEIGHTS_DIR).iterdir()
         tensors = [path for path in weights if path.name != names.CONFIG_INI]
-        stage.record([*tensors, part / names.TOKENIZER_DIR], part)
+        others = [path for path in tree if path.parent != part / names.TOKENIZER_DIR]
+        stage.record([*tensors, part / names.TOKENIZER_DIR, *others], part)
         replace_folder(part, output)
     return output
 
@@ -100,6 +111,7 @@ def convert_stage(checkpoint_dir: Path, output: Path, options: ConvertOptions) -
             "head": options.head,
             "origin": repr(origin),
             **asdict(options.config),
+            **({"for": LMDEPLOY} if options.engine == LMDEPLOY else {}),
         },
         STAGE_VERSION,
     )
@@ -108,6 +120,8 @@ def convert_stage(checkpoint_dir: Path, output: Path, options: ConvertOptions) -
 def is_converted(stage: Stage) -> bool:
     """Tell whether the workspace is finished and opens."""
     if not stage.is_finished():
+        return False
+    if stage.settings.get("for") == LMDEPLOY and not is_tree(stage.folder):
         return False
     try:
         open_package(stage.folder)
@@ -135,6 +149,9 @@ def target_model(checkpoint: Checkpoint, options: ConvertOptions) -> ModelConfig
     stated = checkpoint.config.get("torch_dtype", checkpoint.config.get("dtype"))
     if model.weight_type == "fp16" and stated == "bfloat16":
         model = replace(model, weight_type="bf16")
+    if options.engine == LMDEPLOY:
+        # It knows no tied heads: without the file it would run on whatever memory holds.
+        model = replace(model, tie_word_embeddings=False)
     return replace(model, tensor_para_size=options.tp, head_type=options.head)
 
 
@@ -158,7 +175,7 @@ def _check_replaceable(output: Path) -> None:
     """
     if not os.path.lexists(output):
         return
-    known = {names.MANIFEST, names.TRITON_MODELS, names.KERNELS_DIR, RECORD_DIR}
+    known = {names.MANIFEST, names.TRITON_MODELS, names.KERNELS_DIR, RECORD_DIR, *TOP_LEVEL}
     if not output.is_dir() or {path.name for path in output.iterdir()} - known:
         raise UsageError(
             f"{output} exists and is not a workspace of ours, name another output or remove it"

@@ -23,6 +23,10 @@ KERNELS_AUTO = "auto"
 KERNELS_NONE = "none"
 """Pack no CUDA kernels."""
 
+LMDEPLOY = "lmdeploy"
+ENGINES = ("turbojet", LMDEPLOY)
+"""For whom ``convert`` writes; a workspace for LMDeploy runs here as well."""
+
 HEADS: tuple[HeadType, ...] = get_args(HeadType)
 
 BUILD_METHODS = (*METHODS, "none")
@@ -96,6 +100,8 @@ class ConvertOptions:
         template: name of a built-in chat template; empty takes the model's own, else its family's.
         config: values of config.ini.
         head: fp16 leaves the output head as it is; int8 gives it codes with a scale for each row.
+        engine: lmdeploy adds the files that LMDeploy 0.1 to 0.5.3 want beside the weights, and
+            refuses what it cannot run.
     """
 
     model_name: str
@@ -104,12 +110,14 @@ class ConvertOptions:
     template: str = ""
     config: ConfigValues = ConfigValues()
     head: HeadType = "fp16"
+    engine: str = "turbojet"
 
     def __post_init__(self) -> None:
         """Refuse what cannot be.
 
         Raises:
-            UsageError: no name for a folder, tp no power of two, an unknown group size or head.
+            UsageError: no name for a folder, tp no power of two, an unknown group size, head or
+                engine.
         """
         try:
             check_package_name(self.model_name)
@@ -121,6 +129,7 @@ class ConvertOptions:
         if self.group_size not in (0, *GROUP_SIZES):
             raise UsageError(f"group-size is {self.group_size}, choose 128, 64 or 32")
         check_choice("head", self.head, HEADS)
+        check_choice("for", self.engine, ENGINES)
 
 
 @dataclass(frozen=True)
