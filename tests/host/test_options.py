@@ -1,7 +1,12 @@
 import pytest
 
 from device_runtime.errors import UsageError
-from host_tools.options import CalibrateOptions, EvaluateOptions, QuantizeOptions
+from host_tools.options import (
+    CalibrateOptions,
+    EvaluateOptions,
+    QuantizeOptions,
+    parse_devices,
+)
 
 
 def test_defaults_are_those_of_lmdeploy_lite():
@@ -20,6 +25,8 @@ def test_defaults_are_those_of_lmdeploy_lite():
         (lambda: QuantizeOptions(group_size=48), "w-group-size is 48, choose 128, 64 or 32"),
         (lambda: QuantizeOptions(method="gptq"), "method is 'gptq', choose one of awq, rtn"),
         (lambda: QuantizeOptions(device="tpu"), "device is 'tpu'"),
+        (lambda: QuantizeOptions(devices=("0", "cpu")), "devices is '0,cpu', name the numbers of"),
+        (lambda: CalibrateOptions(devices=("cuda:0",)), "devices is 'cuda:0', name the numbers of"),
         (lambda: EvaluateOptions(num_samples=0), "samples is 0, expected at least 1"),
         (lambda: EvaluateOptions(seqlen=1), "seqlen is 1, a prediction needs at least 2 tokens"),
         (lambda: EvaluateOptions(device="tpu"), "device is 'tpu'"),
@@ -28,3 +35,9 @@ def test_defaults_are_those_of_lmdeploy_lite():
 def test_values_that_cannot_be_are_refused(make, sentence):
     with pytest.raises(UsageError, match=sentence):
         make()
+
+
+def test_devices_are_a_list_with_commas():
+    assert parse_devices("") == ()
+    assert parse_devices("0, 1") == ("0", "1")
+    assert QuantizeOptions(devices=parse_devices("1,0")).devices == ("1", "0")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,11 +19,13 @@ from test_checkpoint import internlm2_folder
 
 from device_runtime.errors import PackageError, UsageError
 from device_runtime.package_format import int4
+from host_tools import quantize_layers
 from host_tools.awq.awq_folder import LayerFiles
 from host_tools.awq.grid import Grid
 from host_tools.calibrate import CALIBRATION_TOKENS, TOKEN_IDS, calibrate
 from host_tools.checkpoint import Checkpoint, QuantizedLinear
 from host_tools.checkpoint.families import LINEARS
+from host_tools.layer_records import read_quantize_record
 from host_tools.options import CalibrateOptions, QuantizeOptions
 from host_tools.origin import read_origin
 from host_tools.progress import Progress
@@ -144,47 +148,151 @@ def test_awq_is_nearer_to_the_original_than_rounding(
 
 
 KILLED_RUN = """
-import sys
+import sys, threading
 from pathlib import Path
+from host_tools import quantize_layers
 from host_tools.options import QuantizeOptions
 from host_tools.progress import Progress
 from host_tools.quantize import quantize
 from host_tools.awq.awq_folder import LayerFiles
-write = LayerFiles.write
-def announced(self, layer, quantized):
-    write(self, layer, quantized)
-    print(layer, flush=True)
-    sys.stdin.readline()
-LayerFiles.write = announced
-options = QuantizeOptions(group_size=32, device="cpu")
+where, stop_at, devices = sys.argv[4], int(sys.argv[5]), int(sys.argv[6])
+def stopping(function, after):
+    calls, lock = [0], threading.Lock()
+    def stopped(*args, **kwargs):
+        with lock:
+            calls[0] += 1
+            is_last = calls[0] == stop_at
+        result = function(*args, **kwargs) if after else None
+        if is_last:
+            print("stopped", flush=True)
+            sys.stdin.readline()
+        return result if after else function(*args, **kwargs)
+    return stopped
+if where == "written":
+    LayerFiles.write = stopping(LayerFiles.write, True)
+elif where == "packed":
+    LayerFiles.write = stopping(LayerFiles.write, False)
+else:
+    quantize_layers.solve_layer = stopping(quantize_layers.solve_layer, False)
+quantize_layers.SNAPSHOT_INTERVAL_S = 0.0
+options = QuantizeOptions(group_size=32, device="cpu", devices=("cpu",) * devices)
 quantize(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), options, Progress())
 """
 
 
+@pytest.mark.parametrize("num_devices", [0, 2])
+@pytest.mark.parametrize(("where", "stop_at"), [("written", 2), ("packed", 2), ("searched", 3)])
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
-    tmp_path: Path, checkpoint_dir: Path, work_dir: Path, monkeypatch
+    four_layers: tuple[Path, Path, Path], tmp_path: Path, monkeypatch, where, stop_at, num_devices
 ) -> None:
-    killed = tmp_path / "killed"
+    folder, calibrated_dir, whole = four_layers
+    work, killed = shutil.copytree(calibrated_dir, tmp_path / "work"), tmp_path / "killed"
+    arguments = [folder, work, killed, where, str(stop_at), str(num_devices)]
     process = subprocess.Popen(
-        [sys.executable, "-c", KILLED_RUN, checkpoint_dir, work_dir, killed],
+        [sys.executable, "-c", KILLED_RUN, *arguments],
         cwd=REPOSITORY,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
     )
-    assert process.stdout.readline() == "0\n"
+    assert process.stdout.readline() == "stopped\n"
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     assert not contents(killed)
+    finished = {path.name for path in work.rglob("layer-*.safetensors")}
     written = []
     write = LayerFiles.write
-    monkeypatch.setattr(LayerFiles, "write", lambda *args: (written.append(args[1]), write(*args)))
-    quantize(checkpoint_dir, work_dir, killed, OPTIONS, Progress())
-    assert written == [1]
-    whole = quantize(checkpoint_dir, work_dir, tmp_path / "whole", OPTIONS, Progress())
-    assert written == [1, 0, 1]
+
+    def counted(self, layer: int, content: bytes) -> None:
+        written.append(layer)
+        write(self, layer, content)
+
+    monkeypatch.setattr(LayerFiles, "write", counted)
+    quantize(folder, work, killed, OPTIONS, Progress())
+    # Each layer is searched by one of the two runs, none by both.
+    assert {f"layer-{layer:05d}.safetensors" for layer in written}.isdisjoint(finished)
+    assert len(written) + len(finished) == 4
+    if num_devices == 0:
+        # Written in order: the second layer was, the second was not, the third was not.
+        assert written == {"written": [2, 3], "packed": [1, 2, 3], "searched": [2, 3]}[where]
     assert contents(killed) == contents(whole)
-    assert not list(work_dir.rglob("layer-*"))
+    assert not list(work.rglob("layer-*"))
+    records = read_quantize_record(work).layers
+    assert [record.layer for record in records] == [0, 1, 2, 3]
+
+
+@pytest.fixture(scope="module")
+def four_layers(tmp_path_factory) -> tuple[Path, Path, Path]:
+    """A checkpoint, its calibration and its AWQ folder."""
+    base = tmp_path_factory.mktemp("four_layers")
+    folder = tiny.write_llama(base / "checkpoint", num_hidden_layers=4)
+    work = calibrated(folder, base / "work")
+    calibration = shutil.copytree(work, base / "calibration")
+    return folder, calibration, quantize(folder, work, base / "awq", OPTIONS, Progress())
+
+
+@pytest.mark.parametrize("num_devices", [2, 3])
+def test_several_devices_give_the_bytes_of_one(
+    four_layers: tuple[Path, Path, Path], tmp_path: Path, num_devices: int
+) -> None:
+    folder, calibration, whole = four_layers
+    work = shutil.copytree(calibration, tmp_path / "work")
+    options = replace(OPTIONS, devices=("cpu",) * num_devices)
+    assert contents(quantize(folder, work, tmp_path / "awq", options, Progress())) == contents(
+        whole
+    )
+    rounded = [
+        quantize(
+            folder, work, tmp_path / f"rtn{len(devices)}", replace(RTN, devices=devices), Progress()
+        )
+        for devices in ((), options.devices)
+    ]
+    assert contents(rounded[0]) == contents(rounded[1])
+
+
+def test_a_snapshot_beyond_a_layer_that_is_missing_is_not_used(
+    four_layers: tuple[Path, Path, Path], tmp_path: Path, monkeypatch
+) -> None:
+    folder, calibration, whole = four_layers
+    work = shutil.copytree(calibration, tmp_path / "work")
+    monkeypatch.setattr(quantize_layers, "SNAPSHOT_INTERVAL_S", 0.0)
+    write = LayerFiles.write
+
+    def failing(self, layer: int, content: bytes) -> None:
+        if layer == 2:
+            raise KeyboardInterrupt
+        write(self, layer, content)
+
+    monkeypatch.setattr(LayerFiles, "write", failing)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(folder, work, tmp_path / "awq", OPTIONS, Progress())
+    assert [path.name for path in work.rglob("*.states")] == ["before-00002.states"]
+    next(work.rglob("layer-00000.safetensors")).unlink()
+    monkeypatch.setattr(LayerFiles, "write", write)
+    assert contents(quantize(folder, work, tmp_path / "awq", OPTIONS, Progress())) == contents(
+        whole
+    )
+
+
+def test_the_times_are_told_and_kept(four_layers: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    folder, calibration, _ = four_layers
+    work = shutil.copytree(calibration, tmp_path / "work")
+    told: list[str] = []
+    progress = Progress()
+    progress.note = told.append  # type: ignore[method-assign]
+    awq = quantize(folder, work, tmp_path / "awq", OPTIONS, progress)
+    assert told[-1].startswith("quantize took ")
+    assert "search" in told[-1]
+    record = json.loads((awq / ".turbojet" / "quantize.json").read_text())
+    seconds = record["times"]["seconds"]
+    assert {"reading", "forward", "search", "packing", "disk", "hashing", "other"} <= set(seconds)
+    total = seconds.pop("total")
+    assert sum(seconds.values()) == pytest.approx(total, abs=0.01)  # rounded to 1 ms each
+    layers = read_quantize_record(work)
+    assert (layers.method, layers.group_size, layers.device) == ("awq", 32, "cpu")
+    assert all(record.seconds.search_s > 0 for record in layers.layers)
+    searched = sum(record.seconds.search_s for record in layers.layers)
+    assert searched == pytest.approx(seconds["search"], abs=0.01)
 
 
 def test_a_finished_run_is_kept_and_changed_settings_replace_it(

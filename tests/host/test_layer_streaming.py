@@ -1,0 +1,312 @@
+"""What streams layers through devices: placement, reading ahead, searches side by side, times."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+import tiny_checkpoints as tiny
+import torch
+
+from device_runtime.errors import DeviceError, PackageError
+from device_runtime.package_format.model_config import ModelConfig
+from host_tools.awq.gram import CONSUMERS, InputMoments
+from host_tools.checkpoint import Checkpoint
+from host_tools.decoder import devices as devices_module
+from host_tools.decoder.compact import CompactActivations, row_factors
+from host_tools.decoder.devices import (
+    choose_devices,
+    place_activations,
+    tensor_cores,
+    working_bytes,
+)
+from host_tools.decoder.layer import DecoderLayer
+from host_tools.decoder.prefetch import read_ahead, ready_layers
+from host_tools.decoder.snapshots import Snapshots
+from host_tools.decoder.stream import Activations, LayerRunner
+from host_tools.layer_records import LayerSeconds
+from host_tools.layer_searches import LayerSearches, SearchJob, SolvedLayer
+from host_tools.phase_times import FORWARD, SEARCH, PhaseTimes
+
+CPU = torch.device("cpu")
+CUDA = torch.device("cuda", 0)
+
+LLAMA_2_7B = ModelConfig(
+    hidden_size=4096,
+    intermediate_size=11008,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_kv_heads=32,
+    head_dim=128,
+    vocab_size=32000,
+    rms_norm_eps=1e-5,
+    rope_theta=1e4,
+    max_position_embeddings=4096,
+    weight_type="fp16",
+    group_size=0,
+)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Checkpoint:
+    return Checkpoint.open(tiny.write_llama(tmp_path / "checkpoint", num_hidden_layers=4))
+
+
+@pytest.fixture
+def two_gpus(monkeypatch) -> list[str]:
+    names = ["NVIDIA H200", "NVIDIA H200", "NVIDIA L4"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(names))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: names[index])
+    return names
+
+
+def test_devices_are_named_by_number(two_gpus) -> None:
+    assert choose_devices("cpu", ("0", "1")) == (torch.device("cuda:0"), torch.device("cuda:1"))
+    assert choose_devices("cpu", ("1", "1")) == (torch.device("cuda:1"),) * 2
+    assert choose_devices("cpu", ("cpu", "cpu")) == (CPU, CPU)
+    assert choose_devices("cpu", ()) == (CPU,)
+
+
+def test_a_device_that_is_not_there_is_refused(two_gpus) -> None:
+    with pytest.raises(DeviceError, match="there is no GPU 3, torch sees 3 of them"):
+        choose_devices("auto", ("0", "3"))
+
+
+def test_devices_whose_bits_would_differ_are_refused(two_gpus) -> None:
+    complaint = "the devices 0,2 are NVIDIA H200 and NVIDIA L4, whose sums differ"
+    with pytest.raises(DeviceError, match=complaint):
+        choose_devices("auto", ("0", "2"))
+
+
+def test_a_cpu_computes_as_before_and_a_gpu_on_tensor_cores() -> None:
+    assert torch.get_float32_matmul_precision() == "highest"
+    with tensor_cores(CPU):
+        assert torch.get_float32_matmul_precision() == "highest"
+    with pytest.raises(KeyError), tensor_cores(CUDA):
+        assert torch.get_float32_matmul_precision() == "high"
+        raise KeyError
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_rows_are_divided_by_a_power_of_two() -> None:
+    rows = torch.tensor([[1.0, -3.0], [65504.0, 2.0**20], [0.0, 0.0], [2.0**-130, 0.0]])
+    # 3 is below 4: divided by 2^-13 it is below 2^15. The last two: the smallest normal number.
+    assert row_factors(rows)[:, 0].tolist() == [2.0**-13, 2.0**6, 2.0**-126, 2.0**-126]
+
+
+def test_compact_activations_keep_eleven_bits_of_every_value() -> None:
+    generator = torch.Generator().manual_seed(1)
+    states = torch.randn(3, 5, 64, generator=generator)
+    states[0, 0, 0] = 3e6  # beyond fp16
+    states[1] *= 1e-9  # below it
+    states[2, 1] = 0.0
+    activations = CompactActivations.make((3, 5, 64), CPU)
+    activations.store(slice(0, 2), states[0:2])
+    activations.store(slice(2, 3), states[2:])
+    loaded = activations.load(slice(0, 3), CPU)
+    assert loaded.dtype == torch.float32
+    # Half a unit in the last of 11 bits; no value here is below 2^-28 of the greatest in its row.
+    assert torch.all((loaded - states).abs() <= 2.0**-11 * states.abs())
+    assert activations.num_bytes == 3 * 5 * (64 * 2 + 4)
+
+
+def test_compact_activations_run_through_a_layer_as_full_ones_do(checkpoint: Checkpoint) -> None:
+    token_ids = torch.arange(60, dtype=torch.int32).view(3, 20)
+    full = Activations.embed(checkpoint, token_ids)
+    compact = CompactActivations.make((3, 20, 64), CPU)
+    compact.fill(checkpoint, token_ids)
+    assert torch.equal(compact.load(slice(0, 3), CPU), full.states)  # the checkpoint is fp16
+    runner = LayerRunner(checkpoint, 20, CPU)
+    for activations in (full, compact):
+        for index in range(4):
+            runner.advance(runner.layer(index), activations)
+    error = (compact.load(slice(0, 3), CPU) - full.states).norm() / full.states.norm()
+    assert 0 < error < 4 * 2.0**-11  # four layers' roundings
+
+
+def test_compact_activations_survive_in_a_snapshot(tmp_path: Path) -> None:
+    saved = CompactActivations.make((2, 3, 8), CPU)
+    saved.store(slice(0, 2), torch.randn(2, 3, 8))
+    snapshots = Snapshots(tmp_path, 0.0)
+    snapshots.save(5, [saved])
+    assert (tmp_path / "before-00005.states").stat().st_size == 2 * 3 * (8 * 2 + 4)
+    loaded = CompactActivations.make((2, 3, 8), CPU)
+    assert snapshots.load([loaded]) == 5
+    assert torch.equal(loaded.states, saved.states)
+    assert torch.equal(loaded.factors, saved.factors)
+    assert snapshots.load([Activations(torch.empty(2, 3, 8))]) == 0
+
+
+def test_a_llama_2_7b_needs_less_than_8_gb_beside_its_windows() -> None:
+    # 202 M weights at 6 bytes, 171 M Gram entries; the search: 4 x 11008^2 + 4 x 4096 x 11008.
+    weights = 4096 * (3 * 4096 + 4096 + 3 * 11008)
+    grams = 3 * 4096**2 + 11008**2
+    search = 4 * 11008**2 + 4 * 4096 * 11008
+    assert working_bytes(LLAMA_2_7B) == 6 * weights + 4 * (grams + search)
+    states = 128 * 2048 * (2 * 4096 + 4)
+    assert states + working_bytes(LLAMA_2_7B) < 8e9
+
+
+@pytest.mark.parametrize(("free_bytes", "place"), [(9 << 30, CUDA), (6 << 30, CPU)])
+def test_activations_lie_on_the_gpu_where_all_fits(monkeypatch, tmp_path, free_bytes, place):
+    made = []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free_bytes, 80 << 30))
+    monkeypatch.setattr(
+        devices_module.CompactActivations, "make", lambda shape, device: made.append(device)
+    )
+    windows = torch.zeros(128, 2048, dtype=torch.int32)
+    place_activations(LLAMA_2_7B, windows, CUDA, tmp_path)
+    assert made == [place]
+    kept = place_activations(LLAMA_2_7B, windows[:1, :8], CPU, tmp_path)
+    assert (kept.states.shape, kept.states.dtype) == ((1, 8, 4096), torch.float32)
+
+
+def test_layers_are_read_one_ahead_and_in_order() -> None:
+    started = [threading.Event() for _ in range(4)]
+
+    def read(index: int) -> str:
+        started[index].set()
+        return f"layer {index}"
+
+    found = []
+    for index, weights in read_ahead(read, range(3)):
+        found.append((index, weights))
+        if index < 2:
+            assert started[index + 1].wait(10)
+        assert not started[min(index + 2, 3)].is_set()
+    assert found == [(0, "layer 0"), (1, "layer 1"), (2, "layer 2")]
+    assert list(read_ahead(read, ())) == []
+
+
+def test_what_reading_raises_reaches_the_caller() -> None:
+    def read(index: int) -> str:
+        if index == 1:
+            raise PackageError("tensor x holds NaN")
+        return "fine"
+
+    layers = read_ahead(read, range(3))
+    assert next(layers) == (0, "fine")
+    with pytest.raises(PackageError, match="tensor x holds NaN"):
+        next(layers)
+
+
+def test_ready_layers_are_those_of_the_checkpoint(checkpoint: Checkpoint) -> None:
+    times = PhaseTimes()
+    found = list(ready_layers(checkpoint, (2, 0), CPU, times))
+    assert [ready.index for ready in found] == [2, 0]
+    for ready in found:
+        expected = checkpoint.layer(ready.index).up.weight.float()
+        assert torch.equal(ready.layer.weights.up.weight, expected)
+        assert ready.waited_s > 0
+    assert "reading" in times.shares()["seconds"]
+
+
+def job(checkpoint: Checkpoint, index: int) -> SearchJob:
+    layer = DecoderLayer.ready(checkpoint.layer(index), checkpoint.model, CPU)
+    moments = {
+        tap: InputMoments(torch.full((2, 2), float(index)), torch.ones(2)) for tap in CONSUMERS
+    }
+    return SearchJob(index, layer.weights, moments.pop, LayerSeconds(forward_s=1.0))
+
+
+@pytest.mark.parametrize("num_devices", [1, 3])
+def test_every_layer_is_searched_and_stored_once(checkpoint: Checkpoint, num_devices: int) -> None:
+    stored: list[SolvedLayer] = []
+    times = PhaseTimes()
+
+    def solve(weights, take_moments):
+        assert not torch.is_grad_enabled()
+        return float(take_moments("down").gram[0, 0]), weights.up.weight
+
+    with torch.no_grad(), LayerSearches([CPU] * num_devices, solve, stored.append, times) as all_:
+        for index in range(4):
+            all_.submit(job(checkpoint, index))
+        all_.drain()
+    assert sorted(solved.index for solved in stored) == [0, 1, 2, 3]
+    for solved in stored:
+        number, weight = solved.quantized
+        assert number == solved.index
+        assert torch.equal(weight, checkpoint.layer(solved.index).up.weight.float())
+        assert (solved.seconds.forward_s, solved.seconds.search_s > 0) == (1.0, True)
+    side = "seconds" if num_devices == 1 else "seconds_beside"
+    assert SEARCH in times.shares()[side]
+
+
+def test_searches_on_two_devices_run_side_by_side(checkpoint: Checkpoint) -> None:
+    both = threading.Barrier(2, timeout=10)
+    with LayerSearches(
+        [CPU, CPU], lambda *_: both.wait(), lambda solved: None, PhaseTimes()
+    ) as all_:
+        for index in range(4):
+            all_.submit(job(checkpoint, index))
+        all_.drain()
+
+
+@pytest.mark.parametrize("num_devices", [1, 2])
+@pytest.mark.parametrize("place", ["search", "store"])
+def test_what_a_search_or_the_disk_raises_reaches_the_caller(
+    checkpoint: Checkpoint, place: str, num_devices: int
+) -> None:
+    def fail(*_):
+        raise PackageError(f"the {place} failed")
+
+    solve = fail if place == "search" else lambda *_: None
+    with (
+        pytest.raises(PackageError, match=f"the {place} failed"),
+        LayerSearches([CPU] * num_devices, solve, fail, PhaseTimes()) as all_,
+    ):
+        for index in range(4):
+            all_.submit(job(checkpoint, index))
+        all_.drain()
+
+
+def test_phases_add_up_and_threads_are_kept_apart() -> None:
+    now = [0.0]
+    times = PhaseTimes(lambda: now[0])
+
+    def spend(name: str, seconds: float) -> None:
+        with times.phase(name) as span:
+            now[0] += seconds
+        assert span.seconds_s == seconds
+
+    spend(SEARCH, 30.0)
+    spend(FORWARD, 10.0)
+    spend(SEARCH, 45.0)
+    thread = threading.Thread(target=spend, args=("packing", 0.0))
+    thread.start()
+    thread.join()
+    now[0] += 15.0
+    assert times.shares() == {
+        "seconds": {"search": 75.0, "forward": 10.0, "other": 15.0, "total": 100.0},
+        "seconds_beside": {"packing": 0.0},
+    }
+    assert times.summary("quantize") == (
+        "quantize took 1 min 40 s: search 1 min 15 s (75%), other 15 s (15%), forward 10 s (10%)"
+    )
+
+
+def test_the_summary_names_what_ran_beside() -> None:
+    now = [0.0]
+    times = PhaseTimes(lambda: now[0])
+
+    def pack() -> None:
+        with times.phase("packing"):
+            now[0] += 4.0
+
+    thread = threading.Thread(target=pack)
+    thread.start()
+    thread.join()
+    assert times.summary("quantize") == (
+        "quantize took 4 s: other 4.0 s (100%); beside it packing 4.0 s"
+    )
+
+
+def test_a_phase_that_fails_counts() -> None:
+    now = [0.0]
+    times = PhaseTimes(lambda: now[0])
+    with pytest.raises(KeyError), times.phase(SEARCH):
+        now[0] += 2.0
+        raise KeyError
+    assert times.shares()["seconds"]["search"] == 2.0
