@@ -22,7 +22,7 @@ from host_tools.decoder.snapshots import Snapshots
 from host_tools.decoder.stream import Activations, LayerRunner
 from host_tools.options import CalibrateOptions
 from host_tools.output_folder import scratch_folder
-from host_tools.phase_times import DISK, FORWARD, READING, WINDOWS, PhaseTimes
+from host_tools.phase_times import DISK, FORWARD, HASHING, READING, WINDOWS, PhaseTimes
 from host_tools.progress import Progress
 from host_tools.stage import RECORD_DIR, Stage, exclusive
 from host_tools.statistics import (
@@ -73,7 +73,9 @@ def calibrate(
     times = PhaseTimes()
     stage = calibrate_stage(checkpoint_dir, work_dir, options)
     with exclusive(work_dir):
-        if stage.is_finished():
+        with times.phase(HASHING):
+            is_finished = stage.is_finished()
+        if is_finished:
             progress.note(f"calibrate: {work_dir} is up to date")
             return work_dir
         stage.forget()

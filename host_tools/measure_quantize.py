@@ -109,7 +109,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, object]:
         folder = Path(scratch)
         checkpoint = write_synthetic(folder / name, config)
         vocab_size = int(str(config["vocab_size"]))
-        text = _write_words(checkpoint, vocab_size, 2 * args.samples * args.seqlen)
+        text = write_words(checkpoint, vocab_size, 2 * args.samples * args.seqlen)
         work, awq = folder / "work", folder / "awq"
         calibration = CalibrateOptions(
             str(text), args.samples, args.seqlen, args.device, devices=devices
@@ -146,7 +146,7 @@ def _own_arguments(args: argparse.Namespace, name: str) -> list[str]:
     return values
 
 
-def _write_words(checkpoint: Path, vocab_size: int, num_words: int) -> Path:
+def write_words(checkpoint: Path, vocab_size: int, num_words: int) -> Path:
     """Give a checkpoint a tokenizer of words w0, w1, ... and return a text of random ones."""
     vocabulary = {f"w{token_id}": token_id for token_id in range(vocab_size)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))

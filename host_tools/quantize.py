@@ -16,7 +16,7 @@ from host_tools.layer_records import write_quantize_record
 from host_tools.options import GROUP_SIZES, QuantizeOptions
 from host_tools.origin import read_origin, write_origin
 from host_tools.output_folder import check_replaceable, replace_folder, scratch_folder
-from host_tools.phase_times import DISK, PhaseTimes
+from host_tools.phase_times import DISK, HASHING, PhaseTimes
 from host_tools.progress import Progress
 from host_tools.quantize_layers import LayerQuantizer
 from host_tools.stage import RECORD_DIR, Stage, exclusive
@@ -59,7 +59,9 @@ def quantize(
     times = PhaseTimes()
     stage = quantize_stage(checkpoint_dir, work_dir, output_dir, options)
     with exclusive(work_dir):
-        if stage.is_finished():
+        with times.phase(HASHING):
+            is_finished = stage.is_finished()
+        if is_finished:
             progress.note(f"quantize: {output_dir} is up to date")
             return output_dir
         check_replaceable(output_dir, stage)
