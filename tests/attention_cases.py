@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import figures
 import numpy as np
 from numpy.typing import NDArray
 
@@ -229,6 +230,7 @@ def check_decode(
     for row, length in enumerate(lengths):
         if length:
             error = layer.error(out[row], after, table[row], length, row, new)
+            figures.note("worst relative error, decode attention", error)
             assert error < ATTENTION_TOLERANCE
     alone = run(slice(0, 1), pages.copy())
     assert (alone[0].view(np.uint16) == out[0].view(np.uint16)).all()
@@ -270,4 +272,5 @@ def check_prefill(
         for i in range(count):
             token = int(start[row]) + i
             error = layer.error(out[token], after, table[row], old + i + 1, token, new)
+            figures.note("worst relative error, prefill attention", error)
             assert error < ATTENTION_TOLERANCE

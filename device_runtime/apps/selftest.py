@@ -44,15 +44,15 @@ def run_selftest(args: argparse.Namespace) -> int:
     with closing(open_driver()) as driver:
         device = f"{driver.device_name}, sm_{driver.sm}"
         checks = list(run_checks(driver, kernel_folders(_folder(args.target)), args.seed))
+    seconds = time.perf_counter() - start
     failed = [check for check in checks if not check.is_passed]
     if args.json:
         rows = [asdict(check) | {"is_passed": check.is_passed} for check in checks]
-        print(json.dumps({"device": device, "checks": rows}, indent=2))
+        print(json.dumps({"device": device, "seconds": seconds, "checks": rows}, indent=2))
     else:
         for check in checks:
             word = "ok  " if check.is_passed else "FAIL"
             print(f"{word}  {check.name:<36}  error {check.error:.1e} of {check.tolerance:.0e}")
-        seconds = time.perf_counter() - start
         print(f"{len(checks) - len(failed)} of {len(checks)} ok on {device} in {seconds:.1f} s")
     return _EXIT_FAILED if failed else 0
 

@@ -1,12 +1,23 @@
-"""What every test here needs: a GPU, and cubins for it in the folder TURBOJET_KERNELS."""
+"""What every test here needs: a GPU, and cubins for it in the folder TURBOJET_KERNELS.
+
+Where TURBOJET_GPU_RESULTS names a file, the outcome of each test and the figures that it noted go
+there as JSON, for tests/gpu/write_record.py.
+"""
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Generator
+from pathlib import Path
 
+import figures
 import pytest
 
 from device_runtime.errors import DeviceError
+
+RESULTS_VARIABLE = "TURBOJET_GPU_RESULTS"
+_RESULTS: list[dict[str, object]] = []
 
 
 def _missing() -> str:
@@ -27,3 +38,30 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if "/gpu/" in str(item.path):
                 item.add_marker(pytest.mark.skip(reason=f"runs on a machine with a GPU: {reason}"))
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
+    figures.take()
+    yield
+    item.user_properties += list(figures.take().items())
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    # A test that passed or failed reports its call; one that was skipped or broke, its setup.
+    if report.when == "call" or (report.when == "setup" and report.outcome != "passed"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else ""
+        _RESULTS.append(
+            {
+                "test": report.nodeid,
+                "outcome": report.outcome,
+                "reason": reason,
+                "figures": dict(report.user_properties),
+            }
+        )
+
+
+def pytest_sessionfinish() -> None:
+    path = os.environ.get(RESULTS_VARIABLE)
+    if path:
+        Path(path).write_text(json.dumps(_RESULTS, indent=1), encoding="utf-8")

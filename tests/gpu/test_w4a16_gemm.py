@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack
 
+import figures
 import numpy as np
 import pytest
 from device_launch import DeviceLaunch, device_launch
@@ -37,7 +38,9 @@ def launches() -> Iterator[dict[int, DeviceLaunch]]:
 
 def check(launches: dict[int, DeviceLaunch], case: GemmCase) -> None:
     got, want = run_gemm(launches[case.group_size], case)
-    assert relative_error(got, want) < TOLERANCE
+    error = relative_error(got, want)
+    figures.note(f"worst relative error, {'W4A16' if case.group_size else 'fp16'} GEMM", error)
+    assert error < TOLERANCE
     # No single element is off by more than a rounding of fp16 and the sums' fp32 can explain.
     assert np.abs(got - want).max() < 2e-3 * np.abs(want).max()
 

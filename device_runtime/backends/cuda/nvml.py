@@ -29,6 +29,15 @@ def sm_clock_mhz() -> int:
         return int(clock.value)
 
 
+def driver_version() -> str:
+    """Return the driver's version, such as 580.159; "" where nothing says."""
+    with _device() as (library, _):
+        text = ctypes.create_string_buffer(96)
+        if library is None or library.nvmlSystemGetDriverVersion(text, ctypes.c_uint(len(text))):
+            return ""
+        return text.value.decode()
+
+
 @contextmanager
 def _device() -> Iterator[tuple[ctypes.CDLL | None, ctypes.c_void_p]]:
     handle = ctypes.c_void_p()
