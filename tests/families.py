@@ -2,7 +2,7 @@
 
     PYTHONPATH=tests python tests/families.py FOLDER
 
-builds the packages into FOLDER/NAME-fp16 and FOLDER/NAME-w4, for machines that only run them
+builds the packages FOLDER/NAME-fp16 and FOLDER/NAME-w4, for machines that only run them
 (tests/gpu/test_families.py).
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import random
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -668,8 +669,15 @@ def build_packages(name: str, folder: Path, case: FamilyCase | None = None, **so
     return Built(case, checkpoint, awq, roots["fp16"], roots["w4"])
 
 
+def main(folder: Path) -> None:
+    """Build every package into a folder, and keep nothing else."""
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        for name in CASES:
+            built = build_packages(name, Path(scratch))
+            for root in (built.fp16, built.w4):
+                root.replace(folder / root.name)
+            print(name)
+
+
 if __name__ == "__main__":
-    target = Path(sys.argv[1])
-    for case_name in CASES:
-        build_packages(case_name, target)
-        print(case_name)
+    main(Path(sys.argv[1]))
