@@ -14,6 +14,7 @@ from device_runtime.package_format.model_config import ModelConfig
 from device_runtime.package_format.package import open_package
 from device_runtime.package_format.workspace import WorkspaceWriter
 from host_tools.checkpoint import Checkpoint
+from host_tools.checkpoint.families import QWEN1
 from host_tools.lmdeploy.limits import check_model_name, check_runs
 from host_tools.lmdeploy.tree import TOP_LEVEL, is_tree, remove_tree, write_tree
 from host_tools.origin import read_origin
@@ -133,7 +134,8 @@ def is_converted(stage: Stage) -> bool:
 def target_model(checkpoint: Checkpoint, options: ConvertOptions) -> ModelConfig:
     """Return the model as the workspace will hold it.
 
-    bf16 checkpoints stay bf16, everything else becomes fp16 or stays int4 (spec section 1.2).
+    bf16 checkpoints stay bf16, Qwen-1 becomes bf16 whatever its config says, everything else
+    becomes fp16 or stays int4 (spec section 1.2).
 
     Raises:
         UsageError: the group size asked for is not the checkpoint's.
@@ -147,7 +149,8 @@ def target_model(checkpoint: Checkpoint, options: ConvertOptions) -> ModelConfig
             "leave the option out or quantize again"
         )
     stated = checkpoint.config.get("torch_dtype", checkpoint.config.get("dtype"))
-    if model.weight_type == "fp16" and stated == "bfloat16":
+    is_bf16 = stated == "bfloat16" or checkpoint.family.name == QWEN1
+    if model.weight_type == "fp16" and is_bf16:
         model = replace(model, weight_type="bf16")
     if options.engine == LMDEPLOY:
         # It knows no tied heads: without the file it would run on whatever memory holds.

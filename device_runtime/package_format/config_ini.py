@@ -134,8 +134,11 @@ class TurboMindConfig:
     def from_model(
         cls, model: ModelConfig, *, model_name: str, start_id: int, end_id: int, session_len: int
     ) -> TurboMindConfig:
-        """Return what ``convert`` writes for a model; use `dataclasses.replace` for settings."""
-        is_dynamic = model.rope_scaling.kind == "dynamic"
+        """Return what ``convert`` writes for a model; use `dataclasses.replace` for settings.
+
+        As v0.2.3 does, it leaves rope_scaling_factor at 0 even for a model of dynamic rope scaling
+        (spec section 3); ours is in the manifest.
+        """
         return cls(
             model_name=model_name,
             tensor_para_size=model.tensor_para_size,
@@ -155,7 +158,6 @@ class TurboMindConfig:
             size_per_head=model.head_dim,
             group_size=model.group_size,
             max_position_embeddings=model.max_position_embeddings,
-            rope_scaling_factor=float(model.rope_scaling.factor) if is_dynamic else 0.0,
             use_logn_attn=int(model.use_logn_attn),
         )
 

@@ -16,12 +16,16 @@ from host_tools.checkpoint.family import (
 __all__ = [
     "FAMILIES",
     "LINEARS",
+    "QWEN1",
     "Family",
     "LogicalLinear",
     "QkvLayout",
     "SourceLinear",
     "find_family",
 ]
+
+QWEN1 = "qwen"
+"""The family whose float weights LMDeploy writes as bf16 whatever its config says."""
 
 _ATTENTION_BIAS = BiasRule("attention_bias")
 _INTERNLM_BIAS = BiasRule("bias", default=True)
@@ -77,7 +81,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     # Qwen 1; intermediate_size counts w1 (up) and w2 (gate) together.
     Family(
-        name="qwen",
+        name=QWEN1,
         architectures=("QWenLMHeadModel",),
         qkv=("attn.c_attn",),
         qkv_layout="stacked",

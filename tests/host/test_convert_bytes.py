@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from spec_workspace import awq_words, model_files
+from spec_workspace import _unpacked, awq_words, model_files
 from tiny_checkpoints import add_biases, llama_tensors, write_checkpoint
 from tiny_tokenizer import VOCAB_SIZE, write_tokenizer
 
@@ -164,28 +164,119 @@ def test_floats_of_an_int4_model_are_fp16_even_from_bf16(tmp_path):
     check(tmp_path, GQA_64, GQA_64.config(torch_dtype="bfloat16"), tensors, 1)
 
 
-def test_internlm2_query_groups_come_apart_into_the_same_files(tmp_path):
-    separate = llama_tensors(GQA_64.config())
-    fused = {}
-    names = {"self_attn.o_proj": "attention.wo", "mlp.gate_proj": "feed_forward.w1",
-             "mlp.up_proj": "feed_forward.w3", "mlp.down_proj": "feed_forward.w2",
-             "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm",
-             "model.embed_tokens": "model.tok_embeddings", "lm_head": "output"}  # fmt: skip
-    for name, value in separate.items():
-        if any(f".{part}_proj" in name for part in "qkv"):
-            continue
-        for old, new in names.items():
-            name = name.replace(old, new)
-        fused[name] = value
-    for layer in range(2):
-        q, k, v = (separate[f"model.layers.{layer}.self_attn.{p}_proj.weight"] for p in "qkv")
-        # per kv head: H / HK = 2 query heads, then the key head, then the value head
-        rows = [
-            part
-            for g in range(4)
-            for part in (q[g * 128 : (g + 1) * 128], k[g * 64 :][:64], v[g * 64 :][:64])
-        ]
-        fused[f"model.layers.{layer}.attention.wqkv.weight"] = torch.cat(rows)
-    config = GQA_64.config(architectures=["InternLM2ForCausalLM"], bias=False)
-    found = converted_files(tmp_path, config, fused, 2)
-    assert found == model_files(separate, GQA_64, 2, torch.float16)
+@dataclass(frozen=True)
+class FusedFamily:
+    """How a family's checkpoint differs from the Llama of the same weights."""
+
+    architecture: str
+    qkv: str
+    is_grouped: bool
+    names: dict
+    config: dict
+    has_bias: bool = False
+
+
+def renamed(*pairs):
+    return dict(pairs)
+
+
+FUSED = {
+    "internlm2": FusedFamily(
+        "InternLM2ForCausalLM",
+        "attention.wqkv",
+        True,
+        renamed(
+            ("self_attn.o_proj", "attention.wo"), ("mlp.gate_proj", "feed_forward.w1"),
+            ("mlp.up_proj", "feed_forward.w3"), ("mlp.down_proj", "feed_forward.w2"),
+            ("input_layernorm", "attention_norm"), ("post_attention_layernorm", "ffn_norm"),
+            ("model.embed_tokens", "model.tok_embeddings"), ("lm_head", "output"),
+        ),
+        {"bias": False},
+    ),
+    "baichuan2": FusedFamily("BaichuanForCausalLM", "self_attn.W_pack", False, {}, {}),
+    "qwen": FusedFamily(
+        "QWenLMHeadModel",
+        "attn.c_attn",
+        False,
+        renamed(
+            ("self_attn.o_proj", "attn.c_proj"), ("mlp.gate_proj", "mlp.w2"),
+            ("mlp.up_proj", "mlp.w1"), ("mlp.down_proj", "mlp.c_proj"),
+            ("input_layernorm", "ln_1"), ("post_attention_layernorm", "ln_2"),
+            ("model.layers.", "transformer.h."), ("model.embed_tokens", "transformer.wte"),
+            ("model.norm", "transformer.ln_f"),
+        ),
+        {
+            "model_type": "qwen", "kv_channels": 128, "intermediate_size": 1024,
+            "layer_norm_epsilon": 1e-5, "rotary_emb_base": 10000, "seq_length": 256,
+        },
+        has_bias=True,
+    ),
+}  # fmt: skip
+
+
+def fused_rows(q, k, v, shape, is_grouped):
+    """[rows, ...]: per KV head its queries, its key, its value; or all q, all k, all v."""
+    if not is_grouped:
+        return torch.cat([q, k, v])
+    d, group = shape.head_dim, shape.num_heads // shape.num_kv_heads
+    parts = []
+    for head in range(shape.num_kv_heads):
+        parts += [q[head * group * d : (head + 1) * group * d], k[head * d : (head + 1) * d]]
+        parts.append(v[head * d : (head + 1) * d])
+    return torch.cat(parts)
+
+
+def fused_checkpoint(separate, family, shape):
+    """The tensors under the family's names, q, k and v as one module."""
+
+    def of(layer, part, kind):
+        tensor = separate[f"model.layers.{layer}.self_attn.{part}_proj.{kind}"]
+        if kind in ("qweight", "qzeros"):
+            return torch.from_numpy(_unpacked(tensor.numpy()).T.copy())
+        return tensor.T if kind == "scales" else tensor
+
+    tensors = {
+        name: value
+        for name, value in separate.items()
+        if not any(f".{part}_proj." in name for part in "qkv")
+    }
+    for layer in range(shape.num_hidden_layers):
+        for kind in ("weight", "bias", "qweight", "qzeros", "scales"):
+            if f"model.layers.{layer}.self_attn.q_proj.{kind}" not in separate:
+                continue
+            rows = fused_rows(*(of(layer, p, kind) for p in "qkv"), shape, family.is_grouped)
+            if kind in ("qweight", "qzeros"):
+                rows = torch.from_numpy(awq_words(rows.numpy().T))
+            elif kind == "scales":
+                rows = rows.T.contiguous()
+            tensors[f"model.layers.{layer}.{family.qkv}.{kind}"] = rows
+    for old, new in family.names.items():
+        tensors = {name.replace(old, new): value for name, value in tensors.items()}
+    return tensors
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("is_int4", [False, True], ids=["float", "int4"])
+@pytest.mark.parametrize("name", FUSED)
+def test_fused_families_come_apart_into_the_same_files(tmp_path, name, is_int4, tp):
+    family = FUSED[name]
+    # Baichuan and Qwen-1 have as many KV heads as heads.
+    shape = Shape(128, 4, 2 if family.is_grouped and tp < 4 else 4, 128, 512, 1)
+    stated = shape.config(architectures=[family.architecture], **family.config)
+    if not family.is_grouped:
+        del stated["num_key_value_heads"]
+    # LMDeploy writes float Qwen-1 as bf16 (spec section 1.2).
+    dtype = torch.bfloat16 if name == "qwen" and not is_int4 else torch.float16
+    dense = llama_tensors(shape.config(), dtype=dtype)
+    if family.has_bias:
+        add_biases(dense, ("q_proj", "k_proj", "v_proj"))
+    separate = int4_tensors(shape, 128) if is_int4 else dict(dense)
+    separate |= {key: value for key, value in dense.items() if key.endswith(".bias")}
+    found = converted_files(tmp_path, stated, fused_checkpoint(separate, family, shape), tp)
+    if name == "baichuan2":
+        head = separate["lm_head.weight"]
+        separate["lm_head.weight"] = torch.nn.functional.normalize(head)
+    expected = model_files(separate, shape, tp, dtype)
+    assert sorted(found) == sorted(expected)
+    for key, data in expected.items():
+        assert found[key] == data, key

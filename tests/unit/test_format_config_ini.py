@@ -111,9 +111,16 @@ def test_model_and_config_agree_both_ways():
         INT4,
         FP16,
         dataclasses.replace(FP16, weight_type="bf16", has_attention_bias=True, use_logn_attn=True),
-        dataclasses.replace(INT4, rope_scaling=RopeScaling("dynamic", 2.5)),
     ):
         assert config_of(model).model_config() == model
+
+
+def test_dynamic_rope_scaling_is_not_written_as_lmdeploy_does_not():
+    dynamic = dataclasses.replace(INT4, rope_scaling=RopeScaling("dynamic", 2.5))
+    assert config_of(dynamic).to_text() == config_of(INT4).to_text()
+    text = with_value("rope_scaling_factor", "2.5")
+    model = TurboMindConfig.from_text(text).model_config()
+    assert model.rope_scaling == RopeScaling("dynamic", 2.5)
 
 
 def test_fp32_weights_lie_on_disk_as_fp16():
