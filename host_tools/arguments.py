@@ -121,6 +121,13 @@ def kernels_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def report_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``report``."""
+    parser.add_argument(
+        "work_dir", type=Path, metavar="WORK", help="work folder of a build, X.work beside X.tgz"
+    )
+
+
 def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``evaluate``."""
     defaults = EvaluateOptions()
@@ -141,6 +148,9 @@ def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         int,
         None,
         "KV format of packages: 0, 4 or 8 (default: config.ini's)",
+    )
+    parser.add_argument(
+        "--work-dir", type=Path, metavar="WORK", help="of a build, to add the table to its report"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 

@@ -38,11 +38,10 @@ from host_tools.plan import plan_config
 from host_tools.precision_cost import measure_costs
 from host_tools.progress import Progress
 from host_tools.quantize import quantize
+from host_tools.report import AWQ_DIR, CHECKPOINT_DIR, WORKSPACE_DIR, write_report
+from host_tools.report_data import ArchiveFacts, StageFigures
+from host_tools.report_records import BuildRecord, write_build_record
 from host_tools.stage import exclusive, read_record
-
-CHECKPOINT_DIR = "checkpoint"
-AWQ_DIR = "awq"
-WORKSPACE_DIR = "turbomind"
 
 
 @dataclass(frozen=True)
@@ -75,12 +74,14 @@ class BuildReport:
         name: the package's name.
         stages: in order.
         memory: the arithmetic for each target board.
+        page: the report, report.html of the work folder.
     """
 
     archive: Path
     name: str
     stages: tuple[StageReport, ...]
     memory: tuple[PlannedMemory, ...]
+    page: Path
 
 
 def build(
@@ -168,7 +169,24 @@ class _Build:
             "pack", work, lambda: pack_once(workspace, self._output, work, packer, progress)
         )
         manifest = planned_manifest(open_package(workspace), packer, Progress())
-        return BuildReport(self._output, manifest.name, tuple(self._reports), manifest.memory)
+        page = self._write_report()
+        return BuildReport(self._output, manifest.name, tuple(self._reports), manifest.memory, page)
+
+    def _write_report(self) -> Path:
+        """Note what the stages took and draw the report of the work folder."""
+        packed = read_record(self._work, "pack")
+        archive = ArchiveFacts(
+            self._output.name,
+            self._output.stat().st_size,
+            packed.hashes[0] if packed and packed.hashes else "",
+        )
+        stages = tuple(
+            StageFigures(stage.name, stage.seconds_s, stage.peak_anon_bytes, stage.size_bytes)
+            for stage in self._reports
+        )
+        kept = frozenset(stage.name for stage in self._reports if stage.is_kept)
+        write_build_record(self._work, BuildRecord(self._options.target, archive, stages), kept)
+        return write_report(self._work)
 
     def _costs(self, weights_dir: Path, workspace: Path, device: str) -> Path:
         measure_costs(weights_dir, workspace, self._work, device, self._progress)

@@ -24,6 +24,7 @@ VERBS = {
     "kv-qparams": "write the parameters of the static int8 KV cache",
     "pack": "write one archive for the target boards",
     "build": "all of these, from a source to the archive",
+    "report": "draw the report of a build again, with all that was measured since",
     "kernels": "compile the CUDA kernels for every board",
     "evaluate": "measure perplexity, of several targets side by side",
 }

@@ -104,7 +104,16 @@ def run_build(args: argparse.Namespace) -> int:
         print(json.dumps(plain_summary(report), indent=1))
     else:
         print_summary(report)
+        print(f"report: {report.page}", file=sys.stderr)
         print(report.archive)
+    return 0
+
+
+def run_report(args: argparse.Namespace) -> int:
+    """Draw the report of a work folder again and print the page."""
+    from host_tools.report import write_report
+
+    print(write_report(args.work_dir))
     return 0
 
 
@@ -113,6 +122,12 @@ def run_evaluate(args: argparse.Namespace) -> int:
     from host_tools.evaluate import evaluate
 
     report = evaluate(args.targets, evaluate_options(args), make_progress())
+    if args.work_dir is not None:
+        from host_tools.report import write_report
+        from host_tools.report_records import add_evaluation, evaluation_table
+
+        add_evaluation(args.work_dir, evaluation_table(report))
+        print(f"report: {write_report(args.work_dir)}", file=sys.stderr)
     if args.json:
         print(json.dumps(asdict(report), indent=1))
     else:

@@ -20,7 +20,8 @@ from device_runtime.package_format.workspace import WorkspaceWriter
 from host_tools.package_options import KvQparamsOptions
 from host_tools.progress import Progress
 from host_tools.stage import Stage
-from host_tools.statistics import KEY_STATS, VALUE_STATS
+from host_tools.statistics import KEY_STATS as KEY_STATS
+from host_tools.statistics import VALUE_STATS as VALUE_STATS
 
 KvScales = Literal["none", "asymmetric", "symmetric"]
 
@@ -133,8 +134,8 @@ def workspace_root(folder: Path) -> Path:
 
 def _scales(work_dir: Path, model: ModelConfig, options: KvQparamsOptions) -> list[list[KvScale]]:
     """Return the parameters of each layer's ranks, all computed before any is written."""
-    keys = _extrema(work_dir / KEY_STATS, model)
-    values = _extrema(work_dir / VALUE_STATS, model)
+    keys = read_extrema(work_dir / KEY_STATS, model)
+    values = read_extrema(work_dir / VALUE_STATS, model)
     ranks = model.tensor_para_size
     return [
         [
@@ -147,8 +148,8 @@ def _scales(work_dir: Path, model: ModelConfig, options: KvQparamsOptions) -> li
     ]
 
 
-def _extrema(path: Path, model: ModelConfig) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Return (min, max), each ``[num_kv_heads, head_dim]`` fp16, of every layer in order.
+def read_extrema(path: Path, model: ModelConfig) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Read (min, max), each ``[num_kv_heads, head_dim]`` fp16, of every layer in order.
 
     Raises:
         PackageError: the file is missing, damaged, or of another model.

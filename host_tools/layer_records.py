@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, get_args
 
 from device_runtime.errors import PackageError
 from device_runtime.package_format import strict_json
@@ -24,6 +24,7 @@ CLIP_STEPS = 40
 
 Record = TypeVar("Record")
 LinearName = Literal["q", "k", "v", "o", "gate", "up", "down"]
+LINEARS: tuple[LinearName, ...] = get_args(LinearName)
 
 
 @dataclass(frozen=True)

@@ -141,10 +141,12 @@ class StageRecord:
     Attributes:
         changed_ns: when it was written.
         size_bytes: of all outputs that are there.
+        hashes: sha256 of each output in hex, in the order of their names.
     """
 
     changed_ns: int
     size_bytes: int
+    hashes: tuple[str, ...]
 
 
 def read_record(folder: Path, name: str) -> StageRecord | None:
@@ -156,7 +158,8 @@ def read_record(folder: Path, name: str) -> StageRecord | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     found = [folder / output for output in outputs]
-    return StageRecord(changed_ns, sum(path.stat().st_size for path in found if path.is_file()))
+    size_bytes = sum(path.stat().st_size for path in found if path.is_file())
+    return StageRecord(changed_ns, size_bytes, tuple(str(value) for value in outputs.values()))
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """The whole pipeline on a tiny checkpoint: what comes out, what is kept, what a kill leaves."""
 
+import hashlib
 import multiprocessing
 import random
 import re
@@ -19,6 +20,8 @@ from host_tools.costs import read_costs
 from host_tools.options import CalibrateOptions
 from host_tools.package_options import BuildOptions, ConfigValues
 from host_tools.progress import Progress
+from host_tools.report import collect_report
+from host_tools.report_data import ArchiveFacts
 
 NUM_KILLS = 12
 
@@ -88,6 +91,24 @@ def test_every_stage_runs_in_order_and_the_package_installs(source, tmp_path):
         assert stage.peak_anon_bytes > 1 << 20
         assert stage.size_bytes > 0
         assert not stage.is_kept
+
+
+def test_a_build_leaves_a_report_of_what_it_made(source, tmp_path):
+    report = run(source, tmp_path)
+    assert report.page == tmp_path / "work" / "report.html"
+    found = collect_report(tmp_path / "work")
+    archive = (tmp_path / "x.tgz").read_bytes()
+    digest = hashlib.sha256(archive).hexdigest()
+    assert found.archive == ArchiveFacts("x.tgz", len(archive), digest)
+    assert digest in report.page.read_text(encoding="utf-8")
+    assert [stage.name for stage in found.stages] == [stage.name for stage in report.stages]
+    assert found.package.memory == report.memory
+    assert [found.layer for found in found.quantize.layers] == [0, 1]
+    assert [found.layer for found in found.kv_ranges] == [0, 1]
+    quantize = {stage.name: stage for stage in found.stages}["quantize"]
+    run(source, tmp_path)
+    again = {stage.name: stage for stage in collect_report(tmp_path / "work").stages}
+    assert again["quantize"] == quantize
 
 
 def test_a_second_build_keeps_every_stage_and_the_bytes(source, tmp_path):
