@@ -94,10 +94,12 @@ def _model_lines(package: Package) -> list[Line]:
     weights: str = model.weight_type
     if model.group_size:
         weights += f", groups of {model.group_size}"
-    if model.tie_word_embeddings:
-        weights += ", head tied to the embeddings"
-    elif model.head_type != "fp16":
+    if model.is_mixed:
+        weights += f", {len(model.fp16_linears)} matrices fp16"
+    if model.head_type != "fp16":
         weights += f", head {model.head_type}"
+    elif model.tie_word_embeddings:
+        weights += ", head tied to the embeddings"
     extras = [
         text
         for text, is_so in (

@@ -250,6 +250,19 @@ def test_info_names_what_is_special_about_a_model(tmp_path) -> None:
     package = dataclasses.replace(package, model=int8_head)
     lines = {line.label: line.text for line in package_lines(package, None)}
     assert lines["weights"] == "0 B: fp16, head int8"
+    kept = ("layers.0.attention.wo", "layers.1.feed_forward.w2")
+    mixed = dataclasses.replace(
+        int8_head,
+        weight_type="int4",
+        group_size=32,
+        fp16_linears=kept,
+        tie_word_embeddings=True,
+    )
+    lines = {
+        line.label: line.text
+        for line in package_lines(dataclasses.replace(package, model=mixed), None)
+    }
+    assert lines["weights"] == "0 B: int4, groups of 32, 2 matrices fp16, head int8"
 
 
 def test_info_and_verify_take_a_folder_too(turbojet, archives, tmp_path) -> None:
