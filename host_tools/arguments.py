@@ -181,6 +181,12 @@ def _fetch_options(parser: argparse.ArgumentParser) -> None:
             help=f"download {text} files that match; may be repeated",
         )
     _option(parser, "--max-workers", int, defaults.max_workers, "files downloaded at a time")
+    parser.add_argument(
+        "--adapter",
+        type=Path,
+        metavar="DIR",
+        help="folder of a LoRA adapter, merged into SOURCE while it is read",
+    )
 
 
 def _calibrate_options(parser: argparse.ArgumentParser) -> None:

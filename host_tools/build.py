@@ -223,7 +223,7 @@ class _Build:
         """Return how the workspace is written, its values planned for the boards."""
         options = self._options
         named = ConvertOptions(
-            options.model_name or default_name(self._source),
+            options.model_name or default_name(self._source, options.fetch.adapter),
             options.tp,
             template=options.template,
             head=options.head,

@@ -14,12 +14,16 @@ from host_tools.options import GROUP_SIZES
 _GGUF_QUANTIZATION = re.compile(r"[.-](I?Q\d|BF16|F16|F32)[A-Za-z0-9_]*$", re.IGNORECASE)
 
 
-def default_name(source: str) -> str:
+def default_name(source: str, adapter: Path | None = None) -> str:
     """Return the package's name when none is given: the source's own, without its path.
+
+    The name of an adapter follows after a hyphen.
 
     Raises:
         UsageError: the source is nothing we know.
     """
+    if adapter is not None:
+        return f"{default_name(source)}-{adapter.resolve().name}"
     found = parse_source(source)
     if isinstance(found, GgufSource):
         return _GGUF_QUANTIZATION.sub("", found.path.stem)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from device_runtime.package_format import names
+from device_runtime.templates.choose import CHAT_TEMPLATE_FILE
+from device_runtime.tokenization.added_tokens import ADDED_TOKENS, SPECIAL_TOKENS_MAP
+
 CONFIG_JSON = "config.json"
 
 SAFETENSORS = ".safetensors"
@@ -11,5 +15,28 @@ PYTHON = ".py"
 INDEX_SUFFIX = ".index.json"
 SINGLE_SAFETENSORS = f"model{SAFETENSORS}"
 SAFETENSORS_INDEX = f"{SINGLE_SAFETENSORS}{INDEX_SUFFIX}"
+
+VOCABULARY_FILES = (
+    names.TOKENIZER_JSON,
+    names.TOKENIZER_MODEL,
+    names.TOKENIZER_TIKTOKEN,
+    "vocab.json",
+)
+"""A folder with one of them has a tokenizer of its own."""
+
+TOKENIZER_FILES = (
+    *VOCABULARY_FILES,
+    "merges.txt",
+    names.TOKENIZER_CONFIG,
+    ADDED_TOKENS,
+    SPECIAL_TOKENS_MAP,
+    CHAT_TEMPLATE_FILE,
+)
+"""All of a tokenizer, chat template included."""
+
+ADAPTER_DIR = "adapter"
+"""Folder inside a checkpoint's that holds a LoRA adapter to be merged."""
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = (f"adapter_model{SAFETENSORS}", f"adapter_model{PICKLED}")
 
 GGUF = ".gguf"

@@ -137,7 +137,9 @@ def run_evaluate(args: argparse.Namespace) -> int:
 
 def fetch_options(args: argparse.Namespace) -> FetchOptions:
     """Return what was asked of the download."""
-    return FetchOptions(args.revision, tuple(args.include), tuple(args.exclude), args.max_workers)
+    return FetchOptions(
+        args.revision, tuple(args.include), tuple(args.exclude), args.max_workers, args.adapter
+    )
 
 
 def calibrate_options(args: argparse.Namespace) -> CalibrateOptions:

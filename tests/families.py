@@ -28,6 +28,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from device_runtime.package_format import int4
 from device_runtime.package_format.archive_reader import extract_archive
 from host_tools.build import build
+from host_tools.fetch.options import FetchOptions
 from host_tools.options import CalibrateOptions
 from host_tools.package_options import BuildOptions
 from host_tools.progress import Progress
@@ -640,14 +641,19 @@ def write_weights(folder: Path, state: dict, shards: int, *, is_pickled: bool) -
             save_file(part, folder / file, metadata={"format": "pt"})
 
 
-def build_packages(name: str, folder: Path, case: FamilyCase | None = None, **sources) -> Built:
+def build_packages(
+    name: str,
+    folder: Path,
+    case: FamilyCase | None = None,
+    fetch: FetchOptions = FetchOptions(),  # noqa: B008 - frozen
+) -> Built:
     """Take one family through the whole pipeline, in fp16 and in 4 bits.
 
     Args:
         name: of the case; also the package's.
         folder: gets everything.
         case: another than `CASES` has.
-        sources: more of `build`, such as ``adapter``.
+        fetch: an adapter to go over it.
     """
     case = case or CASES[name]
     checkpoint = write_checkpoint(case, folder / name)
@@ -658,12 +664,16 @@ def build_packages(name: str, folder: Path, case: FamilyCase | None = None, **so
     proof = partial(first_strings, count=NUM_PROOF_STRINGS)
     for kind, method in (("fp16", "none"), ("w4", "awq")):
         options = BuildOptions(
-            calibrate=calibration, method=method, target="orin-nano-8gb", kernels="none"
+            fetch=fetch,
+            calibrate=calibration,
+            method=method,
+            target="orin-nano-8gb",
+            kernels="none",
         )
         archive = folder / f"{name}-{kind}.tgz"
         work = folder / f"{name}-{kind}.work"
         with patch("host_tools.tokenizer_proof.first_strings", proof):
-            build(str(checkpoint), archive, work, options, Progress(), **sources)
+            build(str(checkpoint), archive, work, options, Progress())
         roots[kind] = extract_archive(archive, folder / f"{name}-{kind}").root
     awq = folder / f"{name}-w4.work" / "awq"
     return Built(case, checkpoint, awq, roots["fp16"], roots["w4"])

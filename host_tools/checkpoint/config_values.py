@@ -35,15 +35,22 @@ def read_json(path: Path) -> dict[str, object]:
 
 
 class ConfigReader:
-    """Typed access to one config.json by Llama's keys; every complaint names the key it has."""
+    """Typed access to one JSON object by Llama's keys; every complaint names the key it has."""
 
-    def __init__(self, config: Mapping[str, object], keys: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        config: Mapping[str, object],
+        keys: Mapping[str, str] | None = None,
+        what: str = "config.json",
+    ) -> None:
         """Wrap a config.
 
         Args:
             config: the parsed object.
             keys: what it calls Llama's keys, where it has other names for them.
+            what: names the file in errors.
         """
+        self._what = what
         self._config = config
         self._keys = keys or {}
 
@@ -62,7 +69,7 @@ class ConfigReader:
             return default
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_SIZE:
             raise PackageError(
-                f"config.json says {key} {shown(value)}, expected an integer from 1 to {MAX_SIZE}"
+                f"{self._what} says {key} {shown(value)}, expected an integer from 1 to {MAX_SIZE}"
             )
         return value
 
@@ -77,7 +84,9 @@ class ConfigReader:
             return default
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not is_number or not 0 < float(value) < math.inf:  # type: ignore[arg-type]
-            raise PackageError(f"config.json says {key} {shown(value)}, expected a positive number")
+            raise PackageError(
+                f"{self._what} says {key} {shown(value)}, expected a positive number"
+            )
         return float(value)  # type: ignore[arg-type]
 
     def text(self, key: str, default: str) -> str:
@@ -90,7 +99,7 @@ class ConfigReader:
         if value is None:
             return default
         if not isinstance(value, str):
-            raise PackageError(f"config.json says {key} {shown(value)}, expected a string")
+            raise PackageError(f"{self._what} says {key} {shown(value)}, expected a string")
         return value
 
     def items(self, key: str) -> list[object] | None:
@@ -101,7 +110,7 @@ class ConfigReader:
         """
         key, value = self._get(key)
         if value is not None and not isinstance(value, list):
-            raise PackageError(f"config.json says {key} {shown(value)}, expected a list")
+            raise PackageError(f"{self._what} says {key} {shown(value)}, expected a list")
         return value
 
     def section(self, key: str, keys: Mapping[str, str] | None = None) -> ConfigReader | None:
@@ -118,8 +127,8 @@ class ConfigReader:
         if value is None:
             return None
         if not isinstance(value, dict):
-            raise PackageError(f"config.json says {key} {shown(value)}, expected an object")
-        return ConfigReader(value, keys)
+            raise PackageError(f"{self._what} says {key} {shown(value)}, expected an object")
+        return ConfigReader(value, keys, self._what)
 
     def has(self, key: str) -> bool:
         """Tell whether the key is there and not null."""

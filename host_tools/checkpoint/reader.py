@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
@@ -13,6 +14,7 @@ from torch.nn import functional
 from device_runtime.errors import PackageError
 from device_runtime.package_format.model_config import ModelConfig
 from device_runtime.package_format.names import BIAS, WEIGHT
+from host_tools.checkpoint.adapter import Adapter
 from host_tools.checkpoint.config_reader import read_family, read_model
 from host_tools.checkpoint.config_values import read_json
 from host_tools.checkpoint.families import Family, LogicalLinear, SourceLinear
@@ -70,7 +72,7 @@ class Checkpoint:
 
     @classmethod
     def open(cls, path: Path) -> Checkpoint:
-        """Open a folder; headers alone are read.
+        """Open a folder; headers alone are read. A LoRA adapter in it is merged on the way.
 
         Raises:
             PackageError: the folder is no whole checkpoint of a family that we run.
@@ -80,12 +82,25 @@ class Checkpoint:
         config = read_json(path / CONFIG_JSON)
         family = read_family(config)
         files = TensorFiles.open(path)
+        if (adapter := Adapter.find(path)) is not None:
+            files = adapter.merged(files)
         packed = find_packed(path, config, files)
         model = read_model(config, family, packed.group_size if packed else 0)
         if packed is not None:
             kept = _kept(family, model.num_hidden_layers, packed)
             model = replace(model, fp16_linears=kept.fp16_linears)
         return cls(path, config, family, model, files, packed)
+
+    def over(self, files: TensorFiles, packed: PackedFormat) -> Checkpoint:
+        """Return the same model with other tensors of the same names, which are not checked.
+
+        Args:
+            files: tensors of some layers, as they were written here.
+            packed: reader of their 4-bit linears.
+        """
+        other = copy.copy(self)
+        other._files, other.packed = files, packed
+        return other
 
     @property
     def is_quantized(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -183,6 +183,10 @@ class TensorFiles:
             f"{folder} has no model.safetensors, pytorch_model.bin or shards of them, "
             f"name a folder with a whole checkpoint"
         )
+
+    def wrapped(self, wrap: Callable[[TensorFile], TensorFile]) -> TensorFiles:
+        """Return the same tensors, each file seen through what ``wrap`` makes of it."""
+        return TensorFiles({name: wrap(file) for name, file in self._files.items()})
 
     def __contains__(self, name: str) -> bool:
         return name in self._file_of

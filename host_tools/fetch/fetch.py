@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from device_runtime.errors import UsageError
 from device_runtime.package_format.durable import sync_folder, write_atomically
 from device_runtime.package_format.manifest import Provenance
+from host_tools.adapter_folder import adapt
 from host_tools.content_hash import content_files
 from host_tools.fetch.local import check_checkpoint
 from host_tools.fetch.options import FetchOptions
@@ -21,6 +23,8 @@ from host_tools.stage import RECORD_DIR, Setting, Stage, exclusive
 BEGUN = f"{RECORD_DIR}/fetch-begun.json"
 """What a folder is to become, written before the first byte of it."""
 PARTIAL = f"{RECORD_DIR}/partial"
+BASE_SUFFIX = "-base"
+"""Of the folder that a base is fetched into when an adapter goes over it."""
 
 
 def fetch(
@@ -34,11 +38,13 @@ def fetch(
     A local folder is checked and used where it lies: nothing is copied, ``output`` is not made.
     A model of ModelScope is downloaded into ``output``, a GGUF file dequantized into it; a second
     call finds the finished checkpoint and needs no network, an interrupted one goes on.
+    With an adapter ``output`` becomes the base under the adapter; a base that is not a local
+    folder is then made in ``OUTPUT-base``.
 
     Args:
         source: ModelScope id, alias, folder or GGUF file.
         output: folder for what is made.
-        options: revision and files of a download.
+        options: revision and files of a download; an adapter.
         progress: told bytes and facts.
 
     Raises:
@@ -48,6 +54,12 @@ def fetch(
         PackageError: what was found is no checkpoint, damaged or of a kind that does not run.
     """
     shown = progress or Progress()
+    if options.adapter is not None:
+        own = output.with_name(f"{output.name}{BASE_SUFFIX}")
+        base = fetch(source, own, replace(options, adapter=None), shown)
+        adapt(base, options.adapter, output, shown)
+        check_checkpoint(output)
+        return output
     found = parse_source(source)
     if not isinstance(found, HubSource) and options != FetchOptions():
         raise UsageError(

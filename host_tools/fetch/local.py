@@ -7,24 +7,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from device_runtime.errors import PackageError
-from device_runtime.package_format import names
-from device_runtime.tokenization.folder import ORIGINAL_FILES
 from host_tools.checkpoint_names import (
+    ADAPTER_CONFIG,
     CONFIG_JSON,
     GGUF,
     INDEX_SUFFIX,
     PICKLED,
     SAFETENSORS,
+    VOCABULARY_FILES,
 )
 
 MAX_CONFIG_BYTES = 4 << 20
 MAX_INDEX_BYTES = 32 << 20
-
-TOKENIZER_FILES = (
-    names.TOKENIZER_JSON,
-    *ORIGINAL_FILES,
-    "vocab.json",
-)
 
 
 def check_checkpoint(folder: Path) -> None:
@@ -33,6 +27,10 @@ def check_checkpoint(folder: Path) -> None:
     Raises:
         PackageError: one of them is missing or unreadable.
     """
+    if (folder / ADAPTER_CONFIG).is_file() and not (folder / CONFIG_JSON).is_file():
+        raise PackageError(
+            f"{folder} is an adapter without its base, name the base and give this one as --adapter"
+        )
     config = _read_object(folder / CONFIG_JSON, MAX_CONFIG_BYTES)
     if "architectures" not in config and "model_type" not in config:
         raise PackageError(
@@ -49,9 +47,9 @@ def check_checkpoint(folder: Path) -> None:
             f"{folder} lacks {len(missing)} weight files that its index names, such as "
             f"{missing[0]!r}, fetch it again"
         )
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    if not any((folder / name).is_file() for name in VOCABULARY_FILES):
         raise PackageError(
-            f"{folder} has no tokenizer, expected one of {', '.join(TOKENIZER_FILES)}"
+            f"{folder} has no tokenizer, expected one of {', '.join(VOCABULARY_FILES)}"
         )
 
 
