@@ -13,6 +13,7 @@ from pathlib import Path
 
 from device_runtime.errors import PackageError, UsageError
 from device_runtime.package_format.durable import write_atomically
+from host_tools.checkpoint_links import check_links
 from host_tools.checkpoint_names import (
     ADAPTER_CONFIG,
     ADAPTER_DIR,
@@ -48,8 +49,10 @@ def adapt(base: Path, adapter: Path, output: Path, progress: Progress) -> Path:
 
     Raises:
         UsageError: ``output`` holds something else.
-        PackageError: the base has an adapter already, or the adapter's folder lacks its files.
+        PackageError: the base has an adapter already, or the adapter's folder lacks its files or
+            has a link that leads out of it.
     """
+    check_links(adapter)
     _check_adapter(adapter)
     if (base / ADAPTER_DIR / ADAPTER_CONFIG).is_file():
         raise PackageError(f"{base} has an adapter already, name the base alone")

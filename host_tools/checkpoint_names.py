@@ -34,6 +34,9 @@ TOKENIZER_FILES = (
 )
 """All of a tokenizer, chat template included."""
 
+MAX_INDEX_BYTES = 16 << 20
+"""The index of the largest public checkpoints is below 10 MB; more is an attack or a mistake."""
+
 ADAPTER_DIR = "adapter"
 """Folder inside a checkpoint's that holds a LoRA adapter to be merged."""
 ADAPTER_CONFIG = "adapter_config.json"

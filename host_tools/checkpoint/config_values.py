@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 
 from device_runtime.errors import PackageError
 
 MAX_CONFIG_BYTES = 4 << 20
+MAX_NUMBER = 1e30
+"""No other number of a model is larger."""
 MAX_SIZE = 1 << 24
 """No size of a model in config.json is larger; keeps a lie from becoming an allocation."""
 
@@ -21,6 +22,8 @@ def read_json(path: Path) -> dict[str, object]:
         PackageError: the file is not there, is too large or holds no JSON object.
     """
     try:
+        if not path.is_file():  # a pipe would be waited for
+            raise FileNotFoundError(path)
         size = path.stat().st_size
         if size > MAX_CONFIG_BYTES:
             raise PackageError(f"{path.name} has {size} bytes, expected at most {MAX_CONFIG_BYTES}")
@@ -83,7 +86,8 @@ class ConfigReader:
         if value is None and default is not None:
             return default
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not is_number or not 0 < float(value) < math.inf:  # type: ignore[arg-type]
+        # Compared as it is: a large integer has no float.
+        if not is_number or not 0 < value <= MAX_NUMBER:  # type: ignore[operator]
             raise PackageError(
                 f"{self._what} says {key} {shown(value)}, expected a positive number"
             )

@@ -7,9 +7,7 @@ import re
 from pathlib import Path
 
 from device_runtime.errors import PackageError
-
-MAX_INDEX_BYTES = 32 << 20
-"""The index of the largest public checkpoints is below 10 MB; more is an attack or a mistake."""
+from host_tools.checkpoint_names import MAX_INDEX_BYTES
 
 _NUMBERED = re.compile(r"^(?P<stem>.+)-(?P<part>\d{5})-of-(?P<total>\d{5})\.(safetensors|bin)$")
 

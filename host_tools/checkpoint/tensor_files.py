@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -26,6 +27,9 @@ _SAFETENSORS_DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+MAX_HEADER_BYTES = 16 << 20
+"""Names, dtypes and shapes of one file; those of the largest public shards take less than 1 MB."""
+
 _UNPICKLING_ERRORS = (
     pickle.UnpicklingError,
     RuntimeError,
@@ -60,6 +64,7 @@ class SafetensorsFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        _check_header(path)
         try:
             self._file: Any = safe_open(path, framework="pt", device="cpu")
         except (SafetensorError, OSError) as error:
@@ -95,6 +100,7 @@ class PickledFile:
     """A ``pytorch_model*.bin`` file, read with torch's unpickler that knows tensors alone."""
 
     def __init__(self, path: Path) -> None:
+        _check_archive(path)
         try:
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except _UNPICKLING_ERRORS as error:
@@ -107,8 +113,10 @@ class PickledFile:
         for name, value in loaded.items():
             if not isinstance(name, str) or not isinstance(value, torch.Tensor):
                 raise PackageError(f"{path.name} holds {str(name)[:80]!r}, which is no tensor")
-            # A stride of 0 would let a small file claim any size.
-            if value.is_sparse or value.numel() > value.untyped_storage().nbytes():
+            # A stride of 0 would let a small file claim any size, and so would a tensor without
+            # memory (device meta) or with another layout.
+            is_plain = value.layout == torch.strided and value.device.type == "cpu"
+            if not is_plain or value.numel() > value.untyped_storage().nbytes():
                 raise PackageError(
                     f"tensor {name[:80]} of {path.name} claims {value.numel()} elements, "
                     f"more than the file holds"
@@ -222,6 +230,47 @@ class TensorFiles:
                     f"{index_name} says that tensor {name[:80]} is in {file_name}, "
                     f"which does not hold it; fetch the checkpoint again"
                 )
+
+
+def _check_header(path: Path) -> None:
+    """Look at the length of a safetensors header before the library reads it as JSON.
+
+    Raises:
+        PackageError: it is longer than any checkpoint's.
+    """
+    try:
+        with path.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if MAX_HEADER_BYTES < length <= path.stat().st_size:
+                raise PackageError(
+                    f"{path.name} has a header of {length} bytes, expected at most "
+                    f"{MAX_HEADER_BYTES}; it is no shard of a checkpoint"
+                )
+    except OSError as error:
+        raise PackageError(f"{path.name} cannot be read ({error.strerror})") from error
+
+
+def _check_archive(path: Path) -> None:
+    """Look at the sizes in a torch file, which is a zip archive of stored entries.
+
+    What is no archive is left to torch, which says so.
+
+    Raises:
+        PackageError: an entry is compressed, so that it may become any size, or the pickle is huge.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return
+    for entry in entries:
+        is_huge = entry.filename.endswith(".pkl") and entry.file_size > MAX_HEADER_BYTES
+        if entry.compress_type != zipfile.ZIP_STORED or is_huge:
+            raise PackageError(
+                f"{path.name} is no plain torch file of tensors ({entry.filename[:60]!a} has "
+                f"{entry.file_size} bytes in {entry.compress_size}); nothing in it was executed, "
+                f"get the safetensors version of the checkpoint"
+            )
 
 
 def _first_line(error: BaseException) -> str:

@@ -7,26 +7,28 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from device_runtime.errors import PackageError
+from host_tools.checkpoint_links import check_links
 from host_tools.checkpoint_names import (
     ADAPTER_CONFIG,
     CONFIG_JSON,
     GGUF,
     INDEX_SUFFIX,
+    MAX_INDEX_BYTES,
     PICKLED,
     SAFETENSORS,
     VOCABULARY_FILES,
 )
 
 MAX_CONFIG_BYTES = 4 << 20
-MAX_INDEX_BYTES = 32 << 20
 
 
 def check_checkpoint(folder: Path) -> None:
     """Check that a folder has a config, weights, every shard of its index, and a tokenizer.
 
     Raises:
-        PackageError: one of them is missing or unreadable.
+        PackageError: one of them is missing or unreadable, or a link leads out of the folder.
     """
+    check_links(folder)
     if (folder / ADAPTER_CONFIG).is_file() and not (folder / CONFIG_JSON).is_file():
         raise PackageError(
             f"{folder} is an adapter without its base, name the base and give this one as --adapter"
@@ -73,6 +75,8 @@ def _indexed_files(folder: Path) -> Iterator[str]:
 
 def _read_object(path: Path, max_bytes: int) -> dict[str, object]:
     try:
+        if not path.is_file():  # a pipe would be waited for
+            raise FileNotFoundError(path)
         size = path.stat().st_size
         if size > max_bytes:
             raise PackageError(f"{path} has {size} bytes, expected at most {max_bytes}")

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from device_runtime.errors import PackageError
 from host_tools.checkpoint import Checkpoint
 from host_tools.checkpoint.config_values import MAX_CONFIG_BYTES
-from host_tools.checkpoint.shard_index import MAX_INDEX_BYTES
+from host_tools.checkpoint_names import MAX_INDEX_BYTES
 from host_tools.checkpoint.tensor_files import TensorFiles
 
 INDEX = "model.safetensors.index.json"
