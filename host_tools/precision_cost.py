@@ -38,7 +38,7 @@ from host_tools.progress import Progress
 from host_tools.stage import Stage
 from host_tools.tokenizer_folder import SourceTokenizer
 
-NUM_SAMPLES = 8
+NUM_SAMPLES = 4
 SEQLEN = 512
 ROWS_AT_ONCE = 256
 STAGE_VERSION = 1
