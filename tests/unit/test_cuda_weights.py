@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
 
 import numpy as np
@@ -12,7 +14,7 @@ from tiny_package import make_package, tiny_model
 from device_runtime.backends.cuda import loader
 from device_runtime.backends.cuda.arena import allocate_arena
 from device_runtime.backends.cuda.driver import CudaDriver
-from device_runtime.backends.cuda.loader import load_weights, plan_fills
+from device_runtime.backends.cuda.loader import drop_from_page_cache, load_weights, plan_fills
 from device_runtime.backends.cuda.loader_pairs import load_pairs
 from device_runtime.backends.cuda.weights import (
     layer_name,
@@ -29,7 +31,10 @@ TWO_RANKS = tiny_model(tensor_para_size=2, has_attention_bias=True, vocab_size=3
 
 def load(root, monkeypatch) -> dict[str, np.ndarray]:
     """Load a package on the fake device; return the bytes of each tensor."""
-    fake = install(monkeypatch)
+    return load_with(install(monkeypatch), root)
+
+
+def load_with(fake, root) -> dict[str, np.ndarray]:
     package = open_package(root)
     layout = weight_layout(package.model)
     with CudaDriver() as driver:
@@ -164,6 +169,47 @@ def test_the_page_cache_is_told_to_forget_every_file(tmp_path, monkeypatch) -> N
     load(made.root, monkeypatch)
     files = len(weight_layout(made.model).pieces)
     assert advised == [(0, 0, os.POSIX_FADV_DONTNEED)] * files
+
+
+def test_loading_leaves_the_page_cache_and_64_mb_of_pinned_memory_as_it_should(
+    tmp_path, monkeypatch
+) -> None:
+    # A file of 8 MiB, so that what is left of it in the page cache is no accident.
+    model = tiny_model(vocab_size=1 << 15)
+    made = make_package(tmp_path / "tiny", model)
+    fake = install(monkeypatch)
+    pinned = []
+    allocate = fake.do_cuMemHostAlloc
+    monkeypatch.setattr(
+        type(fake),
+        "do_cuMemHostAlloc",
+        lambda self, pointer, size, flags: (
+            allocate(pointer, size, flags),
+            pinned.append(sum(len(block) for block in self.pinned.values())),
+            0,
+        )[-1],
+    )
+    path = made.root / names.weight_path(names.TOK_EMBEDDINGS)
+    drop_from_page_cache(path)
+    if cached_share(path) > 0.01:
+        pytest.skip("this file system keeps files in memory; it runs where /tmp is a disk")
+    path.read_bytes()
+    assert cached_share(path) == 1.0
+    load_with(fake, made.root)
+    assert cached_share(path) < 0.01
+    assert max(pinned) <= 64 << 20
+
+
+def cached_share(path) -> float:
+    """Return the share of a file's pages that the page cache holds (mincore(2))."""
+    library = ctypes.CDLL(None, use_errno=True)
+    size = path.stat().st_size
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), size, mmap.MAP_PRIVATE) as view:
+        pages = -(-size // mmap.PAGESIZE)
+        flags = (ctypes.c_ubyte * pages)()
+        address = np.frombuffer(view, np.uint8).ctypes.data
+        assert library.mincore(ctypes.c_void_p(address), ctypes.c_size_t(size), flags) == 0
+        return sum(flag & 1 for flag in flags) / pages
 
 
 def test_a_file_that_shrank_while_it_is_read_is_told(tmp_path, monkeypatch) -> None:

@@ -10,13 +10,14 @@ from emulator import emulator
 from fake_cuda import install, write_cubins
 
 from device_runtime import cli
-from device_runtime.backends.cuda import selftest_attention, selftest_linear
+from device_runtime.backends.cuda import selftest_linear, selftest_sampling
 from device_runtime.backends.cuda.array_launch import ArrayLaunch
 from device_runtime.backends.cuda.driver import CudaDriver
 from device_runtime.backends.cuda.kernel_set import KernelSet
 from device_runtime.backends.cuda.selftest_linear import Check, relative_error
 from device_runtime.errors import DeviceError
 from device_runtime.kernels.cubins import SOURCES
+from device_runtime.kernels.table import KERNELS
 
 needs_compiler = pytest.mark.skipif(
     not emulator.has_compiler(), reason="g++ builds the kernels for the CPU; CI has it"
@@ -42,8 +43,8 @@ class EmulatedRun:
 @pytest.mark.parametrize(
     "checks",
     [
-        selftest_attention.check_embedding,
-        selftest_attention.check_sampling,
+        selftest_sampling.check_embedding,
+        selftest_sampling.check_sampling,
         selftest_linear.check_norm_and_head,
     ],
 )
@@ -58,6 +59,13 @@ def test_one_wrong_number_fails_the_kernel_that_made_it() -> None:
     run = EmulatedRun(spoil="rms_norm_f16")
     found = list(selftest_linear.check_norm_and_head(run, np.random.default_rng(0)))
     assert [check.name for check in found if not check.is_passed] == ["rms_norm_f16"]
+
+
+def test_every_kernel_runs(tmp_path, monkeypatch) -> None:
+    launched = install(monkeypatch).launches
+    monkeypatch.setenv("TURBOJET_KERNELS", str(write_cubins(tmp_path, group_size=32)))
+    cli.main(["selftest"])
+    assert {launch.name for launch in launched} == {row.name for row in KERNELS}
 
 
 def test_an_error_that_is_no_number_does_not_pass() -> None:

@@ -17,7 +17,7 @@ from device_runtime.backends.cuda.programs import Memory, Programs
 from device_runtime.backends.cuda.sizes import step_limits
 from device_runtime.backends.cuda.support import check_model, sources_for
 from device_runtime.backends.cuda.weights import static_kv_parameters, weight_layout
-from device_runtime.backends.cuda.workspace import StepLimits
+from device_runtime.backends.cuda.workspace import SHARED, StepLimits
 from device_runtime.backends.memory_plan import MemoryPlan
 from device_runtime.backends.reference.kv_cache import read_kv_scales
 from device_runtime.backends.synthetic import SyntheticPackage
@@ -91,6 +91,7 @@ def load_memory(
     buffers = dict(zip(sizes, workspace.addresses, strict=True))
     for name, address in buffers.items():
         driver.fill(address, 0, -(-sizes[name] // 4), stream)
+    buffers |= {name: buffers[other] for name, other in SHARED.items()}
     places = layout.places(weights.addresses)
     if isinstance(package, SyntheticPackage):
         fill_weights(driver, stream, package, layout, places)

@@ -11,16 +11,17 @@ import numpy as np
 from device_runtime.backends.cuda.array_launch import ArrayLaunch
 from device_runtime.backends.cuda.driver import CudaDriver
 from device_runtime.backends.cuda.kernel_set import KernelSet, find_cubins
-from device_runtime.backends.cuda.selftest_attention import (
-    check_attention,
-    check_embedding,
-    check_sampling,
-)
+from device_runtime.backends.cuda.selftest_attention import check_attention
 from device_runtime.backends.cuda.selftest_linear import (
     Check,
     check_half,
     check_norm_and_head,
     check_quantized,
+)
+from device_runtime.backends.cuda.selftest_sampling import (
+    check_embedding,
+    check_probes,
+    check_sampling,
 )
 from device_runtime.errors import DeviceError
 from device_runtime.kernels.cubins import GROUP_SIZES, SOURCES, has_group_size
@@ -49,6 +50,7 @@ def run_checks(driver: CudaDriver, folders: tuple[Path, ...], seed: int = 0) -> 
             yield from check_half(run, rng)
             yield from check_attention(run, rng)
             yield from check_sampling(run, rng)
+            yield from check_probes(run)
         quantized = [source for source in SOURCES if has_group_size(source)]
         num_groups = 0
         for group_size in GROUP_SIZES:

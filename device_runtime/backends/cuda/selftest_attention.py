@@ -1,4 +1,4 @@
-"""The self test's attention and sampling: every entry point against its twin."""
+"""The self test's attention: every entry point against its twin."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from numpy.typing import NDArray
 
 from device_runtime.backends.cuda.array_launch import ArrayLaunch
 from device_runtime.backends.cuda.selftest_linear import Check, relative_error
-from device_runtime.backends.reference.sampler import sample
-from device_runtime.backends.sampling_params import SamplingParams
 from device_runtime.kernels.attention_shape import (
     DecodeAttentionShape,
     prefill_shared_bytes,
@@ -21,12 +19,6 @@ from device_runtime.kernels.attention_shape import (
 from device_runtime.kernels.reference import attention as twin
 from device_runtime.kernels.reference import embedding
 from device_runtime.kernels.reference.kv_pages import KvLayout
-from device_runtime.kernels.sampling_row import (
-    DRAW_SHARED_BYTES,
-    SAMPLING_ROW,
-    STOP_IDS,
-    sampling_row,
-)
 
 TOLERANCE = 2e-3
 _KINDS = {0: "half", 4: "static", 8: "online"}
@@ -61,81 +53,6 @@ def check_attention(run: ArrayLaunch, rng: np.random.Generator) -> Iterator[Chec
         want = state.expected(qkv, rotation, scales, positions, starts)
         yield Check(f"prefill_attention_{kind}", relative_error(out, want), TOLERANCE)
         yield _check_decode(run, kind, state, rng)
-
-
-def check_embedding(run: ArrayLaunch, rng: np.random.Generator) -> Iterator[Check]:
-    """Yield the check of the embedding and of the rotary angles."""
-    count, hidden, pairs = 5, 576, 32
-    table = rng.standard_normal((100, hidden)).astype(np.float16)
-    tokens = rng.integers(0, 100, count).astype(np.int32)
-    positions = rng.integers(0, 100_000, count).astype(np.int32)
-    turns = embedding.turns(10000.0 ** (-np.arange(pairs) / pairs))[None]
-    residual = np.full((count, hidden), np.nan, np.float32)
-    rotation = np.full((count, pairs, 2), np.nan, np.float32)
-    scales = np.full(count, np.nan, np.float32)
-    rows = np.zeros(count, np.int32)
-    arrays = (residual, rotation, scales, table, tokens, positions, rows, turns)
-    run("embed_f16", (1, count, 1), (*arrays, hidden, pairs, 4096, 0.125, 0.0))
-    exact = float(np.abs(residual - table[tokens].astype(np.float32)).max())
-    yield Check("embed_f16", exact, 0.0)
-    angles = float(np.abs(rotation - embedding.rotation(positions, turns[0])).max())
-    yield Check("embed_f16, angles", angles, 1e-6)
-
-
-def check_sampling(run: ArrayLaunch, rng: np.random.Generator) -> Iterator[Check]:
-    """Yield the check of the sampler: the share of rows that got another token."""
-    cases = [
-        SamplingParams(temperature=0.0),
-        SamplingParams(temperature=0.0, repetition_penalty=1.3),
-        SamplingParams(seed=1),
-        SamplingParams(seed=2, top_k=0, top_p=0.95, temperature=1.3),
-        SamplingParams(seed=3, top_k=0, top_p=1.0, min_p=0.05),
-        SamplingParams(seed=4, top_k=50, top_p=1.0, repetition_penalty=1.2),
-    ]
-    rows, vocab, ring_size = len(cases), 2000, 16
-    words = -(-vocab // 32)
-    logits = (3 * rng.standard_normal((rows, vocab))).astype(np.float32)
-    positions = rng.integers(0, 5000, rows).astype(np.int32)
-    tokens = rng.integers(0, vocab, 2 * rows).astype(np.int32)
-    owners = np.repeat(np.arange(rows, dtype=np.int32), 2)
-    seen = np.zeros((rows, words), np.uint32)
-    run("mark_seen", (1, 1, 1), (seen, tokens, owners, len(tokens), words))
-    flags = np.unpackbits(seen.view(np.uint8), axis=1, bitorder="little")[:, :vocab].astype(bool)
-    wanted_flags = np.zeros((rows, vocab), bool)
-    wanted_flags[owners, tokens] = True
-    yield Check("mark_seen", float((flags != wanted_flags).sum()), 0.0)
-    want = [
-        sample(logits[row], params, int(positions[row]) + 1, flags[row])
-        for row, params in enumerate(cases)
-    ]
-    chosen = np.full(rows, -1, np.int32)
-    ring = np.zeros((rows, ring_size), np.uint64)
-    records = np.concatenate([_record(params) for params in cases]).view(np.uint8)
-    top, best = np.zeros(rows, np.uint64), np.zeros(rows, np.uint64)
-    tickets = np.zeros(rows, np.uint32)
-    rules: tuple[Any, ...] = (
-        records,
-        np.full((rows, STOP_IDS), -1, np.int32),
-        np.full(rows, 1 << 30, np.int32),
-        None,
-    )
-    sizes = (vocab, vocab, words, ring_size)
-    state = (chosen, positions, seen, ring, logits)
-    run("sample_top_f32", (2, rows, 1), (top, best, tickets, *state, *rules, *sizes))
-    run("sample_draw_f32", (rows, 1, 1), (top, *state, *rules, *sizes), DRAW_SHARED_BYTES)
-    yield Check("sample_top_f32, sample_draw_f32", float((chosen != np.array(want)).mean()), 0.0)
-
-
-def _record(params: SamplingParams) -> NDArray[np.void]:
-    record: NDArray[np.void] = sampling_row(
-        temperature=params.temperature,
-        top_k=params.top_k,
-        top_p=params.top_p,
-        min_p=params.min_p,
-        penalty=params.repetition_penalty,
-        seed=params.seed,
-    )
-    return record.view(SAMPLING_ROW)
 
 
 class _Cache:

@@ -19,6 +19,8 @@ from device_runtime.package_format.model_config import ModelConfig
 RING_SIZE = 64
 """Tokens of a slot that the host may not have read yet; more than the steps that run ahead."""
 GEMM_TICKETS = 8192
+SHARED = {"mixed": "normed", "inner": "qkv"}
+"""Buffers that lie where another does, which has been read to its end before they are written."""
 SPLIT_UNITS = 12
 """Units of the KV cache (64 int8 or 32 fp16 tokens) that one block takes before a second helps."""
 MAX_SPLITS = 8
@@ -79,7 +81,7 @@ class StepLimits:
         )
 
     def buffers(self) -> dict[str, int]:
-        """Return the bytes of each buffer by name; all are zero at first.
+        """Return the bytes of each buffer but the `SHARED` ones by name; all are zero at first.
 
         ``no_rotation`` takes the place of ``rotation`` in layers without rope: (1, 0) throughout.
         """
@@ -87,10 +89,8 @@ class StepLimits:
         pairs = model.head_dim // 2
         return {
             "residual": 4 * rows * model.hidden_size,
-            "normed": 2 * rows * model.hidden_size,
-            "qkv": 2 * rows * model.qkv_size,
-            "mixed": 2 * rows * model.q_size,
-            "inner": 2 * rows * 2 * model.intermediate_size,
+            "normed": 2 * rows * max(model.hidden_size, model.q_size),
+            "qkv": 2 * rows * max(model.qkv_size, model.intermediate_size),
             "rotation": 8 * rows * pairs,
             "query_scale": 4 * rows,
             "partials": 4 * self.attention(self.width).partials_floats,
