@@ -11,6 +11,7 @@ from device_runtime.package_format.model_config import ModelConfig
 from host_tools.awq.awq_folder import write_awq_folder
 from host_tools.calibrate import CALIBRATION_TOKENS, CalibrationTokens, read_calibration_tokens
 from host_tools.checkpoint import Checkpoint
+from host_tools.checkpoint.mixed import kept_linears
 from host_tools.decoder.devices import choose_devices
 from host_tools.layer_records import write_quantize_record
 from host_tools.options import GROUP_SIZES, QuantizeOptions
@@ -21,7 +22,7 @@ from host_tools.progress import Progress
 from host_tools.quantize_layers import LayerQuantizer
 from host_tools.stage import RECORD_DIR, Stage, exclusive
 
-VERSION = 1
+VERSION = 2
 """Counted up when the same inputs start to give other codes."""
 
 
@@ -34,9 +35,10 @@ def quantize(
 ) -> Path:
     """Quantize the linears of every decoder layer on the windows that ``calibrate`` drew.
 
-    The layers are streamed once: each is run on the original's activations, its Gram matrices
-    give scales, clipping and codes, and they are gone before the next. Several devices search
-    layers at the same time. A killed run goes on with the layers that it had not finished and ends
+    The layers are streamed once, half a layer at a time: each half is run on the original's
+    activations and on those that the quantized model has so far; their second moments give scales
+    and codes, and are gone before the next. Several devices search the linears of a half at the
+    same time. A killed run goes on with the layers that it had not finished and ends
     with the same bytes. Where the time went is noted in the stage's record and told at the end.
 
     Args:
@@ -51,8 +53,8 @@ def quantize(
         ``output_dir``.
 
     Raises:
-        UsageError: the group size does not divide the model's inputs, or ``output_dir`` holds
-            something else.
+        UsageError: the group size does not divide the model's inputs, a pattern of linears that
+            stay fp16 matches none, or ``output_dir`` holds something else.
         PackageError: the checkpoint is damaged or quantized already, or not calibrated.
         DeviceError: the device is not there.
     """
@@ -67,10 +69,13 @@ def quantize(
         check_replaceable(output_dir, stage)
         checkpoint = Checkpoint.open(checkpoint_dir)
         check_quantizable(checkpoint, options.group_size)
+        kept = kept_linears(options.keep_fp16, checkpoint.model.num_hidden_layers)
+        for note in kept.notes:
+            progress.note(note)
         tokens = None if options.method == "rtn" else read_calibration_tokens(work_dir)
         with scratch_folder(work_dir / RECORD_DIR, stage) as scratch:
             devices = choose_devices(options.device, options.devices)
-            quantizer = LayerQuantizer(checkpoint, scratch, options, devices, times)
+            quantizer = LayerQuantizer(checkpoint, scratch, options, kept, devices, times)
             if tokens is None:
                 quantizer.round(progress)
             else:
@@ -107,6 +112,7 @@ def quantize_stage(
             "w_bits": options.w_bits,
             "group_size": options.group_size,
             "method": options.method,
+            "keep_fp16": tuple(sorted(set(options.keep_fp16))),
         },
         version=VERSION,
     )

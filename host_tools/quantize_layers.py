@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
 
-from device_runtime.errors import InternalError, PackageError
+from device_runtime.errors import PackageError
 from host_tools.awq.awq_folder import LayerFiles
-from host_tools.awq.gram import GramObserver
-from host_tools.awq.layer_solver import QuantizedLayer, round_layer, solve_layer
+from host_tools.awq.gram import CONSUMERS, GramObserver, Tap
+from host_tools.awq.layer_solver import LayerSolver, QuantizedLayer, round_layer
 from host_tools.checkpoint import Checkpoint
-from host_tools.checkpoint.linear_weights import LayerWeights
+from host_tools.checkpoint.linear_weights import linear_shape
+from host_tools.checkpoint.mixed import KeptLinears
 from host_tools.decoder.devices import place_activations, tensor_cores
-from host_tools.decoder.layer import SILENT
-from host_tools.decoder.prefetch import ready_layers
+from host_tools.decoder.layer import BLOCKS, DecoderLayer
+from host_tools.decoder.prefetch import ReadyLayer, ready_layers
 from host_tools.decoder.snapshots import Snapshots
-from host_tools.decoder.stream import LayerRunner
+from host_tools.decoder.stream import Activations, LayerRunner
 from host_tools.layer_records import (
     LayerRecord,
     LayerSeconds,
@@ -25,19 +27,32 @@ from host_tools.layer_records import (
     read_layer_record,
     write_layer_record,
 )
-from host_tools.layer_searches import (
-    LayerSearches,
-    SearchJob,
-    Solve,
-    SolvedLayer,
-    TakeMoments,
-)
+from host_tools.layer_writer import LayerWriter
 from host_tools.options import QuantizeOptions
-from host_tools.phase_times import DISK, FORWARD, PACKING, READING, PhaseTimes
+from host_tools.phase_times import DISK, FORWARD, PACKING, READING, SEARCH, PhaseTimes
 from host_tools.progress import Progress
+from host_tools.spread import Spread
 
 SNAPSHOT_INTERVAL_S = 60.0
 """Forward passes that a kill may cost; a finished layer is never searched again."""
+
+NUM_STREAMS = 2
+"""Residual streams: the original's, and that of what is quantized so far."""
+
+
+@dataclass(frozen=True)
+class SolvedLayer:
+    """A layer that waits to be stored.
+
+    Attributes:
+        index: number of the layer.
+        quantized: what the search gave.
+        seconds: what the layer took so far.
+    """
+
+    index: int
+    quantized: QuantizedLayer
+    seconds: LayerSeconds
 
 
 @dataclass(frozen=True)
@@ -48,6 +63,7 @@ class LayerQuantizer:
         checkpoint: dense.
         scratch: holds finished layers, their records and a snapshot of the activations.
         options: of the quantization.
+        kept: linears that stay fp16.
         devices: that search; the first runs the forward pass.
         times: hears of every phase.
     """
@@ -55,10 +71,11 @@ class LayerQuantizer:
     checkpoint: Checkpoint
     scratch: Path
     options: QuantizeOptions
+    kept: KeptLinears
     devices: tuple[torch.device, ...]
     times: PhaseTimes
 
-    @property
+    @cached_property
     def files(self) -> LayerFiles:
         """The finished layers."""
         return LayerFiles(self.scratch, self.checkpoint)
@@ -66,23 +83,24 @@ class LayerQuantizer:
     @torch.no_grad()
     def round(self, progress: Progress) -> None:
         """Round every layer that is not finished."""
-        unfinished = self.files.unfinished()
-
-        def solve(weights: LayerWeights, take_moments: TakeMoments | None) -> QuantizedLayer:
-            return round_layer(weights, self.options.group_size)
-
+        unfinished, device = self.files.unfinished(), self.devices[0]
         with (
-            self._searches(solve) as searches,
-            progress.task(f"round on {self._place}", self._num_layers, "layers") as task,
+            self._writer() as writer,
+            progress.task(f"round on {device}", self._num_layers, "layers") as task,
         ):
             task.move_to(self._num_layers - len(unfinished))
-            layers = ready_layers(self.checkpoint, unfinished, self.devices[0], self.times)
-            for ready in layers:
-                seconds = LayerSeconds(disk_s=ready.waited_s)
-                searches.submit(SearchJob(ready.index, ready.layer.weights, None, seconds))
-                del ready  # else it is there until the next one has come
+            for ready in ready_layers(self.checkpoint, unfinished, device, self.times):
+                with self.times.phase(SEARCH, device) as search:
+                    quantized = round_layer(
+                        ready.layer.weights,
+                        self.options.group_size,
+                        self.kept.of_layer(ready.index),
+                    )
+                seconds = LayerSeconds(disk_s=ready.waited_s, search_s=search.seconds_s)
+                writer.put(SolvedLayer(ready.index, quantized, seconds))
+                del ready, quantized  # else they are there until the next layer has come
                 task.advance()
-            searches.drain()
+            writer.drain()
 
     @torch.no_grad()
     def solve(self, token_ids: torch.Tensor, progress: Progress) -> None:
@@ -98,43 +116,37 @@ class LayerQuantizer:
         unfinished = frozenset(self.files.unfinished())
         if not unfinished:
             return
-        model, device = self.checkpoint.model, self.devices[0]
+        device = self.devices[0]
         snapshots = Snapshots(self.scratch, SNAPSHOT_INTERVAL_S)
-        with self.times.phase(READING, device):
-            activations = place_activations(model, token_ids, device, self.scratch)
-            start = snapshots.load([activations])
-            if start == 0 or start > min(unfinished):
-                start = 0
-                activations.fill(self.checkpoint, token_ids)
-        runner = LayerRunner(self.checkpoint, token_ids.shape[1], device)
-
-        def solve(weights: LayerWeights, take_moments: TakeMoments | None) -> QuantizedLayer:
-            if take_moments is None:
-                raise InternalError("a layer came to the search without its inputs' moments")
-            return solve_layer(weights, take_moments, model, self.options.group_size)
-
+        streams, start = self._streams(token_ids, snapshots, min(unfinished))
         indices = range(start, max(unfinished) + 1)
         with (
             tensor_cores(device),
-            self._searches(solve) as searches,
+            self._writer() as writer,
+            Spread(self.devices, self._search_costs()) as spread,
             progress.task(f"quantize on {self._place}", self._num_layers, "layers") as task,
         ):
+            run = _Run(
+                self,
+                LayerRunner(self.checkpoint, token_ids.shape[1], device),
+                streams,
+                writer,
+                spread,
+            )
             for ready in ready_layers(self.checkpoint, indices, device, self.times):
                 index = ready.index
-                seen = GramObserver() if index in unfinished else None
-                with self.times.phase(FORWARD, device) as forward:
-                    runner.advance(ready.layer, activations, seen or SILENT)
-                if seen is not None:
-                    seconds = LayerSeconds(forward_s=forward.seconds_s, disk_s=ready.waited_s)
-                    searches.submit(SearchJob(index, ready.layer.weights, seen.take, seconds))
-                del ready, seen  # else they are there until the next layer has come
+                if index in unfinished:
+                    run.search(ready)
+                else:
+                    run.pass_by(ready)
+                del ready  # else it is there until the next layer has come
                 if snapshots.is_due():
                     # No layer before a snapshot is looked at again.
-                    searches.drain()
+                    writer.drain()
                     with self.times.phase(DISK):
-                        snapshots.save(index + 1, [activations])
+                        snapshots.save(index + 1, streams)
                 task.move_to(index + 1)
-            searches.drain()
+            writer.drain()
 
     def record(self, fingerprint: str) -> QuantizeRecord:
         """Return what was noted about every layer, those of earlier runs included."""
@@ -154,8 +166,33 @@ class LayerQuantizer:
     def _place(self) -> str:
         return " and ".join(dict.fromkeys(str(device) for device in self.devices))
 
-    def _searches(self, solve: Solve) -> LayerSearches:
-        return LayerSearches(self.devices, solve, self._store, self.times)
+    def _streams(
+        self, token_ids: torch.Tensor, snapshots: Snapshots, first_unfinished: int
+    ) -> tuple[list[Activations], int]:
+        """Return the residual streams and the layer that they enter next."""
+        device = self.devices[0]
+        with self.times.phase(READING, device):
+            streams = place_activations(
+                self.checkpoint.model, token_ids, device, self.scratch, NUM_STREAMS
+            )
+            start = snapshots.load(streams)
+            if 0 < start <= first_unfinished:
+                return streams, start
+            for stream in streams:
+                stream.fill(self.checkpoint, token_ids)
+        return streams, 0
+
+    def _search_costs(self) -> dict[Tap, float]:
+        """Estimate each tap's search: products of its weights with a second-moment matrix."""
+        costs = {}
+        for tap, linears in CONSUMERS.items():
+            shapes = [linear_shape(self.checkpoint.model, name) for name in linears]
+            costs[tap] = float(sum(outputs for outputs, _ in shapes) * shapes[0][1] ** 2)
+        return costs
+
+    def _writer(self) -> LayerWriter[SolvedLayer]:
+        is_threaded = self.devices[0].type == "cuda"
+        return LayerWriter(self._store, self.times, is_threaded=is_threaded)
 
     def _store(self, solved: SolvedLayer) -> None:
         """Write a layer, then what was noted about it; a kill between the two loses the notes."""
@@ -169,7 +206,8 @@ class LayerQuantizer:
             packing_s=packing.seconds_s,
             disk_s=solved.seconds.disk_s + disk.seconds_s,
         )
-        write_layer_record(self._record_path(index), LayerRecord(index, (), seconds))
+        record = LayerRecord(index, solved.quantized.records, seconds)
+        write_layer_record(self._record_path(index), record)
 
     def _record_path(self, index: int) -> Path:
         return self.scratch / f"layer-{index:05d}.json"
@@ -179,6 +217,67 @@ class LayerQuantizer:
             return read_layer_record(self._record_path(index))
         except PackageError:
             return LayerRecord(index, ())
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What the layers of one run are taken through.
+
+    Attributes:
+        quantizer: whose layers they are.
+        runner: of the forward passes.
+        streams: the original's residual stream, then that of the quantized layers.
+        writer: of finished layers.
+        spread: of the searches.
+    """
+
+    quantizer: LayerQuantizer
+    runner: LayerRunner
+    streams: list[Activations]
+    writer: LayerWriter[SolvedLayer]
+    spread: Spread[Tap]
+
+    def search(self, ready: ReadyLayer) -> None:
+        """Quantize a layer, half after half, take the streams through it and have it stored."""
+        quantizer, device, model = self.quantizer, self.runner.device, ready.layer.model
+        times, is_pair = quantizer.times, len(self.streams) > 1
+        solver = LayerSolver(
+            ready.layer.weights,
+            model,
+            quantizer.options.group_size,
+            quantizer.kept.of_layer(ready.index),
+            self.spread.run,
+        )
+        forward_s = search_s = 0.0
+        for block in BLOCKS:
+            observer = GramObserver(len(self.streams))
+            with times.phase(FORWARD, device) as forward:
+                self.runner.advance_first(ready.layer, block, self.streams, observer)
+            with times.phase(SEARCH, device) as search:
+                weights = solver.solve(block, observer.take)
+            del observer
+            forward_s, search_s = forward_s + forward.seconds_s, search_s + search.seconds_s
+            if is_pair:
+                with times.phase(FORWARD, device) as forward:
+                    half = DecoderLayer.ready(weights, model, device)
+                    self.runner.advance(half, self.streams[1], blocks=(block,))
+                    del half
+                forward_s += forward.seconds_s
+            del weights
+        seconds = LayerSeconds(forward_s=forward_s, search_s=search_s, disk_s=ready.waited_s)
+        self.writer.put(SolvedLayer(ready.index, solver.result(), seconds))
+
+    def pass_by(self, ready: ReadyLayer) -> None:
+        """Take the streams through a layer that is finished."""
+        with self.quantizer.times.phase(FORWARD, self.runner.device):
+            self.runner.advance(ready.layer, self.streams[0])
+        for stream in self.streams[1:]:
+            with self.quantizer.times.phase(READING):
+                group_size = self.quantizer.options.group_size
+                stored = self.quantizer.files.read(ready.index, group_size)
+            with self.quantizer.times.phase(FORWARD, self.runner.device):
+                layer = DecoderLayer.ready(stored, ready.layer.model, self.runner.device)
+                self.runner.advance(layer, stream)
 
 
 def _device_name(device: torch.device) -> str:

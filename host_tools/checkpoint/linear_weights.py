@@ -11,6 +11,9 @@ from device_runtime.package_format import int4
 from device_runtime.package_format.model_config import ModelConfig
 from host_tools.checkpoint.families import LogicalLinear, QkvLayout
 
+MIN_NORMAL = float(torch.finfo(torch.float16).smallest_normal)
+"""A smaller scale counts as zero in the kernels (spec section 2.5)."""
+
 
 @dataclass(frozen=True)
 class DenseLinear:
@@ -57,7 +60,17 @@ class QuantizedLinear:
 
     def dense(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Return the dequantized weight ``[out, in]`` in ``dtype`` on ``device``."""
-        return self.weight.to(device=device, dtype=dtype)
+        if device.type == "cpu":
+            return self.weight.to(dtype)
+        return self.computed_on(device).to(dtype)
+
+    def computed_on(self, device: torch.device) -> torch.Tensor:
+        """Return :attr:`weight`, bit for bit, computed by torch on ``device``: codes travel."""
+        zeros, scales = self.zeros.to(device).float(), self.scales.to(device).float()
+        scales = torch.where(scales.abs() < MIN_NORMAL, torch.zeros_like(scales), scales)
+        codes = self.codes.to(device).view(len(zeros), self.group_size, -1)
+        steps = codes - zeros.unsqueeze(1)
+        return (steps * scales.unsqueeze(1)).flatten(0, 1).half().T.contiguous()
 
 
 Linear = DenseLinear | QuantizedLinear

@@ -16,8 +16,12 @@ from host_tools.decoder.stream import BATCH_TOKENS, Activations, choose_device
 USABLE_SHARE = 0.9
 """Of a GPU's free memory; the rest is for what the libraries take and for holes."""
 
+SMALL_GPU_BYTES = 8e9
+"""Where this much is enough with activations in host memory, no more is taken: a 7B fits a small
+GPU, and a larger one is left to others."""
+
 FACTOR_MATRICES = 4
-"""Matrices of the largest linear's inputs squared that a search holds beside the Gram matrices."""
+"""Matrices of the largest linear's inputs squared that a search holds beside the moments."""
 
 
 def choose_devices(device: str, devices: Sequence[str]) -> tuple[torch.device, ...]:
@@ -62,38 +66,56 @@ def tensor_cores(device: torch.device) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def working_bytes(model: ModelConfig, batch_tokens: int = BATCH_TOKENS) -> int:
+def working_bytes(model: ModelConfig, num_streams: int, seqlen: int) -> int:
     """Estimate what a layer's forward pass and search take on a GPU beside the activations.
 
-    Weights of the layer in fp32 and of the next as stored, the Gram matrices of four taps, the
-    larger of a batch's intermediates and a search's factorizations, all but the next layer fp32.
+    Weights of the layer in fp32 and of the next as stored; for each stream the second moments of
+    four taps, and for two the products with the residual stream; the larger of a batch's
+    intermediates and a search's factorizations. All but the next layer are fp32.
     """
-    hidden, inner = model.hidden_size, model.intermediate_size
-    weights = hidden * (model.qkv_size + model.q_size + 3 * inner)
-    grams = 2 * hidden**2 + model.q_size**2 + inner**2
-    batch = batch_tokens * (4 * inner + 8 * hidden + 3 * (model.qkv_size + model.q_size))
+    hidden, attention, inner = model.hidden_size, model.q_size, model.intermediate_size
+    weights = hidden * (model.qkv_size + attention + 3 * inner)
+    moments = num_streams * (2 * hidden**2 + attention**2 + inner**2)
+    if num_streams > 1:
+        moments += hidden * (attention + inner)
+    batch = max(BATCH_TOKENS, num_streams * seqlen) * (
+        4 * inner + 8 * hidden + 3 * (model.qkv_size + attention)
+    )
     search = FACTOR_MATRICES * max(hidden, inner) ** 2 + 4 * hidden * inner
-    return 6 * weights + 4 * (grams + max(batch, search))
+    return 6 * weights + 4 * (moments + max(batch, search))
 
 
 def place_activations(
-    model: ModelConfig, windows: torch.Tensor, device: torch.device, folder: Path
-) -> Activations:
-    """Make room for the residual stream of all windows where it costs least.
+    model: ModelConfig,
+    windows: torch.Tensor,
+    device: torch.device,
+    folder: Path,
+    num_streams: int = 1,
+) -> list[Activations]:
+    """Make room for the residual streams of all windows where they cost least.
+
+    A CPU keeps fp32, in memory or in a file. A GPU takes the compact form: on the device as many
+    streams as its memory allows, the first ones first, the others in pinned host memory.
 
     Args:
         model: sizes.
         windows: token ids ``[num_samples, seqlen]``.
-        device: that computes. A CPU keeps fp32, in memory or in a file; a GPU takes the
-            compact form on the device if everything fits there, else in pinned host memory.
+        device: that computes.
         folder: for the file.
+        num_streams: how many are run side by side.
     """
     num_samples, seqlen = windows.shape
     shape = (num_samples, seqlen, model.hidden_size)
     if device.type == "cpu":
-        return Activations.allocate(shape, folder)
+        return [Activations.allocate(shape, folder) for _ in range(num_streams)]
     free_bytes, _ = torch.cuda.mem_get_info(device)
-    state_bytes = num_samples * seqlen * (2 * model.hidden_size + 4)
-    batch_tokens = max(seqlen, BATCH_TOKENS)
-    fits = state_bytes + working_bytes(model, batch_tokens) <= USABLE_SHARE * free_bytes
-    return CompactActivations.make(shape, device if fits else torch.device("cpu"))
+    needed = working_bytes(model, num_streams, seqlen)
+    usable = USABLE_SHARE * free_bytes
+    room = (min(usable, SMALL_GPU_BYTES) if needed <= SMALL_GPU_BYTES else usable) - needed
+    streams: list[Activations] = []
+    for _ in range(num_streams):
+        stream_bytes = num_samples * seqlen * (2 * model.hidden_size + 4)
+        fits = stream_bytes <= room
+        room -= stream_bytes if fits else 0
+        streams.append(CompactActivations.make(shape, device if fits else torch.device("cpu")))
+    return streams

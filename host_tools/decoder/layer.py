@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch.nn import functional
@@ -11,6 +12,11 @@ from device_runtime.package_format.model_config import ModelConfig
 from host_tools.checkpoint.families import LINEARS, LogicalLinear
 from host_tools.checkpoint.linear_weights import DenseLinear, LayerWeights
 from host_tools.decoder.rotary import Rotary
+
+Block = Literal["attention", "ffn"]
+"""A half of a layer: its norm, its linears, and the sum with what entered."""
+
+BLOCKS: tuple[Block, ...] = ("attention", "ffn")
 
 
 class Observer:
@@ -21,6 +27,9 @@ class Observer:
 
     def linear(self, name: LogicalLinear, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
         """See a linear take ``[batch, tokens, in]`` and give ``[batch, tokens, out]``."""
+
+    def residual(self, block: Block, hidden: torch.Tensor) -> None:
+        """See the stream ``[batch, tokens, hidden_size]`` that enters a block and is added to."""
 
     def keys_values(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """See what the cache would hold, both ``[batch, num_kv_heads, tokens, head_dim]``."""
@@ -111,10 +120,19 @@ class DecoderLayer:
         self, hidden: torch.Tensor, rotary: Rotary, observer: Observer = SILENT
     ) -> torch.Tensor:
         """Return the residual stream after this layer, a new tensor."""
-        normed = self.attention_input(hidden)
-        observer.norm("attention_norm", normed)
-        mixed = self.o_input(normed, rotary, observer)
-        hidden = hidden + self.linear("o", mixed, observer)
+        hidden = self.block("attention", hidden, rotary, observer)
+        return self.block("ffn", hidden, rotary, observer)
+
+    def block(
+        self, block: Block, hidden: torch.Tensor, rotary: Rotary, observer: Observer = SILENT
+    ) -> torch.Tensor:
+        """Return the residual stream after one half of this layer, a new tensor."""
+        observer.residual(block, hidden)
+        if block == "attention":
+            normed = self.attention_input(hidden)
+            observer.norm("attention_norm", normed)
+            mixed = self.o_input(normed, rotary, observer)
+            return hidden + self.linear("o", mixed, observer)
         normed = self.ffn_input(hidden)
         observer.norm("ffn_norm", normed)
         inner = self.down_input(normed, observer)

@@ -13,7 +13,7 @@ from torch.nn import functional
 from device_runtime.errors import DeviceError, PackageError
 from host_tools.checkpoint import Checkpoint
 from host_tools.decoder.free_memory import return_free_memory
-from host_tools.decoder.layer import SILENT, DecoderLayer, Observer, rms_norm
+from host_tools.decoder.layer import BLOCKS, SILENT, Block, DecoderLayer, Observer, rms_norm
 from host_tools.decoder.rotary import Rotary
 
 BATCH_TOKENS = 4096
@@ -112,10 +112,10 @@ class Activations:
             rows = functional.embedding(token_ids[sample : sample + 1].long(), table)
             self.store(slice(sample, sample + 1), rows)
 
-    def batches(self) -> Iterator[slice]:
-        """Return runs of samples of at most :data:`BATCH_TOKENS` tokens, or single samples."""
+    def batches(self, max_tokens: int = BATCH_TOKENS) -> Iterator[slice]:
+        """Return runs of samples of at most ``max_tokens`` tokens, or single samples."""
         num_samples, seqlen = self.states.shape[:2]
-        step = max(1, BATCH_TOKENS // seqlen)
+        step = max(1, max_tokens // seqlen)
         return (slice(start, start + step) for start in range(0, num_samples, step))
 
 
@@ -139,12 +139,40 @@ class LayerRunner:
 
     @torch.no_grad()
     def advance(
-        self, layer: DecoderLayer, activations: Activations, observer: Observer = SILENT
+        self,
+        layer: DecoderLayer,
+        activations: Activations,
+        observer: Observer = SILENT,
+        blocks: Sequence[Block] = BLOCKS,
     ) -> None:
-        """Replace the activations by what the layer makes of them."""
+        """Replace the activations by what the layer, or one half of it, makes of them."""
         for batch in activations.batches():
             hidden = activations.load(batch, self.device)
-            activations.store(batch, layer.forward(hidden, self.rotary, observer))
+            for block in blocks:
+                hidden = layer.block(block, hidden, self.rotary, observer)
+            activations.store(batch, hidden)
+        return_free_memory()
+
+    @torch.no_grad()
+    def advance_first(
+        self,
+        layer: DecoderLayer,
+        block: Block,
+        streams: Sequence[Activations],
+        observer: Observer,
+    ) -> None:
+        """Run streams side by side through one half of a layer and replace those of the first.
+
+        The observer sees samples of the first stream, then the same samples of the next. What
+        becomes of those is seen only.
+        """
+        first = streams[0]
+        for batch in first.batches(BATCH_TOKENS // len(streams)):
+            parts = [stream.load(batch, self.device) for stream in streams]
+            num_samples, hidden = len(parts[0]), torch.cat(parts)
+            del parts
+            outputs = layer.block(block, hidden, self.rotary, observer)
+            first.store(batch, outputs[:num_samples])
         return_free_memory()
 
 

@@ -173,21 +173,36 @@ if where == "written":
 elif where == "packed":
     LayerFiles.write = stopping(LayerFiles.write, False)
 else:
-    quantize_layers.solve_layer = stopping(quantize_layers.solve_layer, False)
-quantize_layers.SNAPSHOT_INTERVAL_S = 0.0
+    solver = quantize_layers.LayerSolver
+    solver.solve = stopping(solver.solve, False)
+quantize_layers.SNAPSHOT_INTERVAL_S = float(sys.argv[7])
 options = QuantizeOptions(group_size=32, device="cpu", devices=("cpu",) * devices)
 quantize(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), options, Progress())
 """
 
 
-@pytest.mark.parametrize("num_devices", [0, 2])
-@pytest.mark.parametrize(("where", "stop_at"), [("written", 2), ("packed", 2), ("searched", 3)])
+@pytest.mark.parametrize(
+    ("where", "stop_at", "num_devices", "snapshot_s"),
+    [
+        ("written", 2, 0, 60.0),
+        ("packed", 2, 0, 0.0),
+        # The sixth block is the second half of the third layer.
+        ("searched", 6, 0, 60.0),
+        ("searched", 6, 2, 0.0),
+    ],
+)
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
-    four_layers: tuple[Path, Path, Path], tmp_path: Path, monkeypatch, where, stop_at, num_devices
+    four_layers: tuple[Path, Path, Path],
+    tmp_path: Path,
+    monkeypatch,
+    where: str,
+    stop_at: int,
+    num_devices: int,
+    snapshot_s: float,
 ) -> None:
     folder, calibrated_dir, whole = four_layers
     work, killed = shutil.copytree(calibrated_dir, tmp_path / "work"), tmp_path / "killed"
-    arguments = [folder, work, killed, where, str(stop_at), str(num_devices)]
+    arguments = [folder, work, killed, where, str(stop_at), str(num_devices), str(snapshot_s)]
     process = subprocess.Popen(
         [sys.executable, "-c", KILLED_RUN, *arguments],
         cwd=REPOSITORY,
@@ -212,9 +227,8 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
     # Each layer is searched by one of the two runs, none by both.
     assert {f"layer-{layer:05d}.safetensors" for layer in written}.isdisjoint(finished)
     assert len(written) + len(finished) == 4
-    if num_devices == 0:
-        # Written in order: the second layer was, the second was not, the third was not.
-        assert written == {"written": [2, 3], "packed": [1, 2, 3], "searched": [2, 3]}[where]
+    # Layers are written in order: the second was, the second was not, the third was not.
+    assert written == {"written": [2, 3], "packed": [1, 2, 3], "searched": [2, 3]}[where]
     assert contents(killed) == contents(whole)
     assert not list(work.rglob("layer-*"))
     records = read_quantize_record(work).layers
