@@ -20,6 +20,7 @@ from device_runtime.package_format import names
 from device_runtime.package_format.archive_reader import extract_archive
 from device_runtime.package_format.model_config import ModelConfig
 from device_runtime.package_format.package import Package, open_package
+from device_runtime.tokenization.definition import build_tokenizer
 from host_tools.checkpoint import Checkpoint
 from host_tools.checkpoint_names import CONFIG_JSON
 from host_tools.decoder.stream import Activations, LayerRunner, choose_device, head_logits
@@ -182,9 +183,5 @@ def _engine_options(package: Package, options: EvaluateOptions) -> EngineOptions
 
 
 def _package_tokenizer(package: Package) -> Tokenizer:
-    definition = package_definition(package)
-    try:
-        return Tokenizer.from_str(definition)
-    except Exception as error:  # the library raises nothing narrower
-        path = package.tokenizer_dir / names.TOKENIZER_JSON
-        raise PackageError(f"{path} is no tokenizer, convert again") from error
+    path = package.tokenizer_dir / names.TOKENIZER_JSON
+    return build_tokenizer(package_definition(package), str(path), is_thorough=True)

@@ -12,12 +12,15 @@ from tokenizers import Tokenizer
 from device_runtime.errors import PackageError
 from device_runtime.package_format import names
 from device_runtime.package_format.manifest import SamplingDefaults
+from device_runtime.tokenization.definition import build_tokenizer
 from device_runtime.tokenization.folder import (
+    MAX_TOKENIZER_BYTES,
     ORIGINAL_FILES,
     ConvertedTokenizer,
     convert_tokenizer,
     original_file,
 )
+from device_runtime.tokenization.settings_files import read_text
 from host_tools.checkpoint.config_values import read_json
 from host_tools.checkpoint.reader import CONFIG_JSON
 
@@ -76,10 +79,8 @@ class SourceTokenizer:
             converted = _convert(folder)
             path, tokenizer = converted.path, converted.tokenizer
         else:
-            try:
-                tokenizer = Tokenizer.from_file(str(path))
-            except Exception as error:  # the library raises nothing narrower
-                raise PackageError(f"{path} is no tokenizer ({_first_line(error)})") from error
+            text = read_text(path, MAX_TOKENIZER_BYTES)
+            tokenizer = build_tokenizer(text, str(path), is_thorough=True)
         largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
         if not 0 <= largest < vocab_size:
             raise PackageError(
@@ -178,7 +179,3 @@ def _convert(folder: Path) -> ConvertedTokenizer:
 def _integers(value: object) -> Iterable[int]:
     values = value if isinstance(value, list) else [value]
     return [item for item in values if isinstance(item, int) and not isinstance(item, bool)]
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]

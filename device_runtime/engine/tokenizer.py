@@ -8,12 +8,12 @@ from typing import Any
 
 from tokenizers import Tokenizer as FastTokenizer
 
-from device_runtime.errors import PackageError
 from device_runtime.package_format import names
 from device_runtime.package_format.files import check_file
 from device_runtime.package_format.manifest import TokenizerFacts
 from device_runtime.package_format.package import Package
 from device_runtime.templates.message import Segment, joined_text
+from device_runtime.tokenization.definition import build_tokenizer
 from device_runtime.tokenization.folder import ORIGINAL_FILES, tokenizer_definition
 
 
@@ -202,13 +202,4 @@ def package_definition(package: Package) -> str:
 
 
 def _build(definition: str) -> FastTokenizer:
-    try:
-        fast = FastTokenizer.from_str(definition)
-        fast.no_truncation()
-        fast.no_padding()
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # the library reports with Exception and panics with its own
-        reason = " ".join(str(error).split())[:200]
-        raise PackageError(f"{names.TOKENIZER_JSON} is not a tokenizer: {reason}") from error
-    return fast
+    return build_tokenizer(definition, names.TOKENIZER_JSON, is_thorough=False)

@@ -13,28 +13,18 @@ from numpy.typing import NDArray
 from safetensors.torch import save
 
 from device_runtime.package_format import durable, int4
-from device_runtime.package_format.names import BIAS, QWEIGHT, WEIGHT
-from host_tools.awq.layer_solver import QuantizedLayer, in_fp16
+from device_runtime.package_format.names import BIAS, GENERATION_CONFIG, QWEIGHT, WEIGHT
+from host_tools.awq.layer_solver import QuantizedLayer
+from host_tools.awq.tap_solver import in_fp16
 from host_tools.checkpoint import Checkpoint, DenseLinear, Linear, QuantizedLinear
-from host_tools.checkpoint.awq_tensors import QZEROS, SCALES, quantization_config
+from host_tools.checkpoint.awq_tensors import QZEROS, SCALES, AwqTensors, quantization_config
 from host_tools.checkpoint.families import SourceLinear
 from host_tools.checkpoint.linear_weights import LayerWeights, join_qkv_rows
-from host_tools.checkpoint.tensor_files import SafetensorsFile
-from host_tools.checkpoint_names import CONFIG_JSON
+from host_tools.checkpoint.tensor_files import SafetensorsFile, TensorFiles
+from host_tools.checkpoint_names import CONFIG_JSON, TOKENIZER_FILES
 from host_tools.shards import TensorPlan, write_shards
 
-COPIED_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "generation_config.json",
-    "chat_template.jinja",
-    "vocab.json",
-    "merges.txt",
-    "qwen.tiktoken",
-)
+COPIED_FILES = (*TOKENIZER_FILES, GENERATION_CONFIG)
 """What a folder of weights needs beside them; code of the checkpoint is never copied."""
 
 ROWS_AT_ONCE = 8192
@@ -60,9 +50,10 @@ class LayerFiles:
         """Write what :func:`pack` returned."""
         durable.write_atomically(self._path(layer), content)
 
-    def names(self, layer: int) -> list[str]:
-        """Return the names of a layer's tensors, sorted."""
-        return sorted(SafetensorsFile(self._path(layer)).names())
+    def read(self, layer: int, group_size: int) -> LayerWeights:
+        """Return a finished layer's weights, the very ones that were written."""
+        files = TensorFiles({self._path(layer).name: self.open(layer)})
+        return self._checkpoint.over(files, AwqTensors(files, group_size)).layer(layer)
 
     def open(self, layer: int) -> SafetensorsFile:
         """Open a finished layer."""

@@ -163,7 +163,7 @@ def _read_rope(
     if kind is None:
         raise PackageError(
             f"config.json asks for rope scaling {name[:40]!r}, turbojet runs "
-            f"{', '.join(key for key, kind in _ROPE_KINDS.items() if key in ('default', kind))}"
+            f"default, {', '.join(key for key, kind in _ROPE_KINDS.items() if kind != 'none')}"
         )
     if kind == "none":
         return theta, RopeScaling()

@@ -301,7 +301,7 @@ def test_what_is_no_workspace_is_not_replaced(awq_dir, tmp_path, kind):
 def test_a_failed_run_leaves_the_old_workspace(awq_dir, tmp_path):
     output = run(awq_dir, tmp_path / "tm")
     (awq_dir / "tokenizer.json").write_text("{}")
-    with pytest.raises(PackageError, match=r"tokenizer\.json is no tokenizer"):
+    with pytest.raises(PackageError, match=r"tokenizer\.json is not a tokenizer: it has no model"):
         run(awq_dir, output)
     assert open_package(output).manifest.name == "tiny"
 

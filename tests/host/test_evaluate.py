@@ -152,7 +152,7 @@ def test_targets_that_are_none_are_refused(tmp_path: Path, checkpoint_dir: Path,
 
 def test_a_damaged_tokenizer_of_a_package_is_refused(workspace: Path, options) -> None:
     (workspace / "triton_models" / "tokenizer" / "tokenizer.json").write_text("{}")
-    with pytest.raises(PackageError, match=r"tokenizer.json is no tokenizer, convert again"):
+    with pytest.raises(PackageError, match=r"tokenizer.json is not a tokenizer: it has no model"):
         perplexity(workspace, options, Progress())
 
 
