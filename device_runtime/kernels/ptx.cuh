@@ -38,6 +38,48 @@ __device__ __forceinline__ void copy16_async(void* shared, const void* global) {
 #endif
 }
 
+// Copies of weights: where TURBOJET_READ_ONCE is set they tell L2 to give them up before anything
+// else, since a step reads them once ("createpolicy", evict_first).
+#ifndef TURBOJET_READ_ONCE
+#define TURBOJET_READ_ONCE 0
+#endif
+#if TURBOJET_READ_ONCE && !TURBOJET_PLAIN
+using CopyTarget = uint32_t;
+#else
+using CopyTarget = char*;
+#endif
+
+// Where the lane's weights go; all lanes call it together. The shuffle keeps the address out of
+// uniform registers: ptxas 13.0 puts those of a copy's address where its policy should be, and
+// Hopper stops at the instruction.
+__device__ __forceinline__ CopyTarget copy_target(char* shared, int lane) {
+#if TURBOJET_READ_ONCE && !TURBOJET_PLAIN
+  return __shfl_sync(0xffffffffu, shared_address(shared), lane);
+#else
+  return shared;
+#endif
+}
+
+__device__ __forceinline__ uint64_t weights_policy() {
+  uint64_t policy = 0;
+#if TURBOJET_READ_ONCE && !TURBOJET_PLAIN
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+#endif
+  return policy;
+}
+
+__device__ __forceinline__ void copy16_weights_async(CopyTarget target, int offset,
+                                                     const void* global, uint64_t policy) {
+#if TURBOJET_READ_ONCE && !TURBOJET_PLAIN
+  asm volatile(
+      "cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(target + offset),
+      "l"(global), "l"(policy)
+      : "memory");
+#else
+  copy16_async(target + offset, global);
+#endif
+}
+
 __device__ __forceinline__ void commit_copies() {
 #if !TURBOJET_PLAIN
   asm volatile("cp.async.commit_group;" ::: "memory");

@@ -6,8 +6,8 @@
 //   x[k] = scale * (256 * high[k] + low[k]),   high and low int8,   |256 * high + low| <= 32639
 // which is finer than fp16 for every value above 1/16 of the stretch's largest. Weight codes are
 // the unsigned operand just as they lie in memory: `word & 0x0f0f0f0f` is four codes of output row
-// r, `word & 0xf0f0f0f0` is 16 times four codes of row r + 8. The products and their sums are exact
-// 32-bit integers (at most 240 * 32639 * 128 < 2^31), so a result does not depend on how many
+// r, the bytes of `word` are these and 16 times the codes of row r + 8. Products and their sums are
+// exact 32-bit integers (at most 255 * 32639 * 128 < 2^31), so a result does not depend on how many
 // tokens or which instructions made it; scale and zero are applied once per group.
 //
 // Weights are in TurboMind order (package_format/SPEC.md): a 32 x 32 tile is 512 bytes, one 16-byte
@@ -62,47 +62,51 @@ struct StretchActivations {
   }
 };
 
-// Where a lane's bytes of a unit lie in memory.
+// Where a lane's bytes of some stretches of a tile lie in memory, in chunks of 16 bytes.
 template <int kGroupSize>
-struct UnitSource {
-  static constexpr int kGroups = kUnitInputs / kGroupSize;
+struct WeightSource {
+  static constexpr int kStretchTiles = kStretchInputs / 32;
+  static constexpr int kStretchGroups = kStretchInputs / kGroupSize;
 
-  const char* codes;   // the lane's 16 bytes of the unit's first 32 inputs
-  const char* scales;  // the lane's 16 bytes of group lane / 8 of the unit
+  uint32_t codes;   // of the first 32 inputs
+  uint32_t scales;  // of group lane / 8
 
-  __device__ __forceinline__ UnitSource(const QuantizedMatrix& matrix, int tile, int unit,
-                                        int lane) {
-    codes = reinterpret_cast<const char*>(matrix.codes) + lane * 16 +
-            (static_cast<int64_t>(unit) * (kUnitInputs / 32) * matrix.outputs + tile * 32) * 16;
-    scales = reinterpret_cast<const char*>(matrix.scales_zeros) + lane % 8 * 16 +
-             ((static_cast<int64_t>(unit) * kGroups + lane / 8) * matrix.outputs +
-              tile * kTileOutputs) * 4;
+  __device__ __forceinline__ WeightSource(const QuantizedMatrix& matrix, int tile, int stretch,
+                                          int lane)
+      : codes(lane), scales(lane / 8 * (matrix.outputs / 4) + lane % 8) {
+    move(matrix, tile, stretch);
   }
 
-  __device__ __forceinline__ void move(const QuantizedMatrix& matrix, int tiles, int units) {
-    codes += static_cast<int64_t>(matrix.outputs) * (units * kUnitInputs / 2) + tiles * kTileBytes;
-    scales += (static_cast<int64_t>(matrix.outputs) * (units * kGroups) + tiles * kTileOutputs) * 4;
+  __device__ __forceinline__ void move(const QuantizedMatrix& matrix, int tiles, int stretches) {
+    codes += stretches * (kStretchTiles * matrix.outputs) + tiles * 32;
+    scales += stretches * (kStretchGroups * matrix.outputs / 4) + tiles * (kTileOutputs / 4);
   }
 
-  // Starts the copy to shared memory. `inputs_left` are the matrix's from the unit on. Groups past
-  // the end are not copied: their activations are zero, and their scales those of the unit's first
-  // group, which are finite.
+  // Starts the copy of stretches kFirst to kFirst + kCount of a unit, where this is, to their
+  // places in shared memory. `inputs_left` are the matrix's from the unit on. Groups past the end
+  // are not copied: their activations are zero, and their scales those of the unit's first group,
+  // which are finite.
+  template <int kFirst, int kCount>
   __device__ __forceinline__ void copy_async(char* slot, const QuantizedMatrix& matrix,
-                                             int inputs_left, int lane) const {
-    const int64_t row_bytes = static_cast<int64_t>(matrix.outputs) * 16;
+                                             int inputs_left, uint64_t policy, int lane) const {
+    constexpr int kFirstTile = kFirst * kStretchTiles;
+    constexpr int kFirstGroup = kFirst * kStretchGroups;
+    constexpr int kGroups = kCount * kStretchGroups;
+    const CopyTarget target = copy_target(slot + lane * 16, lane);
+    const uint4* row = matrix.codes + codes;
 #pragma unroll
-    for (int j = 0; j < kUnitInputs / 32; ++j) {
+    for (int j = kFirstTile; j < kFirstTile + kCount * kStretchTiles; ++j, row += matrix.outputs) {
       if (j < kGroupSize / 32 || j / (kGroupSize / 32) * kGroupSize < inputs_left)
-        copy16_async(slot + j * kTileBytes + lane * 16, codes + j * row_bytes);
+        copy16_weights_async(target, j * kTileBytes, row, policy);
     }
+    const uint4* const pairs = reinterpret_cast<const uint4*>(matrix.scales_zeros) + scales;
 #pragma unroll
-    for (int first = 0; first < kGroups; first += 4) {
-      const int group = first + lane / 8;
-      const bool is_inside = group * kGroupSize < inputs_left;
-      const int back = is_inside ? first : -(lane / 8);
-      if (group < kGroups)
-        copy16_async(slot + kCodeBytesPerUnit + (first * 8 + lane) * 16,
-                     scales + static_cast<int64_t>(matrix.outputs) * (back * 4));
+    for (int i = 0; i < kGroups; i += 4) {
+      const int group = kFirstGroup + i + lane / 8;
+      const int back = group * kGroupSize < inputs_left ? i : i - group;
+      if (i + lane / 8 < kGroups)
+        copy16_weights_async(target, kCodeBytesPerUnit + (kFirstGroup + i) * 128,
+                             pairs + static_cast<int64_t>(matrix.outputs / 4) * back, policy);
     }
   }
 };
@@ -121,33 +125,60 @@ constexpr int kTokenBlocks = (kTokens + 3) / 4;
 template <int kTokens>
 constexpr int kColumns = kTokens < 4 ? 2 * kTokens : 8;
 
+// The operand of row r + 8: a word as it is where that saves an instruction. With two blocks of
+// tokens it does not, because both want the word in a place of its own.
+template <int kTokens>
+constexpr bool kIsWhole = kTokenBlocks<kTokens> == 1;
+template <int kTokens>
+constexpr uint32_t kUpperMask = kIsWhole<kTokens> ? 0xffffffffu : 0xf0f0f0f0u;
+
+// The digits of a stretch as a warp multiplies by them. Default: the lane's B fragments, in
+// registers. Plain: where they are.
+template <int kTokens>
+struct StretchDigits {
+#if !TURBOJET_PLAIN
+  uint4 words[kTokenBlocks<kTokens>][2];  // [][pair of 32 x 32 tiles]
+
+  __device__ __forceinline__ void load(const uint4* chunks, int lane) {
+    const int column = (lane / 4) % kColumns<kTokens>;
+#pragma unroll
+    for (int block = 0; block < kTokenBlocks<kTokens>; ++block) {
+#pragma unroll
+      for (int pair = 0; pair < 2; ++pair)
+        words[block][pair] =
+            chunks[((block * 2 + pair) * kColumns<kTokens> + column) * 4 + lane % 4];
+    }
+  }
+#else
+  const uint4* chunks;
+
+  __device__ __forceinline__ void load(const uint4* chunks_, int) { chunks = chunks_; }
+#endif
+};
+
 // Adds 32 inputs x 32 outputs to the sums of a group: sums[block][half][0] and [1] become the high
-// and low digit sums of row r (codes), [2] and [3] those of row r + 8 (16 * codes). A lane
-// (r = lane / 4, t = lane % 4) holds token 4 * block + t; with one token every lane of a row holds
-// the same. `inputs_index` is the place of the 32 inputs in the stretch.
+// and low digit sums of row r (codes), [2] and [3] those of the whole bytes: 16 * the codes of row
+// r + 8 and those of row r. A lane (r = lane / 4, t = lane % 4) holds token 4 * block + t; with one
+// token every lane of a row holds the same. `inputs_index` is the place of the 32 inputs in the
+// stretch.
 template <int kTokens>
 __device__ __forceinline__ void add_products(int (&sums)[kTokenBlocks<kTokens>][2][4],
-                                             const uint4& codes, const uint4* activations,
+                                             const uint4& codes,
+                                             const StretchDigits<kTokens>& digits,
                                              int inputs_index, int lane) {
 #if !TURBOJET_PLAIN
-  const int column = (lane / 4) % kColumns<kTokens>;
-  uint32_t b[kTokenBlocks<kTokens>][2];
-#pragma unroll
-  for (int block = 0; block < kTokenBlocks<kTokens>; ++block) {
-    const uint4 words =
-        activations[((block * 2 + inputs_index / 2) * kColumns<kTokens> + column) * 4 + lane % 4];
-    b[block][0] = word_of(words, inputs_index % 2 * 2);
-    b[block][1] = word_of(words, inputs_index % 2 * 2 + 1);
-  }
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const uint32_t first = word_of(codes, half);
     const uint32_t second = word_of(codes, 2 + half);
-    const uint32_t a[4] = {first & 0x0f0f0f0fu, first & 0xf0f0f0f0u, second & 0x0f0f0f0fu,
-                           second & 0xf0f0f0f0u};
 #pragma unroll
-    for (int block = 0; block < kTokenBlocks<kTokens>; ++block)
-      mma_u8_s8(sums[block][half], a[0], a[1], a[2], a[3], b[block][0], b[block][1]);
+    for (int block = 0; block < kTokenBlocks<kTokens>; ++block) {
+      const uint4& words = digits.words[block][inputs_index / 2];
+      mma_u8_s8(sums[block][half], first & 0x0f0f0f0fu, first & kUpperMask<kTokens>,
+                second & 0x0f0f0f0fu, second & kUpperMask<kTokens>,
+                word_of(words, inputs_index % 2 * 2),
+                word_of(words, inputs_index % 2 * 2 + 1));
+    }
   }
 #else
   // Each lane sums the inputs of its own t for every token, then the four lanes of a row add up.
@@ -159,14 +190,15 @@ __device__ __forceinline__ void add_products(int (&sums)[kTokenBlocks<kTokens>][
 #pragma unroll
       for (int digit = 0; digit < 2; ++digit) {
         const int column = token % 4 * 2 + digit;
-        const uint4 words = activations[((token / 4 * 2 + inputs_index / 2) * kColumns<kTokens> +
-                                         column) * 4 + lane % 4];
+        const uint4 words = digits.chunks[((token / 4 * 2 + inputs_index / 2) * kColumns<kTokens> +
+                                           column) * 4 + lane % 4];
 #pragma unroll
         for (int k16 = 0; k16 < 2; ++k16) {
           const uint32_t word = word_of(codes, 2 * k16 + half);
-          const uint32_t digits = word_of(words, inputs_index % 2 * 2 + k16);
-          part[digit] = dot4_u8_s8(word & 0x0f0f0f0fu, digits, part[digit]);
-          part[2 + digit] = dot4_u8_s8(word & 0xf0f0f0f0u, digits, part[2 + digit]);
+          const uint32_t digit_word = word_of(words, inputs_index % 2 * 2 + k16);
+          part[digit] = dot4_u8_s8(word & 0x0f0f0f0fu, digit_word, part[digit]);
+          part[2 + digit] =
+              dot4_u8_s8(word & kUpperMask<kTokens>, digit_word, part[2 + digit]);
         }
       }
 #pragma unroll
@@ -185,7 +217,7 @@ template <int kTokens, int kGroupSize>
 __device__ __forceinline__ void add_stretch(float (&y)[kTokenBlocks<kTokens>][4],
                                             const char* codes, const char* scales,
                                             const StretchActivations<kTokens, kGroupSize>& x,
-                                            int lane) {
+                                            const StretchDigits<kTokens>& digits, int lane) {
   constexpr int kTilesPerGroup = kGroupSize / 32;
 #pragma unroll kRowUnroll
   for (int group = 0; group < kStretchInputs / kGroupSize; ++group) {
@@ -193,36 +225,31 @@ __device__ __forceinline__ void add_stretch(float (&y)[kTokenBlocks<kTokens>][4]
 #pragma unroll
     for (int i = 0; i < 4; ++i)
       pairs[i] = *reinterpret_cast<const uint32_t*>(scales + group * 128 + (lane / 4 + 8 * i) * 4);
-    int sums[kTokenBlocks<kTokens>][2][4];
-#pragma unroll
-    for (int block = 0; block < kTokenBlocks<kTokens>; ++block) {
-      const int token = kTokens == 1 ? 0 : block * 4 + lane % 4;
-      const int negated_sum = x.negated_sum(group, token);
-      // The low half of a pair is 0x5400 + 16 * z.
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        sums[block][half][0] = 0;
-        sums[block][half][1] = static_cast<int>(pairs[2 * half] >> 4 & 15u) * negated_sum;
-        sums[block][half][2] = 0;
-        sums[block][half][3] = static_cast<int>(pairs[2 * half + 1] & 0xf0u) * negated_sum;
-      }
-    }
+    int sums[kTokenBlocks<kTokens>][2][4] = {};
 #pragma unroll kRowUnroll
     for (int j = group * kTilesPerGroup; j < (group + 1) * kTilesPerGroup; ++j) {
       const uint4 words = *reinterpret_cast<const uint4*>(codes + j * kTileBytes + lane * 16);
-      add_products<kTokens>(sums, words, x.chunks(), j, lane);
+      add_products<kTokens>(sums, words, digits, j, lane);
     }
 #pragma unroll
     for (int block = 0; block < kTokenBlocks<kTokens>; ++block) {
-      const float x_scale = x.scale(kTokens == 1 ? 0 : block * 4 + lane % 4);
+      const int token = kTokens == 1 ? 0 : block * 4 + lane % 4;
+      const float x_scale = x.scale(token);
+      const int negated_sum = x.negated_sum(group, token);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
+        const int low = sums[block][half][0] * 256 + sums[block][half][1];
+        const int upper = sums[block][half][2] * 256 + sums[block][half][3];
+        // The low half of a pair is 0x5400 + 16 * z.
+        const int totals[2] = {
+            static_cast<int>(pairs[2 * half] >> 4 & 15u) * negated_sum + low,
+            static_cast<int>(pairs[2 * half + 1] & 0xf0u) * negated_sum +
+                (kIsWhole<kTokens> ? upper - low : upper)};
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          const int total = sums[block][half][2 * i] * 256 + sums[block][half][2 * i + 1];
           const float scale = high_to_float(pairs[2 * half + i]) * x_scale;
           y[block][2 * half + i] =
-              __fmaf_rn(static_cast<float>(total), scale, y[block][2 * half + i]);
+              __fmaf_rn(static_cast<float>(totals[i]), scale, y[block][2 * half + i]);
         }
       }
     }

@@ -1,5 +1,10 @@
 // The GEMV of w4a16_gemv.cuh for one token.
+#ifndef TURBOJET_GEMV_STAGES
 #define TURBOJET_GEMV_STAGES 2
+#endif
+#ifndef TURBOJET_READ_ONCE
+#define TURBOJET_READ_ONCE 1
+#endif
 #include "w4a16_gemv.cuh"
 
 namespace {
@@ -26,8 +31,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
                            int32_t outputs, int32_t phase_units, int32_t held_tiles, float eps) {
   run_gemv<kTokens, Output::kSilu>(
       QuantizedMatrix{codes, scales_zeros, inputs, outputs},
-      Arguments{out, const_cast<float*>(residual), nullptr, norm_weight, nullptr, nullptr, workspace,
-                num_tokens, phase_units, held_tiles, eps});
+      Arguments{out, const_cast<float*>(residual), nullptr, norm_weight, nullptr, nullptr,
+                workspace, num_tokens, phase_units, held_tiles, eps});
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
@@ -36,6 +41,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
                      int32_t inputs, int32_t outputs, int32_t phase_units, int32_t held_tiles) {
   run_gemv<kTokens, Output::kAdd>(
       QuantizedMatrix{codes, scales_zeros, inputs, outputs},
-      Arguments{nullptr, residual, x, nullptr, nullptr, bias, workspace, num_tokens, phase_units, held_tiles,
-                0.0f});
+      Arguments{nullptr, residual, x, nullptr, nullptr, bias, workspace, num_tokens, phase_units,
+                held_tiles, 0.0f});
 }

@@ -1,5 +1,7 @@
 // The GEMV of w4a16_gemv.cuh for 2-4 tokens.
+#ifndef TURBOJET_GEMV_STAGES
 #define TURBOJET_GEMV_STAGES 1
+#endif
 #include "w4a16_gemv.cuh"
 
 namespace {
