@@ -52,6 +52,7 @@ class FakeCuda:
         calls: names in order.
         launches: enqueued outside graphs, and by graphs when they are launched.
         choose: the token for (slot, position).
+        milliseconds: between any two events.
     """
 
     largest_block: int = 1 << 40
@@ -64,6 +65,7 @@ class FakeCuda:
     calls: list[str] = field(default_factory=list)
     launches: list[Launched] = field(default_factory=list)
     choose: Callable[[int, int], int] = lambda slot, position: 3 + (7 * slot + position) % 300
+    milliseconds: float = 0.5
 
     def __post_init__(self) -> None:
         self.device: dict[int, ctypes.Array[ctypes.c_char]] = {}
@@ -207,7 +209,7 @@ class FakeCuda:
         executable._obj.value = graph.value
 
     def do_cuEventElapsedTime(self, milliseconds, earlier, later):
-        milliseconds._obj.value = 0.5
+        milliseconds._obj.value = self.milliseconds
 
     def do_cuGraphLaunch(self, executable, stream):
         for launched in self._graphs[executable.value - 1]:

@@ -481,6 +481,10 @@ def test_slices_count_their_sms_and_clocks(root, fake) -> None:
 
     def run(launched) -> None:
         probe(launched)
+        if launched.name.startswith("w4a16_gemv_add"):
+            # Half a millisecond for each 4096 outputs.
+            outputs = launched.arguments[8]
+            fake.milliseconds = 0.5 * outputs / 4096 if is_steady else 0.5
         if launched.name == "sm_probe":
             ids, spins = launched.arguments[:2]
             for block in range(launched.grid[0]):
@@ -489,16 +493,21 @@ def test_slices_count_their_sms_and_clocks(root, fake) -> None:
                 ctypes.c_uint64.from_address(spins + 16 * block + 8).value = 1_000_000
 
     fake._run = run
+    is_steady = True
     with open_engine(open_package(root), CUDA).engine as engine:
         driver = engine._backend.driver
         fake_sms = 132
         rates = measure_slices(driver, engine.package)
         assert [(rate.num_sms, rate.num_tokens) for rate in rates] == [
-            (sms, tokens) for sms in (8, 14, 16) for tokens in (1, 8)
+            (sms, tokens) for sms in (8, 14, 16) for tokens in (1, 4, 8)
         ]
-        # 20 launches in 0.5 ms at 2 GHz: 4096 x 4096 / (25 us x 2 GHz x 8 SMs)
+        # 4096 outputs more take 20 launches 0.5 ms longer, at 2 GHz:
+        # 4096 x 4096 / (25 us x 2 GHz x 8 SMs)
         assert rates[0].weights_per_clock == pytest.approx(4096 * 4096 / (25e-6 * 2e9 * 8))
         fake_sms = 3
         with pytest.raises(DeviceError, match="8 blocks ran on 3 SMs, expected one on each"):
+            measure_slices(driver, engine.package)
+        is_steady = False
+        with pytest.raises(DeviceError, match=r"8192 outputs took 25\.0 us, one of 4096 25\.0;"):
             measure_slices(driver, engine.package)
     assert fake.num_bytes == 0

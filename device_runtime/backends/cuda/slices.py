@@ -1,7 +1,8 @@
 """How fast the GEMV multiplies on a few SMs when its weights lie in L2: what a small board has.
 
 Blocks are as many as the slice has SMs and take more than half of an SM's shared memory each, so
-every SM has one; a probe of the same shape counts the distinct SMs.
+every SM has one; a probe of the same shape counts the distinct SMs. The rate is that of a launch
+once it runs: what a matrix of twice the outputs takes more.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ from device_runtime.package_format.package import Package
 SLICES = (8, 14, 16)
 """SMs of Orin NX and Nano, of AGX Orin 32 GB and of AGX Orin 64 GB."""
 NUM_INPUTS, NUM_OUTPUTS = 4096, 4096
+"""Of the smaller matrix; both stay in the L2 cache of the GPUs that kernels are developed on."""
 _LAUNCHES, _ROUNDS = 20, 7
 _PROBE_CLOCKS = 2_000_000
+_REST_WORDS = 1 << 21
 
 
 @dataclass(frozen=True)
@@ -47,54 +50,75 @@ def measure_slices(driver: CudaDriver, package: Package) -> list[SliceRate]:
     """Measure the GEMV of a package's group size on slices of the device.
 
     Raises:
-        DeviceError: there are no kernels for the device, or blocks shared an SM.
+        DeviceError: there are no kernels for the device, blocks shared an SM, or the larger matrix
+            took no longer.
     """
     group_size = package.model.group_size
-    sources = ("read_bandwidth", *(f"w4a16_gemv_{width}" for width in (1, 8)))
+    sources = ("read_bandwidth", *(f"w4a16_gemv_{width}" for width in GEMV_STAGES))
     files = find_cubins(kernel_folders(package.kernels_dir), sources, group_size, driver)
     with ExitStack() as stack:
         kernels = stack.enter_context(closing(KernelSet(driver, files)))
         stream = stack.enter_context(closing(driver.new_stream()))
-        groups = NUM_INPUTS // group_size
-        room = NUM_INPUTS * NUM_OUTPUTS // 2 + 4 * groups * NUM_OUTPUTS + (8 << 20)
-        base = driver.allocate(room)
-        stack.callback(driver.free, base)
-        rng = np.random.default_rng(0)
-        words = rng.integers(0, 1 << 32, room // 4, np.uint32)
-        # (zero, scale) words: fp16 64 + 8 and 0.01 (SPEC.md); the rest is any bits.
-        first = NUM_INPUTS * NUM_OUTPUTS // 8
-        words[first : first + groups * NUM_OUTPUTS] = 0x211F5480
-        # Activations: zeros would take less power and so run faster than real data.
-        rest = len(words) - first - groups * NUM_OUTPUTS
-        halves = rng.standard_normal(2 * rest).astype(np.float16)
-        words[first + groups * NUM_OUTPUTS :] = halves.view(np.uint32)
-        driver.copy_to_device(base, words.ctypes.data, words.nbytes)
+        buffers = _buffers(driver, stack, group_size)
         rates = []
         for num_sms in SLICES:
-            for num_tokens in (1, max(GEMV_STAGES)):
-                shape = plan_gemv(
-                    width=num_tokens,
-                    num_inputs=NUM_INPUTS,
-                    num_outputs=NUM_OUTPUTS,
-                    group_size=group_size,
-                    num_sms=num_sms,
-                    max_shared_bytes=kernels.max_shared_bytes,
+            for num_tokens in GEMV_STAGES:
+                small, large = (
+                    plan_gemv(
+                        width=num_tokens,
+                        num_inputs=NUM_INPUTS,
+                        num_outputs=num_outputs,
+                        group_size=group_size,
+                        num_sms=num_sms,
+                        max_shared_bytes=kernels.max_shared_bytes,
+                    )
+                    for num_outputs in (NUM_OUTPUTS, 2 * NUM_OUTPUTS)
                 )
-                seconds = _time(driver, kernels, stream, shape, base)
-                hertz = _probe(driver, kernels, stream, shape, base)
-                clocks = seconds * hertz * num_sms
-                rates.append(SliceRate(num_sms, num_tokens, NUM_INPUTS * NUM_OUTPUTS / clocks))
+                short = _time(driver, kernels, stream, small, buffers)
+                long = _time(driver, kernels, stream, large, buffers)
+                if long <= short:
+                    raise DeviceError(
+                        f"a GEMV of {large.num_outputs} outputs took {long * 1e6:.1f} us, one of "
+                        f"{small.num_outputs} {short * 1e6:.1f}; measure while nothing else runs"
+                    )
+                hertz = _probe(driver, kernels, stream, large, buffers)
+                weights = NUM_INPUTS * (large.num_outputs - small.num_outputs)
+                rate = weights / ((long - short) * hertz * num_sms)
+                rates.append(SliceRate(num_sms, num_tokens, rate))
         return rates
 
 
+@dataclass(frozen=True)
+class _Buffers:
+    """Addresses of the larger matrix's codes and (zero, scale) words, and of all else."""
+
+    codes: int
+    scales: int
+    rest: int
+
+
+def _buffers(driver: CudaDriver, stack: ExitStack, group_size: int) -> _Buffers:
+    """Return random weights and activations; ``stack`` frees them."""
+    code_words = NUM_INPUTS * 2 * NUM_OUTPUTS // 8
+    scale_words = NUM_INPUTS // group_size * 2 * NUM_OUTPUTS
+    rng = np.random.default_rng(0)
+    words = rng.integers(0, 1 << 32, code_words + scale_words + _REST_WORDS, np.uint32)
+    # (zero, scale) words: fp16 64 + 8 and 0.01 (SPEC.md).
+    words[code_words : code_words + scale_words] = 0x211F5480
+    # Activations: zeros would take less power and so run faster than real data.
+    halves = rng.standard_normal(2 * _REST_WORDS).astype(np.float16)
+    words[code_words + scale_words :] = halves.view(np.uint32)
+    base = driver.allocate(words.nbytes)
+    stack.callback(driver.free, base)
+    driver.copy_to_device(base, words.ctypes.data, words.nbytes)
+    return _Buffers(base, base + 4 * code_words, base + 4 * (code_words + scale_words))
+
+
 def _time(
-    driver: CudaDriver, kernels: KernelSet, stream: Stream, shape: GemvShape, base: int
+    driver: CudaDriver, kernels: KernelSet, stream: Stream, shape: GemvShape, buffers: _Buffers
 ) -> float:
     """Return the seconds of one GEMV in a row of them, weights in L2."""
-    codes = base
-    scales = codes + shape.num_inputs * shape.num_outputs // 2
-    scratch = scales + 4 * shape.num_inputs // shape.group_size * shape.num_outputs
-    sums = scratch + (1 << 20)
+    sums = buffers.rest + (1 << 20)
     residual = sums + (1 << 20)
     sizes = (
         shape.width,
@@ -106,7 +130,7 @@ def _time(
     launch = kernels.launch(
         f"w4a16_gemv_add_{shape.width}",
         (shape.grid, 1, 1),
-        (residual, sums, scratch, None, codes, scales, *sizes),
+        (residual, sums, buffers.rest, None, buffers.codes, buffers.scales, *sizes),
         shared_bytes=shape.shared_bytes,
     )
     with Capture(driver, stream) as capture:
@@ -128,11 +152,10 @@ def _time(
 
 
 def _probe(
-    driver: CudaDriver, kernels: KernelSet, stream: Stream, shape: GemvShape, base: int
+    driver: CudaDriver, kernels: KernelSet, stream: Stream, shape: GemvShape, buffers: _Buffers
 ) -> float:
     """Return the SM clock in Hz, after counting the SMs that a launch of this shape gets."""
-    scratch = base + shape.num_inputs * shape.num_outputs // 2
-    scratch += 4 * shape.num_inputs // shape.group_size * shape.num_outputs
+    scratch = buffers.rest
     launch = kernels.launch(
         "sm_probe",
         (shape.grid, 1, 1),
