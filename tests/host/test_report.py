@@ -334,6 +334,25 @@ def test_the_verb_prints_the_page(work, capsys):
     assert capsys.readouterr().out.strip() == str(work / "report.html")
 
 
+def test_evaluate_adds_its_table(work, workspace, tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog\n" * 20)
+    sizes = ("--dataset", str(text), "--samples", "2", "--seqlen", "16", "--device", "cpu")
+    targets = (str(workspace.parent / "awq"), str(workspace))
+    arguments = ["evaluate", *targets, *sizes, "--work-dir", str(work), "--json"]
+    assert cli.main(arguments) == 0
+    output = capsys.readouterr()
+    measured = json.loads(output.out)["results"]
+    assert f"report: {work / 'report.html'}" in output.err
+    found = collect_report(work).perplexities
+    assert [table.dataset for table in found] == ["wikitext2", "text.txt", "builtin"]
+    assert [row.perplexity for row in found[1].rows] == [
+        pytest.approx(result["perplexity"]) for result in measured
+    ]
+    rows = {row[0]: row for row in Page((work / "report.html").read_text()).rows}
+    assert rows["turbomind"][2] == f"{measured[1]['perplexity']:.3f}"
+
+
 def test_scales_have_round_ticks():
     assert [round_step(x) for x in (0.3, 1.0, 2.1, 6.0, 0.0)] == [0.5, 1.0, 5.0, 10.0, 1.0]
     assert Scale(-3.0, 7.0, 100, 0).ticks() == [-2.0, 0.0, 2.0, 4.0, 6.0]
