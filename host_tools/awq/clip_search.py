@@ -1,4 +1,4 @@
-"""Finds how far each group's range may shrink: a finer grid is worth a few clipped weights."""
+"""Finds the range of each group's grid: a finer grid is worth a few clipped weights."""
 
 from __future__ import annotations
 
@@ -10,50 +10,67 @@ NUM_SHRINKS = 20
 MAX_SHRINK = 0.5
 """Ranges from the whole to half of it are tried, as in AWQ's clipping search."""
 
+NUM_TRIMS = 6
+TRIM = 0.04
+"""Then each end alone is moved by up to 6 times 4% of its length, inwards and outwards."""
 
-def search_clipping(weight: torch.Tensor, gram: torch.Tensor, group_size: int) -> Grid:
-    """Return each group's best grid among shrunken ranges.
+MAX_END = 1.1
 
-    A group is judged alone, by the block of the Gram matrix that belongs to its inputs: errors of
-    different groups are taken as independent.
+
+def search_clipping(weight: torch.Tensor, costs: torch.Tensor, group_size: int) -> Grid:
+    """Return each group's best grid among ranges that are shrunken or shifted.
+
+    A weight's error counts by its square and the cost of its input.
 
     Args:
         weight: ``[out, in]`` fp32.
-        gram: ``[in, in]`` fp32 of the inputs as they meet this weight.
+        costs: ``[in]`` fp32, not negative.
         group_size: of the codes.
     """
-    blocks = diagonal_blocks(gram, group_size)
-    found = [_search_strip(rows, blocks, group_size) for rows in strips(weight)]
+    found = [_Search(rows, costs, group_size).run() for rows in strips(weight)]
     return Grid(
         torch.cat([strip.scales for strip in found]), torch.cat([strip.zeros for strip in found])
     )
 
 
-def diagonal_blocks(gram: torch.Tensor, group_size: int) -> torch.Tensor:
-    """Return the blocks of a Gram matrix on its diagonal, ``[groups, group_size, group_size]``."""
-    num_groups = gram.shape[0] // group_size
-    blocks = gram.view(num_groups, group_size, num_groups, group_size)
-    return torch.diagonal(blocks, dim1=0, dim2=2).permute(2, 0, 1).contiguous()
+def group_errors(grid: Grid, weight: torch.Tensor, costs: torch.Tensor) -> torch.Tensor:
+    """Return the cost of rounding each group to the nearest code, ``[out, groups]``."""
+    squares = grid.nearest(weight).sub_(weight).square_().mul_(costs)
+    return grouped(squares, grid.scales.shape[1]).sum(dim=-1)
 
 
-def _search_strip(weight: torch.Tensor, blocks: torch.Tensor, group_size: int) -> Grid:
-    low, high = extrema(weight, group_size)
-    best = Grid.between(low, high)
-    least = group_errors(best, weight, blocks)
-    for step in range(1, NUM_SHRINKS):
-        kept = 1 - step * MAX_SHRINK / NUM_SHRINKS
-        grid = Grid.between(low * kept, high * kept)
-        errors = group_errors(grid, weight, blocks)
-        is_better = errors < least
-        least = torch.where(is_better, errors, least)
-        best = Grid(
-            torch.where(is_better, grid.scales, best.scales),
-            torch.where(is_better, grid.zeros, best.zeros),
+class _Search:
+    """The best grid of some rows so far."""
+
+    def __init__(self, weight: torch.Tensor, costs: torch.Tensor, group_size: int) -> None:
+        self._weight = weight
+        self._costs = costs
+        self._low, self._high = extrema(weight, group_size)
+        self._best = Grid.between(self._low, self._high)
+        self._least = group_errors(self._best, weight, costs)
+        # What is kept of either end of each group's range.
+        self._kept_low = torch.ones_like(self._low)
+        self._kept_high = torch.ones_like(self._high)
+
+    def run(self) -> Grid:
+        whole = torch.ones_like(self._low)
+        for step in range(1, NUM_SHRINKS):
+            kept = whole * (1 - step * MAX_SHRINK / NUM_SHRINKS)
+            self._try(kept, kept)
+        for step in range(1, NUM_TRIMS + 1):
+            for change in (-step * TRIM, step * TRIM):
+                self._try((self._kept_low + change).clamp_(max=MAX_END), self._kept_high)
+                self._try(self._kept_low, (self._kept_high + change).clamp_(max=MAX_END))
+        return self._best
+
+    def _try(self, kept_low: torch.Tensor, kept_high: torch.Tensor) -> None:
+        grid = Grid.between(self._low * kept_low, self._high * kept_high)
+        errors = group_errors(grid, self._weight, self._costs)
+        is_better = errors < self._least
+        self._least = torch.where(is_better, errors, self._least)
+        self._best = Grid(
+            torch.where(is_better, grid.scales, self._best.scales),
+            torch.where(is_better, grid.zeros, self._best.zeros),
         )
-    return best
-
-
-def group_errors(grid: Grid, weight: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
-    """Return the output error of each group alone, ``[out, groups]``."""
-    error = grouped(grid.nearest(weight).sub_(weight), len(blocks)).transpose(0, 1)
-    return torch.sum((error @ blocks) * error, dim=-1).T
+        self._kept_low = torch.where(is_better, kept_low, self._kept_low)
+        self._kept_high = torch.where(is_better, kept_high, self._kept_high)

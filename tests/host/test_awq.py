@@ -10,14 +10,29 @@ import tiny_checkpoints as tiny
 import torch
 
 from device_runtime.errors import PackageError
-from host_tools.awq.clip_search import diagonal_blocks, group_errors, search_clipping
-from host_tools.awq.gram import CONSUMERS, GramObserver, InputMoments
+from host_tools.awq import layer_solver, linear_solver
+from host_tools.awq.channel_scales import (
+    HeadSharing,
+    centred,
+    channel_importance,
+    channel_scales,
+)
+from host_tools.awq.clip_search import group_errors, search_clipping
+from host_tools.awq.curvature import Curvature
+from host_tools.awq.gram import GramObserver, InputMoments, _Sums
 from host_tools.awq.grid import MIN_SCALE, Grid
-from host_tools.awq.layer_solver import fold_into_norm, round_layer, solve_layer
-from host_tools.awq.scale_search import HeadSharing, channel_importance, search_scales
+from host_tools.awq.layer_solver import (
+    LayerSolver,
+    QuantizedLayer,
+    fold_into_norm,
+    round_layer,
+    solve_layer,
+)
+from host_tools.awq.tap_solver import TapJob, TapResult
 from host_tools.checkpoint import Checkpoint, DenseLinear, LayerWeights
 from host_tools.checkpoint.families import LINEARS
 from host_tools.decoder.layer import DecoderLayer
+from host_tools.decoder.rotary import Rotary
 from host_tools.decoder.stream import Activations, LayerRunner
 
 CPU = torch.device("cpu")
@@ -35,7 +50,7 @@ def outlier_inputs(num_tokens: int, channels: int, seed: int = 1) -> torch.Tenso
 
 
 def moments_of(inputs: torch.Tensor) -> InputMoments:
-    return InputMoments(inputs.T @ inputs / len(inputs), inputs.abs().mean(0))
+    return InputMoments(inputs.T @ inputs / len(inputs), inputs.abs().mean(0), len(inputs))
 
 
 def test_a_grid_by_hand() -> None:
@@ -69,12 +84,6 @@ def test_constant_and_tiny_groups_have_normal_scales() -> None:
     assert grid.values(grid.codes(weight)).abs().max() == 0
 
 
-def test_the_gram_objective_is_the_output_error() -> None:
-    inputs, error = outlier_inputs(300, 64), randn(48, 64, seed=9)
-    direct = (inputs @ error.T).pow(2).sum(1).mean()
-    assert moments_of(inputs).output_error(error) == pytest.approx(float(direct), rel=1e-4)
-
-
 def test_the_observer_adds_up_batches(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(tiny.write_llama(tmp_path))
     runner, seen = LayerRunner(checkpoint, 16, CPU), GramObserver()
@@ -95,51 +104,69 @@ def test_the_observer_adds_up_batches(tmp_path: Path) -> None:
     assert seen.take("gate_up").gram.shape == (64, 64)
 
 
+def test_two_streams_give_the_drift_of_inputs_and_of_what_they_are_added_to() -> None:
+    observer = GramObserver(num_streams=2)
+    exact, quantized = randn(4, 5, 16), randn(4, 5, 16, seed=1)
+    h_exact, h_quantized = randn(4, 5, 8, seed=2), randn(4, 5, 8, seed=3)
+    for part in (slice(0, 3), slice(3, 4)):
+        observer.residual("ffn", torch.cat([h_exact[part], h_quantized[part]]))
+        pair = torch.cat([exact[part], quantized[part]])
+        observer.linear("gate", pair, pair)
+        observer.linear("up", pair, pair)
+        observer.linear("down", pair, pair)
+    x, y = exact.flatten(0, 1), quantized.flatten(0, 1)
+    d = (h_exact - h_quantized).flatten(0, 1)
+    for tap in ("gate_up", "down"):
+        moments = observer.take(tap)
+        assert moments.num_tokens == 20
+        torch.testing.assert_close(moments.gram, y.T @ y / 20)
+        torch.testing.assert_close(moments.magnitude, x.abs().mean(0))
+        torch.testing.assert_close(moments.drift, (x - y).T @ y / 20)
+        if tap == "down":
+            torch.testing.assert_close(moments.residual_drift, d.T @ y / 20)
+        else:
+            assert moments.residual_drift is None
+
+
+def test_one_stream_has_no_drift() -> None:
+    observer = GramObserver()
+    observer.residual("attention", randn(2, 5, 16))
+    observer.linear("o", randn(2, 5, 16), randn(2, 5, 8))
+    moments = observer.take("o")
+    assert moments.drift is None
+    assert moments.residual_drift is None
+
+
 def test_clipping_never_costs_a_group_more_than_its_whole_range() -> None:
     weight = randn(24, 96) * torch.exp(randn(24, 96, seed=5))
-    gram = moments_of(outlier_inputs(400, 96)).gram
-    blocks = diagonal_blocks(gram, GROUP)
-    assert torch.equal(blocks[1], gram[32:64, 32:64])
-    whole = group_errors(Grid.spanning(weight, GROUP), weight, blocks)
-    clipped = group_errors(search_clipping(weight, gram, GROUP), weight, blocks)
+    costs = torch.exp(randn(96, seed=6))
+    whole = group_errors(Grid.spanning(weight, GROUP), weight, costs)
+    clipped = group_errors(search_clipping(weight, costs, GROUP), weight, costs)
     assert (clipped <= whole).all()
     assert clipped.sum() < 0.95 * whole.sum()
 
 
-def test_few_tokens_give_the_same_error_as_their_gram_matrix() -> None:
-    inputs, error = outlier_inputs(12, 64), randn(40, 64)
-    observer = GramObserver()
-    for part in inputs.split(5):
-        observer.linear("o", part, part)
-    moments = observer.take("o")
-    assert moments.rows is not None
-    assert torch.allclose(moments.rows.T @ moments.rows, moments.gram, rtol=1e-5, atol=1e-6)
-    by_gram = float(torch.sum((error @ moments.gram) * error))
-    assert moments.output_error(error) == pytest.approx(by_gram, rel=1e-4)
-    observer.linear("o", outlier_inputs(17, 64), inputs)
-    assert observer.take("o").rows is None
+def test_group_errors_by_hand() -> None:
+    weight = torch.tensor([[0.0, 15.0, 7.4, 0.0, 3.0, -12.0]])
+    # Group 0: step 1, 7.4 becomes 7. Group 1: step 1, zero 12, all exact.
+    errors = group_errors(Grid.spanning(weight, 3), weight, torch.tensor([1.0, 1, 2, 1, 1, 1]))
+    assert errors.tolist() == [[pytest.approx(2 * 0.4**2, rel=1e-5), 0.0]]
 
 
 def test_strips_of_rows_are_searched_alike(monkeypatch) -> None:
-    weight, gram = randn(24, 96), moments_of(outlier_inputs(400, 96)).gram
-    whole = search_clipping(weight, gram, GROUP)
+    weight, costs = randn(24, 96), torch.exp(randn(96, seed=6))
+    whole = search_clipping(weight, costs, GROUP)
     monkeypatch.setattr("host_tools.awq.grid.STRIP_WEIGHTS", {"cpu": 96 * 7})
-    strips = search_clipping(weight, gram, GROUP)
+    strips = search_clipping(weight, costs, GROUP)
     assert torch.equal(strips.scales, whole.scales)
     assert torch.equal(strips.zeros, whole.zeros)
 
 
-def test_scales_never_cost_more_than_none() -> None:
-    weight = randn(40, 64)
-    inputs = outlier_inputs(500, 64)
-    choice = search_scales(weight, moments_of(inputs), GROUP)
-    rounded = Grid.spanning(weight, GROUP).nearest(weight)
-    plain = (inputs @ (rounded - weight).T).pow(2).sum(1).mean()
-    assert choice.plain_error == pytest.approx(float(plain), rel=1e-3)
-    assert choice.error < 0.8 * choice.plain_error
-    assert choice.scales.max() * choice.scales.min() == pytest.approx(1.0, rel=1e-4)
-    flat = search_scales(weight, moments_of(randn(500, 64, seed=4)), GROUP)
-    assert flat.error <= flat.plain_error
+def test_scales_by_hand() -> None:
+    # Importance is 1 everywhere; magnitudes 1 and 32 give 1 and 32^0.2 = 2, centred to their root.
+    scales = channel_scales(torch.ones(3, 2), torch.tensor([1.0, 32.0]), 2)
+    torch.testing.assert_close(scales, torch.tensor([2**-0.5, 2**0.5]))
+    assert centred(torch.tensor([0.0, 1.0])).tolist() == pytest.approx([0.01, 100.0], rel=1e-4)
 
 
 def test_channel_importance_by_hand() -> None:
@@ -198,54 +225,165 @@ def run(layer: DecoderLayer, states: torch.Tensor, tmp_path: Path, seen=None) ->
 def test_the_scales_of_all_pairs_cancel_in_floating_point(
     layer: DecoderLayer, tmp_path: Path, monkeypatch
 ) -> None:
-    scaled: dict[str, DenseLinear] = {}
+    def scaled(job: TapJob, moments: InputMoments) -> TapResult:
+        linears = {}
+        for name, linear in job.linears.items():
+            rows = job.row_scales.get(name, torch.ones(len(linear.weight)))
+            weight = linear.weight * job.scales / rows[:, None]
+            assert not torch.allclose(weight, linear.weight)
+            bias = None if linear.bias is None else linear.bias / rows
+            linears[name] = DenseLinear(weight, bias)
+        return TapResult(linears, {})
 
-    def keep(grid, weight, group_size, bias, name):
-        scaled[name] = DenseLinear(weight, bias)
-        return grid_of_nothing
-
-    grid_of_nothing = object()
-    monkeypatch.setattr("host_tools.awq.layer_solver._stored", keep)
+    monkeypatch.setattr(layer_solver, "solve_tap", scaled)
     states, seen = randn(4, 32, 64) * torch.exp(randn(64, seed=3)), GramObserver()
     expected = run(layer, states, tmp_path, seen)
-    solved = solve_layer(layer.weights, seen.take, layer.model, GROUP).weights
-    weights = replace(
-        layer.weights,
-        attention_norm=solved.attention_norm.float(),
-        ffn_norm=solved.ffn_norm.float(),
-        **scaled,
-    )
-    for name in LINEARS:
-        assert not torch.allclose(weights.linear(name).weight, layer.weights.linear(name).weight)
-    output = run(DecoderLayer(weights, layer.model), states, tmp_path)
+    weights = solve_layer(layer.weights, seen.take, layer.model, GROUP).weights
+    output = run(DecoderLayer.ready(weights, layer.model, CPU), states, tmp_path)
     # Scales are divided out in fp32.
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_awq_beats_rounding_on_what_the_layer_gives(layer: DecoderLayer, tmp_path: Path) -> None:
-    states, seen = randn(8, 32, 64) * torch.exp(1.5 * randn(64, seed=3)), GramObserver()
-    expected = run(layer, states, tmp_path, seen)
+def layer_error(
+    layer: DecoderLayer, weights: LayerWeights, states: torch.Tensor, tmp_path: Path
+) -> float:
+    expected = run(layer, states, tmp_path)
+    output = run(DecoderLayer.ready(weights, layer.model, CPU), states, tmp_path)
+    return float((output - expected).pow(2).mean())
+
+
+def test_every_step_lowers_the_error_of_every_linear(layer: DecoderLayer, tmp_path: Path) -> None:
+    states, seen = randn(32, 32, 64) * torch.exp(1.5 * randn(64, seed=3)), GramObserver()
+    run(layer, states, tmp_path, seen)
     solved = solve_layer(layer.weights, seen.take, layer.model, GROUP)
-    for rounded, quantized in solved.errors.values():
-        assert quantized <= rounded
-    assert set(solved.errors) == set(CONSUMERS)
-
-    def error(weights: LayerWeights) -> float:
-        output = run(DecoderLayer.ready(weights, layer.model, CPU), states, tmp_path)
-        return float((output - expected).pow(2).mean())
-
-    assert error(solved.weights) < 0.8 * error(round_layer(layer.weights, GROUP).weights)
+    assert tuple(record.linear for record in solved.records) == LINEARS
+    for record in solved.records:
+        assert record.clipped < record.scaled
+        assert record.compensated < 0.97 * record.clipped
+        assert record.compensated < 0.8 * record.rounded < record.signal
+        assert sum(record.clip_counts) == record.num_outputs * record.num_inputs // GROUP
+    rounded = round_layer(layer.weights, GROUP).weights
+    error = layer_error(layer, solved.weights, states, tmp_path)
+    assert error < 0.6 * layer_error(layer, rounded, states, tmp_path)
 
 
 def test_stated_errors_are_output_errors(layer: DecoderLayer, tmp_path: Path) -> None:
-    states, seen, moments = randn(8, 32, 64), GramObserver(), GramObserver()
+    states, seen, again = randn(8, 32, 64), GramObserver(), GramObserver()
     run(layer, states, tmp_path, seen)
-    run(layer, states, tmp_path, moments)
-    rounded, quantized = solve_layer(layer.weights, seen.take, layer.model, GROUP).errors["down"]
+    run(layer, states, tmp_path, again)
+    solved = solve_layer(layer.weights, seen.take, layer.model, GROUP)
+    record, gram = solved.records[-1], again.take("down").gram
     weight = layer.weights.down.weight
     difference = Grid.spanning(weight, GROUP).nearest(weight) - weight
-    assert rounded == pytest.approx(moments.take("down").output_error(difference), rel=1e-3)
-    assert 0 < quantized < rounded
+    assert record.rounded == pytest.approx(
+        float(((difference @ gram) * difference).sum()), rel=1e-3
+    )
+    assert record.signal == pytest.approx(float(((weight @ gram) * weight).sum()), rel=1e-3)
+
+
+def test_the_number_of_threads_does_not_change_a_code(layer: DecoderLayer, tmp_path: Path) -> None:
+    states = randn(64, 32, 64)
+
+    def solved() -> QuantizedLayer:
+        seen = GramObserver()
+        run(layer, states, tmp_path, seen)
+        return solve_layer(layer.weights, seen.take, layer.model, GROUP)
+
+    num_threads = torch.get_num_threads()
+    layers = []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            layers.append(solved().weights)
+    finally:
+        torch.set_num_threads(num_threads)
+    for name in LINEARS:
+        one, two = (weights.linear(name) for weights in layers)
+        assert torch.equal(one.codes, two.codes)
+        assert torch.equal(one.scales, two.scales)
+
+
+def pair_moments(x: torch.Tensor, y: torch.Tensor, d: torch.Tensor | None) -> InputMoments:
+    count = len(x)
+    residual = None if d is None else d.T @ y / count
+    return InputMoments(y.T @ y / count, x.abs().mean(0), count, (x - y).T @ y / count, residual)
+
+
+@pytest.mark.parametrize("has_residual", [False, True])
+def test_the_aim_is_what_least_squares_asks_for(monkeypatch, has_residual: bool) -> None:
+    monkeypatch.setattr(linear_solver, "AIM", 1.0)
+    monkeypatch.setattr("host_tools.awq.curvature.RIDGE_PER_INPUT", 0.0)
+    monkeypatch.setattr("host_tools.awq.curvature.MIN_RIDGE", 1e-6)
+    x, weight, scales = randn(400, 24), randn(12, 24, seed=1), torch.exp(randn(24, seed=2))
+    y = x + 0.1 * randn(400, 24, seed=3)
+    d = 0.1 * randn(400, 12, seed=4) + y[:, :12] if has_residual else None
+    moments = pair_moments(x, y, d)
+    due = x @ weight.T + (d if d is not None else 0)
+    expected = torch.linalg.lstsq(y, due).solution.T
+    aimed = linear_solver.aimed_weight(
+        weight,
+        linear_solver.drift_products(weight, moments),
+        Curvature.of(moments.gram, moments.num_tokens, scales),
+    )
+    torch.testing.assert_close(aimed, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_the_quantized_stream_is_brought_back_to_the_exact_one(
+    layer: DecoderLayer, tmp_path: Path
+) -> None:
+    exact = randn(64, 32, 64)
+    quantized = exact + 0.2 * exact.roll(1, -1)
+    expected = run(layer, exact, tmp_path)
+    both, alone = GramObserver(num_streams=2), GramObserver()
+    layer.forward(torch.cat([exact, quantized]), layer_rotary(layer), both)
+    layer.forward(exact, layer_rotary(layer), alone)
+    errors = []
+    for seen in (both, alone):
+        weights = solve_layer(layer.weights, seen.take, layer.model, GROUP).weights
+        output = run(DecoderLayer.ready(weights, layer.model, CPU), quantized, tmp_path)
+        errors.append(float((output - expected).pow(2).mean()))
+    assert errors[0] < 0.8 * errors[1]
+
+
+def layer_rotary(layer: DecoderLayer) -> Rotary:
+    return Rotary.of(layer.model, 32, CPU)
+
+
+def test_kept_linears_are_stored_as_they_are(layer: DecoderLayer, tmp_path: Path) -> None:
+    states, seen = randn(16, 32, 64), GramObserver()
+    run(layer, states, tmp_path, seen)
+    kept = frozenset(("q", "k", "v", "down"))
+    solved = solve_layer(layer.weights, seen.take, layer.model, GROUP, kept)
+    for name in LINEARS:
+        assert isinstance(solved.weights.linear(name), DenseLinear) == (name in kept)
+    # down is not scaled, so up's outputs are not; v's are, for o.
+    assert torch.equal(solved.weights.down.weight, layer.weights.down.weight.half())
+    assert torch.equal(solved.weights.q.weight, layer.weights.q.weight.half())
+    assert not torch.equal(solved.weights.v.weight, layer.weights.v.weight.half())
+    assert torch.equal(solved.weights.attention_norm, layer.weights.attention_norm.half())
+    assert [record.w_bits for record in solved.records] == [16, 16, 16, 4, 4, 4, 16]
+    every = round_layer(layer.weights, GROUP, frozenset(LINEARS)).weights
+    assert layer_error(layer, every, states, tmp_path) < 1e-6
+    half = layer_error(layer, solved.weights, states, tmp_path)
+    seen = GramObserver()
+    run(layer, states, tmp_path, seen)
+    whole = solve_layer(layer.weights, seen.take, layer.model, GROUP).weights
+    assert half < layer_error(layer, whole, states, tmp_path)
+
+
+def test_a_block_is_not_quantized_twice(layer: DecoderLayer, tmp_path: Path) -> None:
+    seen = GramObserver()
+    run(layer, randn(4, 32, 64), tmp_path, seen)
+    solver = LayerSolver(layer.weights, layer.model, GROUP)
+    moments = {tap: seen.take(tap) for tap in ("o", "qkv")}
+    solver.solve("attention", moments.__getitem__)
+    with pytest.raises(TypeError, match="o is quantized already"):
+        solver.solve("attention", moments.__getitem__)
+
+
+def test_nothing_seen_gives_no_moments() -> None:
+    with pytest.raises(ValueError, match="nothing was seen"):
+        _Sums().moments()
 
 
 def test_rounding_gives_the_plain_codes(layer: DecoderLayer) -> None:

@@ -1,4 +1,4 @@
-"""Finds the channel scales that make a 4-bit weight do the least harm (AWQ, arXiv 2306.00978)."""
+"""Scales of a linear's inputs that give its largest activations a finer grid (AWQ)."""
 
 from __future__ import annotations
 
@@ -6,28 +6,13 @@ from dataclasses import dataclass
 
 import torch
 
-from host_tools.awq.gram import InputMoments
-from host_tools.awq.grid import Grid, grouped, strips
+from host_tools.awq.grid import grouped
 
 MIN_FACTOR = 1e-4
-GRID_STEPS = 20
-"""Exponents that are tried, from 0 to 0.95 (spec section 5.5)."""
-
-
-@dataclass(frozen=True)
-class ScaleChoice:
-    """What a search settled on.
-
-    Attributes:
-        scales: ``[in]`` fp32; consumers are multiplied by it, their producer divided.
-        ratio: the exponent of the activations' magnitude.
-        error: mean squared output error with these scales, and ``plain_error`` without any.
-    """
-
-    scales: torch.Tensor
-    ratio: float
-    error: float
-    plain_error: float
+MAGNITUDE_EXPONENT = 0.2
+IMPORTANCE_EXPONENT = 0.3
+"""Of ``magnitude^a / importance^b`` (AWQ, arXiv 2306.00978, searches a with b = 1 - a): with
+compensation after it, weak scales do best."""
 
 
 @dataclass(frozen=True)
@@ -52,35 +37,25 @@ class HeadSharing:
         return scales.view(-1, self.num_shared, self.head_dim)[:, 0].reshape(-1)
 
 
-def search_scales(
+def channel_scales(
     weight: torch.Tensor,
-    moments: InputMoments,
+    magnitude: torch.Tensor,
     group_size: int,
     sharing: HeadSharing | None = None,
-) -> ScaleChoice:
-    """Try ``magnitude^r / importance^(1-r)`` for a grid of r and no scales at all.
-
-    Nothing is run: the error of each candidate follows from the Gram matrix.
+) -> torch.Tensor:
+    """Return what the inputs of all consumers are multiplied by, ``[in]`` fp32.
 
     Args:
         weight: ``[out, in]`` of all consumers, stacked on the outputs.
-        moments: of their common input.
+        magnitude: ``[in]``, mean ``|x|`` of the inputs.
         group_size: of the codes.
         sharing: of the inputs between heads; None when every input is free.
     """
-    magnitude = moments.magnitude.clamp(min=MIN_FACTOR)
+    magnitude = magnitude.clamp(min=MIN_FACTOR)
     importance = channel_importance(weight, group_size).clamp(min=MIN_FACTOR)
     if sharing is not None:
         magnitude, importance = sharing.average(magnitude), sharing.average(importance)
-    plain_error = _error(weight, torch.ones_like(magnitude), moments, group_size)
-    best = ScaleChoice(torch.ones_like(magnitude), 0.0, plain_error, plain_error)
-    for step in range(GRID_STEPS):
-        ratio = step / GRID_STEPS
-        scales = centred(magnitude**ratio / importance ** (1 - ratio))
-        error = _error(weight, scales, moments, group_size)
-        if error < best.error:
-            best = ScaleChoice(scales, ratio, error, plain_error)
-    return best
+    return centred(magnitude**MAGNITUDE_EXPONENT / importance**IMPORTANCE_EXPONENT)
 
 
 def channel_importance(weight: torch.Tensor, group_size: int) -> torch.Tensor:
@@ -97,14 +72,3 @@ def centred(scales: torch.Tensor) -> torch.Tensor:
     """Return scales whose least and greatest are each other's inverse; errors do not change."""
     scales = scales.clamp(min=MIN_FACTOR)
     return scales / (scales.max() * scales.min()).sqrt()
-
-
-def _error(
-    weight: torch.Tensor, scales: torch.Tensor, moments: InputMoments, group_size: int
-) -> float:
-    error = 0.0
-    for rows in strips(weight):
-        scaled = rows * scales
-        nearest = Grid.spanning(scaled, group_size).nearest(scaled)
-        error += moments.output_error(nearest.div_(scales).sub_(rows))
-    return error
