@@ -21,8 +21,8 @@ from host_tools.package_options import (
     KvQparamsOptions,
     PackOptions,
 )
+from host_tools.printed_tables import plain_summary, print_evaluation, print_summary
 from host_tools.progress import format_bytes, make_progress
-from host_tools.reports import plain_summary, print_evaluation, print_summary
 
 
 def run_fetch(args: argparse.Namespace) -> int:
