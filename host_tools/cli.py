@@ -97,7 +97,9 @@ def _unexpected(error: Exception) -> int:
 
 
 def _fail(message: str, exit_code: int) -> int:
-    print(f"{PROGRAM}: {message}", file=sys.stderr)
+    # Names from somebody else's files may hold what a terminal obeys.
+    shown = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in message)
+    print(f"{PROGRAM}: {shown}", file=sys.stderr)
     return exit_code
 
 
