@@ -23,7 +23,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 PLAIN = {"TURBOJET_PLAIN_KERNELS": "1"}
 VARIANTS: dict[str, dict[str, str]] = {"default": {}, "plain": PLAIN}
-REAL_MODEL = "test_real_model.py"
+ALONE = ("test_process_end.py", "test_real_model.py")
+"""They fill the device's memory or look at how much is free."""
 CLI = [sys.executable, "-m", "device_runtime.cli"]
 PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "--tb=short"]
 
@@ -108,7 +109,7 @@ def correctness_steps(folder: Path, variants: list[str]) -> list[Step]:
         # Steps of the whole backend, launched one by one: the tool cannot look into graphs.
         engine = [*check, *PYTEST, "tests/gpu/test_cuda_backend.py", "-k", "logits_of_a_prompt"]
         steps.append(Step(f"sanitizer-{tool}-engine", engine, {"TURBOJET_EAGER": "1"}, 240))
-    files = sorted(path.name for path in HERE.glob("test_*.py") if path.name != REAL_MODEL)
+    files = sorted(path.name for path in HERE.glob("test_*.py") if path.name not in ALONE)
     for variant in variants:
         environment = VARIANTS[variant]
         command = [*CLI, "selftest", "--json"]
@@ -158,7 +159,7 @@ def main() -> int:
     variants = build_kernels(folder, int(str(machine["sm"])))
     os.environ["TURBOJET_KERNELS"] = str(folder / "kernels")
     states = run_steps(correctness_steps(folder, variants), folder, args.jobs)
-    alone = [test_step(REAL_MODEL, variant, folder, 240) for variant in variants]
+    alone = [test_step(file, variant, folder, 240) for variant in variants for file in ALONE]
     if not args.no_bench:
         bench = {"PYTHON": sys.executable}
         alone.append(Step("bench", ["scripts/bench", str(folder / "bench")], bench, 420))
