@@ -1,4 +1,4 @@
-"""Templates for models that ship none: the strings of LMDeploy (spec section 6)."""
+"""Templates for models that ship none: the strings of LMDeploy (spec section 6) or of makers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LLAMA2_SYSTEM = (
 )
 QWEN_SYSTEM = "You are a helpful assistant."
 QWEN25_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
-
+SMOLLM_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 
 _PLAIN_SAMPLING = SamplingDefaults()
 _QWEN_SAMPLING = SamplingDefaults(temperature=1.0, top_p=0.5)
@@ -231,6 +231,30 @@ BUILTIN_TEMPLATES = (
     _chatml(
         "qwen3", system="", keeps_empty_system=True, session_len=32768, sampling=_QWEN_SAMPLING
     ),
+    # Families that v0.2.3 does not know, as their makers' own templates have them.
+    BuiltinTemplate(
+        "llama3",
+        ("llama-3", "llama-3-instruct"),
+        system_start="<|start_header_id|>system<|end_header_id|>\n\n",
+        system_end="<|eot_id|>",
+        first_user_start="<|start_header_id|>user<|end_header_id|>\n\n",
+        user_start="<|start_header_id|>user<|end_header_id|>\n\n",
+        user_end="<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+        answer_end="<|eot_id|>",
+        stop_words=("<|eot_id|>",),
+        session_len=8192,
+    ),
+    BuiltinTemplate(
+        "mistral-instruct",
+        ("mistral-7b-instruct",),
+        system_start="[INST] ",
+        system_end="\n\n",
+        user_start="[INST] ",
+        user_end=" [/INST]",
+        answer_end="</s>",
+        session_len=32768,
+    ),
+    _chatml("smollm2", "smollm2-instruct", "smollm3", system=SMOLLM_SYSTEM, session_len=8192),
     BuiltinTemplate(
         "baichuan2-7b",
         ("baichuan2-chat",),
@@ -250,4 +274,4 @@ BUILTIN_TEMPLATES = (
     BuiltinTemplate("internlm-20b", session_len=4096),
     BuiltinTemplate("base", ("internlm", "internlm-7b", "llama")),
 )
-"""Spec sections 6.1 and 6.2, LMDeploy's registered names."""
+"""Spec sections 6.1 and 6.2, LMDeploy's registered names first, and the families after it."""

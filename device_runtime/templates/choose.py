@@ -29,6 +29,11 @@ _PATTERNS: tuple[tuple[tuple[str, ...], tuple[str, ...], str], ...] = (
     (("qwen2_5",), (), "qwen2d5"),
     (("qwen",), ("chat", "instruct"), "qwen-7b"),
     (("baichuan2", "chat"), (), "baichuan2-7b"),
+    (("llama-3",), ("instruct", "chat"), "llama3"),
+    (("llama3",), ("instruct", "chat"), "llama3"),
+    (("mistral",), ("instruct",), "mistral-instruct"),
+    (("smollm3",), (), "smollm2"),
+    (("smollm",), ("instruct",), "smollm2"),
 )
 
 

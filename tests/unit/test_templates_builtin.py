@@ -80,6 +80,24 @@ def later(name: str, user: str = "U") -> str:
             (),
             2048,
         ),
+        (
+            "llama3",
+            "<|start_header_id|>user<|end_header_id|>\n\nU<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\n",
+            "<|start_header_id|>user<|end_header_id|>\n\nU<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\n",
+            ("<|eot_id|>",),
+            8192,
+        ),
+        ("mistral-instruct", "[INST] U [/INST]", "[INST] U [/INST]", (), 32768),
+        (
+            "smollm2",
+            "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging "
+            "Face<|im_end|>\n<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\n",
+            "\n<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\n",
+            ("<|im_end|>",),
+            8192,
+        ),
         ("base", "U", "U", (), 2048),
         ("internlm2-7b", "U", "U", (), 32768),
     ],
@@ -127,6 +145,15 @@ def test_qwen3_keeps_an_empty_system_block() -> None:
 
 def test_baichuan2_prefixes_a_system_message_raw() -> None:
     assert first("baichuan2-7b", system="S") == "S<reserved_106>U<reserved_107>"
+
+
+def test_llama3_and_mistral_put_a_system_message_before_the_first_user() -> None:
+    head = "<|start_header_id|>system<|end_header_id|>\n\nS<|eot_id|>"
+    assert first("llama3", system="S") == head + first("llama3")
+    assert first("mistral-instruct", system="S") == "[INST] S\n\nU [/INST]"
+    conversation = [Message("user", "A"), Message("assistant", "B"), Message("user", "C")]
+    rendered = joined_text(built("mistral-instruct").render(conversation))
+    assert rendered == "[INST] A [/INST]B</s>[INST] C [/INST]"
 
 
 def test_only_markers_are_markup() -> None:
@@ -192,6 +219,12 @@ def test_a_role_nobody_knows_is_refused() -> None:
         ("Qwen2.5-0.5B-Instruct", "qwen2d5"),
         ("Qwen3-4B", "qwen3"),
         ("Baichuan2-7B-Chat", "baichuan2-7b"),
+        ("internlm2_5-7b-chat", "internlm2-chat"),
+        ("Meta-Llama-3-8B-Instruct", "llama3"),
+        ("Llama-3.2-1B-Instruct", "llama3"),
+        ("Mistral-7B-Instruct-v0.2", "mistral-instruct"),
+        ("SmolLM2-1.7B-Instruct", "smollm2"),
+        ("SmolLM3-3B", "smollm2"),
     ],
 )
 def test_a_models_name_finds_its_family(model, expected) -> None:
