@@ -39,11 +39,11 @@ ALIASES = {
     },
     **{
         f"qwen2.5-{size.lower()}-instruct": f"Qwen/Qwen2.5-{size}-Instruct"
-        for size in ("0.5B", "1.5B", "3B", "7B", "14B")
+        for size in ("0.5B", "1.5B", "3B", "7B", "14B", "32B")
     },
     **{
         f"qwen3-{size.lower()}": f"Qwen/Qwen3-{size}"
-        for size in ("0.6B", "1.7B", "4B", "8B", "14B")
+        for size in ("0.6B", "1.7B", "4B", "8B", "14B", "32B")
     },
     "smollm2-135m-instruct": f"{_SMOL}/SmolLM2-135M-Instruct",
     "smollm2-360m-instruct": f"{_SMOL}/SmolLM2-360M-Instruct",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import threading
@@ -31,6 +32,12 @@ class Hub:
     token: str | None = None
     # file -> bytes sent before the connection is cut, once for each entry.
     cuts: dict[str, list[int]] = field(default_factory=dict)
+    # file -> bytes sent before the rest waits for `go`.
+    stalls: dict[str, int] = field(default_factory=dict)
+    go: threading.Event = field(default_factory=threading.Event)
+    # A file is sent only when so many files are asked for at the same time.
+    meeting: threading.Barrier | None = None
+    has_hashes: bool = True
     # file -> how many times its bytes are flipped on the way.
     corruptions: dict[str, int] = field(default_factory=dict)
     listed_size: dict[str, int] = field(default_factory=dict)
@@ -48,7 +55,7 @@ class Hub:
                 "Path": name,
                 "Type": "blob",
                 "Size": self.listed_size.get(name, len(content)),
-                "Sha256": hashlib.sha256(content).hexdigest(),
+                "Sha256": hashlib.sha256(content).hexdigest() if self.has_hashes else "",
             }
             for name, content in self.files.items()
         ]
@@ -105,6 +112,8 @@ class _Handler(BaseHTTPRequestHandler):
         if content is None:
             self._not_found()
             return
+        if self.hub.meeting is not None:
+            self.hub.meeting.wait()
         start = 0
         if self.headers.get("Range"):
             start = int(self.headers["Range"].removeprefix("bytes=").rstrip("-").split("-")[0])
@@ -125,7 +134,13 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             self.connection.shutdown(2)
             return
-        self.wfile.write(body)
+        stall = self.hub.stalls.get(name, len(body))
+        self.wfile.write(body[:stall])
+        if stall < len(body):
+            self.wfile.flush()
+            self.hub.go.wait(60)
+            with contextlib.suppress(OSError):  # whoever asked may have gone
+                self.wfile.write(body[stall:])
 
 
 @contextmanager

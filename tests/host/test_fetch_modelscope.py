@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 from hub_server import MODEL, Hub, serving
 
 from device_runtime.errors import FetchError, InternalError, PackageError, UsageError
+from host_tools import cli
 from host_tools.fetch import FetchOptions, fetch, hub_address
 from host_tools.fetch import modelscope as hub_module
 from host_tools.fetch.hub_errors import describe_failure
@@ -205,6 +207,72 @@ def test_two_fetches_into_one_folder_do_not_fight(hub: Hub, tmp_path: Path) -> N
     assert codes[0] == 0, messages
     assert codes[1] == 0 or any("another turbojet-host is at work" in text for text in messages)
     assert content(tmp_path / "out") == {name: FILES[name] for name in TAKEN}
+
+
+def test_files_are_fetched_side_by_side(hub: Hub, tmp_path: Path) -> None:
+    # No file is sent before all four are asked for; one after the other would never end.
+    hub.meeting = threading.Barrier(len(TAKEN), timeout=30)
+    folder = fetch(MODEL, tmp_path / "out", FetchOptions(max_workers=4))
+    assert content(folder) == {name: FILES[name] for name in TAKEN}
+    assert not hub.meeting.broken
+
+
+def test_a_hub_without_hashes_is_trusted_by_size(hub: Hub, tmp_path: Path) -> None:
+    hub.has_hashes = False
+    folder = fetch(MODEL, tmp_path / "out")
+    assert content(folder) == {name: FILES[name] for name in TAKEN}
+
+
+def test_a_fetch_that_was_killed_is_gone_on_with(hub: Hub, tmp_path: Path) -> None:
+    hub.stalls["model.safetensors"] = 1_000_000
+    command = [sys.executable, "-m", "host_tools.cli", "fetch", MODEL, "--output"]
+    output = tmp_path / "out"
+    root = Path(hub_module.__file__).parents[2]
+    process = subprocess.Popen([*command, str(output)], cwd=root, stderr=subprocess.DEVNULL)
+    waited_s = 0.0
+    while not _partial_bytes(output) and waited_s < 60:
+        time.sleep(0.05)
+        waited_s += 0.05
+    process.kill()
+    process.wait()
+    begun = _partial_bytes(output)
+    assert begun
+    assert "model.safetensors" not in content(output)
+    hub.stalls.clear()
+    hub.go.set()
+    hub.requests.clear()
+    # The worker of the killed one ends on its own; until then it may still write.
+    time.sleep(1.0)
+    fetch(MODEL, output)
+    assert content(output) == {name: FILES[name] for name in TAKEN}
+    ranges = [r.headers.get("range") for r in hub.asked_for("model.safetensors")]
+    assert len(ranges) == 1
+    assert ranges[0] is not None, "it starts where the killed one was"
+
+
+def _partial_bytes(output: Path) -> int:
+    """Bytes of files that are on their way, wherever the SDK keeps them."""
+    if not output.is_dir():
+        return 0
+    found = [path for path in output.rglob("*") if "incomplete" in path.name and path.is_file()]
+    return sum(path.stat().st_size for path in found)
+
+
+def test_the_command_takes_revision_patterns_and_workers(
+    hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.revisions = ("v2",)
+    hub.files["vocab.json"] = b"{}"
+    arguments = ["fetch", MODEL, "--output", str(tmp_path / "out"), "--revision", "v2"]
+    arguments += ["--include", "*.json", "--include", "*.safetensors", "--exclude", "vocab*"]
+    assert cli.main([*arguments, "--max-workers", "2"]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "out")
+    assert sorted(content(tmp_path / "out")) == [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    ]
+    assert all(r.query["Revision"] == "v2" for r in hub.requests)
 
 
 def test_no_network_is_said_in_one_quick_sentence(

@@ -48,6 +48,26 @@ def test_every_alias_is_lower_case_and_names_a_proper_id() -> None:
         assert re.fullmatch(r"[\w-]+/[\w.-]+", model_id), model_id
 
 
+@pytest.mark.parametrize(
+    "alias",
+    [
+        "internlm-chat-7b", "internlm-chat-20b",
+        "internlm2-chat-1_8b", "internlm2-chat-7b", "internlm2-chat-20b",
+        "internlm2_5-1_8b-chat", "internlm2_5-7b-chat", "internlm2_5-20b-chat",
+        "internlm3-8b-instruct", "llama-2-7b-chat", "llama-2-13b-chat", "llama-3-8b-instruct",
+        "llama-3.1-8b-instruct", "llama-3.2-1b-instruct", "llama-3.2-3b-instruct",
+        "qwen-7b-chat", "qwen-14b-chat", "qwen1.5-7b-chat", "qwen2-7b-instruct",
+        "qwen2.5-7b-instruct", "qwen3-8b", "mistral-7b-instruct-v0.1", "baichuan2-7b-chat",
+        "smollm2-135m-instruct", "smollm3-3b",
+    ],
+)  # fmt: skip
+def test_every_family_has_a_short_name(here: Path, alias: str) -> None:
+    source = parse_source(alias)
+    assert isinstance(source, HubSource)
+    simple = re.sub(r"[^a-z0-9]", "", source.model_id.rpartition("/")[2].lower())
+    assert simple.removeprefix("meta").removesuffix("ms") == re.sub(r"[^a-z0-9]", "", alias)
+
+
 def test_folders_and_gguf_files_on_disk_come_before_ids(here: Path) -> None:
     (here / "team" / "model").mkdir(parents=True)
     (here / "m.GGUF").write_bytes(b"GGUF")
