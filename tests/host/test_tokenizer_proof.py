@@ -1,6 +1,7 @@
 """A converted tokenizer is compared with the library it was made for, and any difference counts."""
 
 import dataclasses
+import json
 import os
 import sys
 from pathlib import Path
@@ -18,6 +19,19 @@ from host_tools.proof_strings import NUM_STRINGS, first_strings
 from host_tools.tokenizer_proof import Comparison, prove_tokenizer
 
 REAL = os.environ.get("TURBOJET_TOKENIZERS", "")
+CORPORA = os.environ.get("TURBOJET_CORPORA", "")
+
+# The options that Baichuan2's paper names (arXiv 2309.10305, section 2.2): no normalisation, no
+# dummy prefix, single digits, pieces of blanks alone, bytes for rare characters, 32 characters.
+BAICHUAN2 = {
+    "add_dummy_prefix": False,
+    "split_digits": True,
+    "allow_whitespace_only_pieces": True,
+    "character_coverage": 0.9999,
+    "max_sentencepiece_length": 32,
+    "vocab_size": 1200,
+    "user_defined_symbols": [f"<reserved_{index}>" for index in range(108)],
+}
 
 
 def differences(folder, count=4000):
@@ -60,11 +74,25 @@ def test_a_conversion_is_proved_on_more_than_twenty_thousand_strings(tmp_path, w
         {"add_dummy_prefix": False, "user_defined_symbols": ["<eoa>", "Ｅ", "<|im_end|>"]},
         {"byte_fallback": False, "allow_whitespace_only_pieces": True},
         {"split_digits": True, "max_sentencepiece_length": 32, "split_by_whitespace": False},
+        BAICHUAN2,
     ],
-    ids=["as Llama", "as InternLM2", "without bytes", "pieces over blanks"],
+    ids=["as Llama", "as InternLM2", "without bytes", "pieces over blanks", "as Baichuan2"],
 )
 def test_a_trained_model_is_converted_exactly(tmp_path, options):
     assert differences(train(tmp_path, **options), NUM_STRINGS) == []
+
+
+def test_baichuan2s_markers_are_special_and_texts_start_without_bos(tmp_path):
+    train(tmp_path, **BAICHUAN2)
+    config = {"add_bos_token": False, "bos_token": {"content": "<s>"}, "sp_model_kwargs": {}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    converted = convert_tokenizer(tmp_path)
+    assert (converted.bos_token, converted.adds_bos, converted.eos_token) == ("<s>", False, "</s>")
+    tokenizer = converted.tokenizer
+    marker = tokenizer.token_to_id("<reserved_106>")
+    assert tokenizer.encode("<reserved_106>").ids == [marker]
+    tokenizer.encode_special_tokens = True
+    assert marker not in tokenizer.encode("a<reserved_106> b").ids
 
 
 def test_added_tokens_are_compared_too(tmp_path):
@@ -142,4 +170,11 @@ def test_a_model_that_only_we_can_read_is_refused(tmp_path):
 )
 @pytest.mark.parametrize("name", ["internlm", "internlm2", "llama2", "mistral_v1", "qwen1"])
 def test_the_tokenizers_of_real_models_are_converted_exactly(name):
-    assert differences(Path(REAL) / name, NUM_STRINGS) == []
+    comparison = Comparison(convert_tokenizer(Path(REAL) / name))
+    strings = list(comparison.strings)
+    for path in sorted(Path(CORPORA).iterdir()) if CORPORA else ():
+        # Lines as they are, blanks and line ends too; long ones are what a corpus has and we not.
+        lines = path.read_bytes().decode("utf-8", "replace").splitlines(keepends=True)
+        strings += lines[: 4 * NUM_STRINGS]
+    print(f"{name}: {len(strings)} strings")
+    assert list(comparison.differences(strings)) == []
