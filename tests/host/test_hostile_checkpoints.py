@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from device_runtime.errors import PackageError
 from host_tools.checkpoint import Checkpoint
 from host_tools.checkpoint.config_values import MAX_CONFIG_BYTES
-from host_tools.checkpoint_names import MAX_INDEX_BYTES
 from host_tools.checkpoint.tensor_files import TensorFiles
+from host_tools.checkpoint_names import MAX_INDEX_BYTES
 
 INDEX = "model.safetensors.index.json"
 
@@ -202,3 +202,40 @@ def test_a_config_that_is_no_object_is_refused(folder: Path) -> None:
     ):
         (folder / "config.json").write_text(text)
         refused(folder, complaint)
+
+
+def test_links_of_a_hugging_face_cache_are_followed(tmp_path: Path) -> None:
+    repository = tmp_path / "models--team--tiny"
+    snapshot, blobs = repository / "snapshots" / "0123abcd", repository / "blobs"
+    source = tiny.write_llama(tmp_path / "source")
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, path in enumerate(sorted(source.iterdir())):
+        path.rename(blobs / f"sha{number}")
+        (snapshot / path.name).symlink_to(f"../../blobs/sha{number}")
+    assert Checkpoint.open(snapshot).model.num_hidden_layers == 2
+    # What lies beside the blobs is no blob.
+    (repository / "refs").write_text("{}")
+    (snapshot / "generation_config.json").symlink_to("../../refs")
+    refused(snapshot, "generation_config.json in .* is a link that leads out of it")
+
+
+def test_weights_may_lie_elsewhere_and_settings_inside(folder: Path, tmp_path: Path) -> None:
+    (folder / "model.safetensors").rename(tmp_path / "weights.safetensors")
+    (folder / "model.safetensors").symlink_to(tmp_path / "weights.safetensors")
+    (folder / "settings").mkdir()
+    (folder / "config.json").rename(folder / "settings" / "config.json")
+    (folder / "config.json").symlink_to("settings/config.json")
+    Checkpoint.open(folder)
+
+
+def test_weights_that_cannot_be_read_are_named(folder: Path, monkeypatch) -> None:
+    opened = Path.open
+
+    def refuse(self: Path, *arguments: object, **more: object):
+        if self.suffix == ".safetensors":
+            raise PermissionError(13, "Permission denied")
+        return opened(self, *arguments, **more)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    refused(folder, r"model.safetensors cannot be read \(Permission denied\)")

@@ -355,3 +355,40 @@ def test_two_schemes_of_one_model_are_told_apart_by_their_tensors(tmp_path: Path
     groups = {"group_0": SCHEME, "group_1": other}
     change(tmp_path, {f"{MODULE}.weight_zero_point": None}, config_groups=groups)
     assert torch.equal(linear_of(tmp_path).weight, even.weight)
+
+
+@pytest.mark.parametrize("packing", ["gptq", "asymmetric"])
+def test_a_fused_qkv_comes_apart_in_every_packing(tmp_path: Path, packing) -> None:
+    shapes = {
+        "attention.wqkv": (64, 128),
+        "attention.wo": (64, 64),
+        "feed_forward.w1": (64, 128),
+        "feed_forward.w3": (64, 128),
+        "feed_forward.w2": (128, 64),
+    }
+    pack, section, zeros = PACKINGS[packing]
+    ours, awq = {}, {}
+    for layer in range(2):
+        for seed, (module, shape) in enumerate(shapes.items()):
+            linear = packed.random_codes(*shape, 32, seed=10 * layer + seed, zeros=zeros)
+            name = f"model.layers.{layer}.{module}"
+            ours |= {f"{name}.{kind}": value for kind, value in pack(linear).items()}
+            awq |= {f"{name}.{kind}": value for kind, value in packed.awq(linear).items()}
+    renamed = {"model.embed_tokens": "model.tok_embeddings", "lm_head": "output"}
+    renamed |= {"input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm"}
+    others = {}
+    for name, value in tiny.llama_tensors(CONFIG).items():
+        if "_proj." not in name:
+            for old, new in renamed.items():
+                name = name.replace(old, new)
+            others[name] = value
+    config = {**CONFIG, "architectures": ["InternLM2ForCausalLM"], "bias": False}
+    found = []
+    for folder, tensors, stated in (
+        ("packed", ours, {**config, "quantization_config": section(32)}),
+        ("awq", awq, config),
+    ):
+        tiny.write_checkpoint(tmp_path / folder, stated, {**others, **tensors})
+        tiny.write_tokenizer(tmp_path / folder)
+        found.append(converted(tmp_path / folder, tmp_path / f"tm-{folder}", 2))
+    assert found[0] == found[1]
