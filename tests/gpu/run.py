@@ -80,7 +80,8 @@ def run_step(step: Step, folder: Path) -> State:
         except OSError as error:
             state = State(None, 0.0, str(error))
     word = state.why or f"exit code {state.exit_code}"
-    print(f"{state.seconds:6.1f} s  {step.name}: {word}", flush=True)
+    sys.stdout.write(f"{state.seconds:6.1f} s  {step.name}: {word}\n")
+    sys.stdout.flush()
     return state
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,19 +101,29 @@ def load_weights(
         stack.callback(stream.synchronize)
         readers = stack.enter_context(ThreadPoolExecutor(NUM_READERS))
         files = stack.enter_context(_Files(root))
+        forgotten: list[Future[None]] = []
         for index, parts in enumerate(plan_fills(pieces)):
             turn = index % 2
             if index >= 2:
                 events[turn].synchronize()
             _fill(readers, files, buffers[turn], parts)
             for part in parts:
+                if part.first_byte + part.num_bytes == part.piece.spec.size_bytes:
+                    forgotten.append(readers.submit(_forget, files.take(part.piece)))
+            for part in parts:
                 _copy(driver, stream, buffers[turn], part, places)
             events[turn].record(stream)
+        for job in forgotten:
+            job.result()
 
 
 def drop_from_page_cache(path: Path) -> None:
     """Let the page cache forget a file."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    _forget(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+
+
+def _forget(descriptor: int) -> None:
+    """Let the page cache forget an open file, and close it."""
     try:
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
@@ -133,9 +143,6 @@ def _fill(
             jobs.append(readers.submit(files.read, part.piece, part.first_byte + start, target))
     for job in jobs:
         job.result()
-    for part in parts:
-        if part.first_byte + part.num_bytes == part.piece.spec.size_bytes:
-            files.close(part.piece)
 
 
 def _copy(
@@ -159,7 +166,7 @@ def _copy(
 
 
 class _Files:
-    """Open weight files; each is dropped from the page cache when it is closed."""
+    """Open weight files; those that nobody took are closed at the end."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -200,10 +207,6 @@ class _Files:
             bits = np.frombuffer(target, np.uint16)
             bits[:] = to_half(bits, piece.spec.name).view(np.uint16)
 
-    def close(self, piece: Piece) -> None:
-        """Close a file and let the page cache forget it."""
-        descriptor = self._open.pop(piece.spec.path)
-        try:
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(descriptor)
+    def take(self, piece: Piece) -> int:
+        """Return the descriptor of a piece's file, which is the caller's from now on."""
+        return self._open.pop(piece.spec.path)

@@ -1,0 +1,62 @@
+"""What the CUDA backend takes beside weights and KV pages, and what `turbojet info` says of it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from fake_cuda import install, write_cubins
+from tiny_package import make_package, tiny_model
+
+from device_runtime import cli
+from device_runtime.backends.cuda.sizes import step_limits, upload_bytes
+from device_runtime.backends.cuda.survey import LAUNCH_BYTES, pinned_bytes
+from device_runtime.backends.synthetic import SHAPES, synthetic_package
+from device_runtime.engine.configure import cache_request
+from device_runtime.engine.options import EngineOptions
+
+H200_SMS = 132
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_step_takes_little_beside_weights_and_pages(name) -> None:
+    package = synthetic_package(name, max_batch_size=8, session_len=4096)
+    request = cache_request(package, EngineOptions(max_batch_size=8))
+    limits = step_limits(package.model, request, H200_SMS)
+    # A board with 16 SMs has a smaller workspace still: blocks hand each other fewer sums.
+    assert limits.num_bytes + LAUNCH_BYTES < 0.15e9
+    if name == "llama-2-7b":
+        assert limits.num_bytes + LAUNCH_BYTES < 0.12e9
+    small = step_limits(package.model, request, 16)
+    assert small.num_bytes < limits.num_bytes
+    assert pinned_bytes(limits.ring_bytes, 5 * upload_bytes(limits)) < 65 << 20
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    monkeypatch.delenv("TURBOJET_KERNELS", raising=False)
+    install(monkeypatch)
+    model = tiny_model(head_dim=64)
+    made = make_package(tmp_path / "tiny", model, session_len=256, max_batch_size=2)
+    write_cubins(made.root / "kernels")
+    return made.root
+
+
+def test_info_prints_the_plan_against_what_is_free(root, capsys) -> None:
+    assert cli.main(["info", str(root), "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)["plan"]
+    assert plan["backend"] == "cuda"
+    assert plan["available_bytes"] == 1 << 33
+    parts = ("weight_bytes", "workspace_bytes", "context_bytes", "kv_bytes")
+    assert plan["total_bytes"] == sum(plan[part] for part in parts) < 1 << 33
+    assert cli.main(["info", str(root)]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if "cuda: weights" in line)
+    assert "workspace" in line and "KV 32 x" in line
+    assert line.endswith("of 8.59 GB available")
+
+
+def test_info_shows_what_a_small_board_would_have(root, capsys) -> None:
+    assert cli.main(["info", str(root), "--memory-limit", "150M"]) == 0
+    assert "of 157.3 MB available" in capsys.readouterr().out
+    assert cli.main(["info", str(root), "--memory-limit", "20M"]) == 0
+    assert "close other programs, raise the memory limit" in capsys.readouterr().out
