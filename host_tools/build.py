@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from device_runtime.errors import UsageError
+from device_runtime.errors import PackageError, UsageError
 from device_runtime.package_format.boards import Board, parse_targets
 from device_runtime.package_format.config_ini import QUANT_POLICY_STATIC_INT8
 from device_runtime.package_format.manifest import PlannedMemory
@@ -74,14 +74,14 @@ class BuildReport:
         name: the package's name.
         stages: in order.
         memory: the arithmetic for each target board.
-        page: the report, report.html of the work folder.
+        page: the report, report.html of the work folder; None where a record of it is damaged.
     """
 
     archive: Path
     name: str
     stages: tuple[StageReport, ...]
     memory: tuple[PlannedMemory, ...]
-    page: Path
+    page: Path | None
 
 
 def build(
@@ -172,8 +172,8 @@ class _Build:
         page = self._write_report()
         return BuildReport(self._output, manifest.name, tuple(self._reports), manifest.memory, page)
 
-    def _write_report(self) -> Path:
-        """Note what the stages took and draw the report of the work folder."""
+    def _write_report(self) -> Path | None:
+        """Note what the stages took and draw the report; the archive counts without it too."""
         packed = read_record(self._work, "pack")
         archive = ArchiveFacts(
             self._output.name,
@@ -186,7 +186,11 @@ class _Build:
         )
         kept = frozenset(stage.name for stage in self._reports if stage.is_kept)
         write_build_record(self._work, BuildRecord(self._options.target, archive, stages), kept)
-        return write_report(self._work)
+        try:
+            return write_report(self._work)
+        except PackageError as error:
+            self._progress.note(f"build: there is no report: {error}")
+            return None
 
     def _costs(self, weights_dir: Path, workspace: Path, device: str) -> Path:
         measure_costs(weights_dir, workspace, self._work, device, self._progress)

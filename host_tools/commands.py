@@ -104,7 +104,8 @@ def run_build(args: argparse.Namespace) -> int:
         print(json.dumps(plain_summary(report), indent=1))
     else:
         print_summary(report)
-        print(f"report: {report.page}", file=sys.stderr)
+        if report.page is not None:
+            print(f"report: {report.page}", file=sys.stderr)
         print(report.archive)
     return 0
 

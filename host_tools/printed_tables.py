@@ -20,7 +20,7 @@ def plain_summary(report: BuildReport) -> dict[str, object]:
     """Return the report with paths as text, for JSON."""
     facts = asdict(report)
     facts["archive"] = str(report.archive)
-    facts["page"] = str(report.page)
+    facts["page"] = str(report.page) if report.page else None
     for stage in facts["stages"]:
         stage["result"] = str(stage["result"])
     return facts

@@ -109,6 +109,10 @@ def test_a_build_leaves_a_report_of_what_it_made(source, tmp_path):
     run(source, tmp_path)
     again = {stage.name: stage for stage in collect_report(tmp_path / "work").stages}
     assert again["quantize"] == quantize
+    (tmp_path / "work" / "evaluations.json").write_text("{")
+    notes = Notes()
+    assert run(source, tmp_path, notes).page is None
+    assert any("there is no report: evaluations.json is not JSON" in line for line in notes.lines)
 
 
 def test_a_second_build_keeps_every_stage_and_the_bytes(source, tmp_path):
