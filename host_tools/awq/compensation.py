@@ -12,6 +12,7 @@ import torch
 
 from device_runtime.package_format.int4 import MAX_CODE
 from host_tools.awq.curvature import Curvature
+from host_tools.awq.fused_blocks import compensate_fused, descend_fused, is_fused
 from host_tools.awq.grid import Grid
 
 BLOCK = 128
@@ -87,6 +88,8 @@ def compensate_block(
     Returns:
         Errors ``[block, out]`` of each input as it came to its turn.
     """
+    if is_fused(raised.device):
+        return compensate_fused(raised, steps, factor, codes)
     errors = torch.empty_like(raised)
     inverse = steps.reciprocal()
     for index in range(len(raised)):
@@ -146,6 +149,9 @@ def descend_block(
         form: ``[block, block]``.
         found: ``[block, out]``, receives the codes.
     """
+    if is_fused(codes.device):
+        descend_fused(codes, slopes, steps, paces, form, found)
+        return
     for index in range(len(codes)):
         code, best = codes[index], found[index]
         torch.addcmul(code, slopes[index], paces[index], value=-1, out=best)

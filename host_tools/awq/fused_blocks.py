@@ -1,0 +1,71 @@
+"""One kernel for a block of inputs of `compensation`, where thousands of small ones would be sent.
+
+Where triton is missing, torch's own operations do the same, slower. The results agree but for the
+last bits; on one kind of GPU they are always the same.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+
+import torch
+
+OUTPUTS = 32
+"""Outputs of one program."""
+
+
+def is_fused(device: torch.device) -> bool:
+    """Tell whether the kernels run on a device."""
+    return device.type == "cuda" and _kernels() is not None
+
+
+def compensate_fused(
+    raised: torch.Tensor, steps: torch.Tensor, factor: torch.Tensor, codes: torch.Tensor
+) -> torch.Tensor:
+    """Do what `compensation.compensate_block` does; ``raised`` stays as it was."""
+    errors = torch.empty_like(raised)
+    _launch("compensate_kernel", (codes, errors), (raised, steps, factor))
+    return errors
+
+
+def descend_fused(
+    codes: torch.Tensor,
+    slopes: torch.Tensor,
+    steps: torch.Tensor,
+    paces: torch.Tensor,
+    form: torch.Tensor,
+    found: torch.Tensor,
+) -> None:
+    """Do what `compensation.descend_block` does; ``slopes`` stay as they were."""
+    _launch("descend_kernel", (found,), (codes, slopes, steps, paces, form))
+
+
+def _launch(name: str, outputs: tuple[torch.Tensor, ...], inputs: tuple[torch.Tensor, ...]) -> None:
+    """Start one program for every `OUTPUTS` columns; the first output tells the sizes.
+
+    Raises:
+        ValueError: an output is not in one piece, so the kernel could not fill it.
+    """
+    num_inputs, num_outputs = outputs[0].shape
+    if not all(output.is_contiguous() for output in outputs):
+        raise ValueError(f"{name} fills arrays in one piece")
+    # The launch goes to the current device, which need not be that of the tensors.
+    with torch.cuda.device_of(outputs[0]):  # type: ignore[no-untyped-call]
+        getattr(_kernels(), name)[(-(-num_outputs // OUTPUTS),)](
+            *outputs,
+            *(values.contiguous() for values in inputs),
+            num_outputs,
+            NUM_INPUTS=num_inputs,
+            INPUTS=max(16, 1 << (num_inputs - 1).bit_length()),
+            OUTPUTS=OUTPUTS,
+        )
+
+
+@functools.cache
+def _kernels() -> ModuleType | None:
+    try:
+        from host_tools.awq import block_kernels
+    except ImportError:
+        return None
+    return block_kernels

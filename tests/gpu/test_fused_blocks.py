@@ -1,0 +1,58 @@
+"""The kernels that choose codes for a block of inputs, against torch's own operations."""
+
+from __future__ import annotations
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="quantize needs torch")
+pytest.importorskip("triton", reason="triton comes with torch for CUDA")
+
+from host_tools.awq import compensation, fused_blocks  # noqa: E402
+
+SHAPES = [(128, 70), (64, 33), (40, 5)]
+if torch.cuda.is_available():
+    SHAPES.append((128, 11008))
+
+
+def place() -> torch.device:
+    """The GPU; with TRITON_INTERPRET=1 the kernels run on a CPU as well."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.parametrize(("num_inputs", "num_outputs"), SHAPES)
+def test_compensation_chooses_the_codes_of_the_plain_loop(num_inputs, num_outputs) -> None:
+    generator = torch.Generator().manual_seed(num_inputs)
+    raised = torch.rand(num_inputs, num_outputs, generator=generator).mul_(1.4).sub_(0.2)
+    steps = torch.rand(num_inputs, num_outputs, generator=generator).mul_(0.05).add_(0.05)
+    factor = torch.randn(num_inputs, num_inputs, generator=generator).mul_(0.1).triu_(1)
+    factor += torch.eye(num_inputs)
+    expected = torch.empty(num_inputs, num_outputs)
+    expected_errors = compensation.compensate_block(raised.clone(), steps, factor, expected)
+    found = torch.full((num_inputs, num_outputs), torch.nan, device=place())
+    errors = fused_blocks.compensate_fused(
+        raised.to(place()), steps.to(place()), factor.to(place()), found
+    )
+    # Sums of other roundings move a weight across the middle between two codes now and then, and
+    # the inputs after it make up for that.
+    agrees = (found.cpu() == expected).all(dim=0)
+    assert agrees.float().mean() > 0.99
+    assert torch.all((found >= 0) & (found <= 15) & (found == found.round()))
+    difference = (errors.cpu() - expected_errors)[:, agrees]
+    assert difference.abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(("num_inputs", "num_outputs"), SHAPES)
+def test_descent_chooses_the_codes_of_the_plain_loop(num_inputs, num_outputs) -> None:
+    generator = torch.Generator().manual_seed(num_outputs)
+    codes = torch.randint(0, 16, (num_inputs, num_outputs), generator=generator).float()
+    steps = torch.rand(num_inputs, num_outputs, generator=generator).mul_(0.05).add_(0.05)
+    root = torch.randn(num_inputs, num_inputs, generator=generator)
+    form = root @ root.T
+    slopes = torch.randn(num_inputs, num_outputs, generator=generator)
+    paces = (steps * form.diagonal().unsqueeze(1)).reciprocal()
+    expected = torch.empty(num_inputs, num_outputs)
+    compensation.descend_block(codes, slopes.clone(), steps, paces, form, expected)
+    found = torch.full((num_inputs, num_outputs), torch.nan, device=place())
+    moved = [values.to(place()) for values in (codes, slopes, steps, paces, form)]
+    fused_blocks.descend_fused(*moved, found)
+    assert (found.cpu() == expected).all(dim=0).float().mean() > 0.99
