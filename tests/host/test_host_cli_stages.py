@@ -36,7 +36,8 @@ def test_the_stages_one_by_one(made, capsys):
     out, err = run(capsys, "calibrate", source, "--work-dir", work, *calibration, "--device", "cpu")
     assert out == [str(work)]
     assert err[0].startswith(f"calibrate: 2 x 64 tokens of {text} on the CPU take about ")
-    assert err[-1].startswith("calibrate on cpu: 2 of 2 layers in ")
+    assert err[-2].startswith("calibrate on cpu: 2 of 2 layers in ")
+    assert err[-1].startswith("calibrate took ")
 
     out, _ = run(
         capsys, "quantize", source, "--work-dir", work, "--output", folder / "awq",
