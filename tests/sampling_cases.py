@@ -139,3 +139,22 @@ def check_embedding(launch: Launch, *, is_half: bool) -> None:
         assert np.abs(rotation[i] - angles).max() < 3e-7
     want_scales = embedding.query_scales(positions, scale, trained, factor)
     assert np.abs(scales / want_scales - 1).max() < 1e-6
+
+
+def check_frequencies(launch: Launch, *, draws: int, vocab_size: int) -> float:
+    """Draw one row of logits with many seeds; return the chi-square of the tokens' counts."""
+    one = np.random.default_rng(5).standard_normal(vocab_size).astype(np.float32)
+    params = [
+        SamplingParams(temperature=0.7, top_k=0, top_p=1.0, seed=seed) for seed in range(draws)
+    ]
+    rows = Rows(np.tile(one, (draws, 1)), vocab_size, params)
+    rows.step(launch)
+    weights = np.exp(one.astype(np.float64) / 0.7)
+    expected = weights / weights.sum() * draws
+    assert expected.min() > 1  # else the sum is no chi-square
+    counts = np.bincount(rows.tokens, minlength=vocab_size)
+    chi_square = float(((counts - expected) ** 2 / expected).sum())
+    # Mean: the degrees of freedom; five standard deviations above.
+    freedom = vocab_size - 1
+    assert chi_square < freedom + 5 * (2 * freedom) ** 0.5
+    return chi_square

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 from fake_cuda import install, write_cubins
 from tiny_package import make_package, tiny_model
@@ -11,8 +12,10 @@ from tiny_package import make_package, tiny_model
 from device_runtime import cli
 from device_runtime.backends.cuda.sizes import step_limits, upload_bytes
 from device_runtime.backends.cuda.survey import LAUNCH_BYTES, pinned_bytes
+from device_runtime.backends.sampling_params import SamplingParams
 from device_runtime.backends.synthetic import SHAPES, synthetic_package
 from device_runtime.engine.configure import cache_request
+from device_runtime.engine.engine import Engine, GenerationParams
 from device_runtime.engine.options import EngineOptions
 
 H200_SMS = 132
@@ -40,6 +43,36 @@ def root(tmp_path, monkeypatch):
     made = make_package(tmp_path / "tiny", model, session_len=256, max_batch_size=2)
     write_cubins(made.root / "kernels")
     return made.root
+
+
+def test_ten_thousand_tokens_of_coming_and_going_leave_memory_where_it_was(
+    tmp_path, monkeypatch
+) -> None:
+    monkeypatch.delenv("TURBOJET_KERNELS", raising=False)
+    fake = install(monkeypatch)
+    made = make_package(tmp_path / "tiny", tiny_model(head_dim=64), max_batch_size=8)
+    write_cubins(made.root / "kernels")
+    rng = np.random.default_rng(0)
+    active, generated = [], 0
+    with Engine.open(made.root, EngineOptions(backend="cuda")) as engine:
+        before = (fake.num_bytes, len(fake.pinned))
+        while generated < 10_000:
+            while len(active) < 10:
+                count = int(rng.integers(1, 200))
+                params = GenerationParams(count, SamplingParams(seed=count), ignore_eos=True)
+                prompt = rng.integers(3, 300, int(rng.integers(1, 120))).tolist()
+                active.append(engine.add(prompt, params))
+            if rng.random() < 0.02:
+                engine.cancel(int(rng.choice(active)))
+            for output in engine.step():
+                generated += len(output.token_ids)
+                if output.finish_reason is not None:
+                    active.remove(output.sequence_id)
+            fake.launches.clear()
+            fake.calls.clear()
+        engine.check_integrity()
+        assert (fake.num_bytes, len(fake.pinned)) == before
+    assert (fake.num_bytes, fake.pinned, fake.contexts) == (0, {}, 0)
 
 
 def test_info_prints_the_plan_against_what_is_free(root, capsys) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from emulator import emulator
-from sampling_cases import SETTINGS, Rows, check_embedding, check_sampling
+from sampling_cases import SETTINGS, Rows, check_embedding, check_frequencies, check_sampling
 
 from device_runtime.backends.sampling_params import SamplingParams
 
@@ -18,6 +18,10 @@ GREEDY = SamplingParams(temperature=0.0)
 @pytest.mark.parametrize("name", SETTINGS)
 def test_tokens_are_those_of_the_reference(name: str) -> None:
     check_sampling(emulator.launch, SETTINGS[name], 5003, rows=3, is_half=name == "defaults")
+
+
+def test_tokens_come_as_often_as_their_probability_says() -> None:
+    check_frequencies(emulator.launch, draws=600, vocab_size=8)
 
 
 def rows_of_ties(params: SamplingParams) -> Rows:
