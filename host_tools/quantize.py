@@ -22,7 +22,7 @@ from host_tools.progress import Progress
 from host_tools.quantize_layers import LayerQuantizer
 from host_tools.stage import RECORD_DIR, Stage, exclusive
 
-VERSION = 2
+VERSION = 3
 """Counted up when the same inputs start to give other codes."""
 
 

@@ -10,13 +10,13 @@ import torch
 
 from device_runtime.errors import PackageError
 from host_tools.awq.awq_folder import LayerFiles
-from host_tools.awq.gram import CONSUMERS, GramObserver, Tap
 from host_tools.awq.layer_solver import LayerSolver, QuantizedLayer, round_layer
 from host_tools.checkpoint import Checkpoint
+from host_tools.checkpoint.families import LINEARS, LogicalLinear
 from host_tools.checkpoint.linear_weights import linear_shape
 from host_tools.checkpoint.mixed import KeptLinears
 from host_tools.decoder.devices import place_activations, tensor_cores
-from host_tools.decoder.layer import BLOCKS, DecoderLayer
+from host_tools.decoder.layer import DecoderLayer
 from host_tools.decoder.prefetch import ReadyLayer, ready_layers
 from host_tools.decoder.snapshots import Snapshots
 from host_tools.decoder.stream import Activations, LayerRunner
@@ -32,6 +32,7 @@ from host_tools.options import QuantizeOptions
 from host_tools.phase_times import DISK, FORWARD, PACKING, READING, SEARCH, PhaseTimes
 from host_tools.progress import Progress
 from host_tools.spread import Spread
+from host_tools.tap_passes import TAPS_OF, TapPasses
 
 SNAPSHOT_INTERVAL_S = 60.0
 """Forward passes that a kill may cost; a finished layer is never searched again."""
@@ -126,13 +127,8 @@ class LayerQuantizer:
             Spread(self.devices, self._search_costs()) as spread,
             progress.task(f"quantize on {self._place}", self._num_layers, "layers") as task,
         ):
-            run = _Run(
-                self,
-                LayerRunner(self.checkpoint, token_ids.shape[1], device),
-                streams,
-                writer,
-                spread,
-            )
+            runner = LayerRunner(self.checkpoint, token_ids.shape[1], device)
+            run = _Run(self, TapPasses(runner, *streams), writer, spread)
             for ready in ready_layers(self.checkpoint, indices, device, self.times):
                 index = ready.index
                 if index in unfinished:
@@ -182,13 +178,10 @@ class LayerQuantizer:
                 stream.fill(self.checkpoint, token_ids)
         return streams, 0
 
-    def _search_costs(self) -> dict[Tap, float]:
-        """Estimate each tap's search: products of its weights with a second-moment matrix."""
-        costs = {}
-        for tap, linears in CONSUMERS.items():
-            shapes = [linear_shape(self.checkpoint.model, name) for name in linears]
-            costs[tap] = float(sum(outputs for outputs, _ in shapes) * shapes[0][1] ** 2)
-        return costs
+    def _search_costs(self) -> dict[LogicalLinear, float]:
+        """Estimate each linear's search: the product of its weight with a curvature."""
+        shapes = {name: linear_shape(self.checkpoint.model, name) for name in LINEARS}
+        return {name: float(outputs * inputs**2) for name, (outputs, inputs) in shapes.items()}
 
     def _writer(self) -> LayerWriter[SolvedLayer]:
         is_threaded = self.devices[0].type == "cuda"
@@ -225,22 +218,21 @@ class _Run:
 
     Attributes:
         quantizer: whose layers they are.
-        runner: of the forward passes.
-        streams: the original's residual stream, then that of the quantized layers.
+        passes: of the original's residual stream and that of the quantized layers.
         writer: of finished layers.
         spread: of the searches.
     """
 
     quantizer: LayerQuantizer
-    runner: LayerRunner
-    streams: list[Activations]
+    passes: TapPasses
     writer: LayerWriter[SolvedLayer]
-    spread: Spread[Tap]
+    spread: Spread[LogicalLinear]
 
     def search(self, ready: ReadyLayer) -> None:
-        """Quantize a layer, half after half, take the streams through it and have it stored."""
-        quantizer, device, model = self.quantizer, self.runner.device, ready.layer.model
-        times, is_pair = quantizer.times, len(self.streams) > 1
+        """Quantize a layer, tap after tap, take the streams through it and have it stored."""
+        quantizer, device = self.quantizer, self.passes.runner.device
+        model = ready.layer.model
+        times = quantizer.times
         solver = LayerSolver(
             ready.layer.weights,
             model,
@@ -249,35 +241,37 @@ class _Run:
             self.spread.run,
         )
         forward_s = search_s = 0.0
-        for block in BLOCKS:
-            observer = GramObserver(len(self.streams))
+        for block, (first, last) in TAPS_OF.items():
             with times.phase(FORWARD, device) as forward:
-                self.runner.advance_first(ready.layer, block, self.streams, observer)
+                moments = [self.passes.after_norm(block, ready.layer)]
+            forward_s += forward.seconds_s
             with times.phase(SEARCH, device) as search:
-                weights = solver.solve(block, observer.take)
-            del observer
-            forward_s, search_s = forward_s + forward.seconds_s, search_s + search.seconds_s
-            if is_pair:
-                with times.phase(FORWARD, device) as forward:
-                    half = DecoderLayer.ready(weights, model, device)
-                    self.runner.advance(half, self.streams[1], blocks=(block,))
-                    del half
-                forward_s += forward.seconds_s
-            del weights
+                # Popped, so that the search can free them.
+                solver.solve(first, moments.pop)
+            search_s += search.seconds_s
+            with times.phase(FORWARD, device) as forward:
+                partial = DecoderLayer.ready(solver.weights, model, device)
+                moments = [self.passes.before_sum(block, ready.layer, partial)]
+                del partial
+            forward_s += forward.seconds_s
+            with times.phase(SEARCH, device) as search:
+                solver.solve(last, moments.pop)
+            search_s += search.seconds_s
+            with times.phase(FORWARD, device) as forward:
+                self.passes.follow(block, DecoderLayer.ready(solver.weights, model, device))
+            forward_s += forward.seconds_s
         seconds = LayerSeconds(forward_s=forward_s, search_s=search_s, disk_s=ready.waited_s)
         self.writer.put(SolvedLayer(ready.index, solver.result(), seconds))
 
     def pass_by(self, ready: ReadyLayer) -> None:
         """Take the streams through a layer that is finished."""
-        with self.quantizer.times.phase(FORWARD, self.runner.device):
-            self.runner.advance(ready.layer, self.streams[0])
-        for stream in self.streams[1:]:
-            with self.quantizer.times.phase(READING):
-                group_size = self.quantizer.options.group_size
-                stored = self.quantizer.files.read(ready.index, group_size)
-            with self.quantizer.times.phase(FORWARD, self.runner.device):
-                layer = DecoderLayer.ready(stored, ready.layer.model, self.runner.device)
-                self.runner.advance(layer, stream)
+        times, runner = self.quantizer.times, self.passes.runner
+        with times.phase(READING):
+            stored = self.quantizer.files.read(ready.index, self.quantizer.options.group_size)
+        with times.phase(FORWARD, runner.device):
+            runner.advance(ready.layer, self.passes.exact)
+            layer = DecoderLayer.ready(stored, ready.layer.model, runner.device)
+            runner.advance(layer, self.passes.quantized)
 
 
 def _device_name(device: torch.device) -> str:

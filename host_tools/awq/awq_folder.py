@@ -21,11 +21,11 @@ from host_tools.checkpoint.awq_tensors import QZEROS, SCALES, AwqTensors, quanti
 from host_tools.checkpoint.families import SourceLinear
 from host_tools.checkpoint.linear_weights import LayerWeights, join_qkv_rows
 from host_tools.checkpoint.tensor_files import SafetensorsFile, TensorFiles
-from host_tools.checkpoint_names import CONFIG_JSON, TOKENIZER_FILES
+from host_tools.checkpoint_names import CONFIG_JSON, PYTHON, TOKENIZER_FILES
 from host_tools.shards import TensorPlan, write_shards
 
 COPIED_FILES = (*TOKENIZER_FILES, GENERATION_CONFIG)
-"""What a folder of weights needs beside them; code of the checkpoint is never copied."""
+"""What a folder of weights needs beside them."""
 
 ROWS_AT_ONCE = 8192
 
@@ -89,7 +89,9 @@ def write_awq_folder(
     }
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     (folder / CONFIG_JSON).write_text(text, encoding="utf-8")
-    for name in COPIED_FILES:
+    # Other engines need the Python of families that transformers has no class for; we never run it.
+    code = sorted(path.name for path in checkpoint.path.glob(f"*{PYTHON}"))
+    for name in (*COPIED_FILES, *code):
         if (checkpoint.path / name).is_file():
             shutil.copyfile(checkpoint.path / name, folder / name)
     for path in folder.iterdir():

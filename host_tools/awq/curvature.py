@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -73,6 +73,10 @@ class Curvature:
         factor = inverse.flip(0, 1)
         del inverse
         return cls(order, torch.argsort(order), scales, ridge, form.flip(0, 1), factor)
+
+    def on(self, device: torch.device) -> Curvature:
+        """Return the same curvature with its tensors on a device."""
+        return Curvature(*(getattr(self, field.name).to(device) for field in fields(self)))
 
     @property
     def conditional(self) -> torch.Tensor:

@@ -12,16 +12,17 @@ from device_runtime.package_format.model_config import ModelConfig
 from host_tools.awq.channel_scales import MAGNITUDE_EXPONENT, HeadSharing, channel_scales
 from host_tools.awq.gram import CONSUMERS, InputMoments, Tap
 from host_tools.awq.grid import MIN_SCALE, Grid
-from host_tools.awq.tap_solver import TapJob, TapResult, in_fp16, solve_tap, stored_linear
+from host_tools.awq.tap_solver import (
+    RunJobs,
+    TapJob,
+    in_fp16,
+    prepare_tap,
+    solve_tap,
+    stored_linear,
+)
 from host_tools.checkpoint.families import LINEARS, LogicalLinear
 from host_tools.checkpoint.linear_weights import DenseLinear, LayerWeights, Linear
-from host_tools.decoder.layer import Block
 from host_tools.layer_records import LinearRecord
-
-TakeMoments = Callable[[Tap], InputMoments]
-Solve = Callable[[torch.device], TapResult]
-RunJobs = Callable[[dict[Tap, Solve]], dict[Tap, TapResult]]
-"""Runs the jobs of a block's taps, each on a device of its choice."""
 
 
 @dataclass(frozen=True)
@@ -38,28 +39,16 @@ class QuantizedLayer:
     records: tuple[LinearRecord, ...] = ()
 
 
-@dataclass(frozen=True)
-class BlockParts:
-    """What belongs to one half of a layer.
+TAPS: tuple[Tap, ...] = ("qkv", "o", "gate_up", "down")
+"""In the order in which activations pass them."""
 
-    Attributes:
-        norm: field of its norm.
-        first: tap after the norm.
-        producer: the consumer of ``first`` whose outputs are, channel by channel, factors of what
-            enters ``last``.
-        last: tap of the linear that is added to the stream.
-    """
-
-    norm: str
-    first: Tap
-    producer: LogicalLinear
-    last: Tap
-
-
-BLOCKS: dict[Block, BlockParts] = {
-    "attention": BlockParts("attention_norm", "qkv", "v", "o"),
-    "ffn": BlockParts("ffn_norm", "gate_up", "up", "down"),
+PRODUCERS: dict[Tap, tuple[str | None, LogicalLinear | None]] = {
+    "qkv": ("attention_norm", None),
+    "o": (None, "v"),
+    "gate_up": ("ffn_norm", None),
+    "down": (None, "up"),
 }
+"""What gives a tap's inputs, channel by channel, and so undoes their scales: a norm or a linear."""
 
 
 def round_layer(
@@ -85,17 +74,12 @@ def round_layer(
     return QuantizedLayer(_stored_layer(replace(weights, **linears)))  # type: ignore[arg-type]
 
 
-def run_inline(device: torch.device, jobs: dict[Tap, Solve]) -> dict[Tap, TapResult]:
-    """Run jobs one after another on one device."""
-    return {tap: job(device) for tap, job in jobs.items()}
-
-
 class LayerSolver:
-    """Quantizes a layer block by block so that its linears' outputs change least.
+    """Quantizes a layer tap by tap so that its linears' outputs change least.
 
     Four pairs share scales: attention norm and q, k, v; v and o; MLP norm and gate, up; up and
     down. In floating point they cancel. A linear's own output scales do not matter to its error:
-    every output has grids of its own.
+    every output has grids of its own. So each tap can see what came out of the ones before it.
     """
 
     def __init__(
@@ -113,95 +97,70 @@ class LayerSolver:
             model: sizes.
             group_size: of the codes.
             kept: linears that stay fp16, all of a tap or none.
-            run_jobs: spreads taps over devices; one after another where the weights lie if None.
+            run_jobs: spreads a tap's linears over devices; all where the weights lie if None.
         """
         self._weights = weights
         self._group_size = group_size
         self._kept = kept
-        self._run_jobs = run_jobs or partial(run_inline, weights.attention_norm.device)
+        self._run_jobs = run_jobs
         heads_per_value = model.num_attention_heads // model.num_kv_heads
         self._sharing = HeadSharing(heads_per_value, model.head_dim)
         self._records: dict[LogicalLinear, LinearRecord] = {}
 
-    def solve(self, block: Block, take_moments: TakeMoments) -> LayerWeights:
-        """Quantize one half of the layer.
+    @property
+    def weights(self) -> LayerWeights:
+        """The layer so far: quantized linears as they are stored, the others as they were."""
+        return self._weights
+
+    def solve(self, tap: Tap, take_moments: Callable[[], InputMoments]) -> None:
+        """Quantize the linears of a tap; taps come in the order of `TAPS`.
 
         Args:
-            block: which half.
-            take_moments: gives the inputs' moments of each of its taps once.
-
-        Returns:
-            The layer so far: quantized halves as they are stored, the other half as it was.
+            tap: where the inputs were seen.
+            take_moments: hands out the moments of the inputs that the layer so far gives.
 
         Raises:
             PackageError: activations are not finite, or a value does not fit fp16.
         """
-        parts = BLOCKS[block]
-        moments = {tap: take_moments(tap) for tap in (parts.last, parts.first)}
-        sharing = self._sharing if block == "attention" else None
-        last_scales = self._scales(parts.last, moments[parts.last], sharing)
-        first_scales = self._scales(parts.first, moments[parts.first])
-        changes: dict[str, object] = {}
-        norm = getattr(self._weights, parts.norm)
-        if first_scales is None:
-            changes[parts.norm] = in_fp16(norm, parts.norm)
-        else:
-            folded, first_scales = fold_into_norm(norm, first_scales)
-            changes[parts.norm] = in_fp16(folded, parts.norm)
-        rows = {}
-        if last_scales is not None:
-            shared = last_scales if sharing is None else sharing.of_producer(last_scales)
-            rows[parts.producer] = shared
-        jobs: dict[Tap, Solve] = {}
-        for tap, scales, row_scales in (
-            (parts.last, last_scales, {}),
-            (parts.first, first_scales, rows),
-        ):
-            if scales is None:
-                changes |= dict(self._kept_tap(tap, row_scales).items())
-                continue
-            job = TapJob(
-                {name: self._dense(name) for name in CONSUMERS[tap]},
-                scales,
-                row_scales,
-                MAGNITUDE_EXPONENT,
-                self._group_size,
-            )
-            jobs[tap] = _bound(job, moments, tap)
-        for result in self._run_jobs(jobs).values():
-            changes |= dict(result.linears.items())
-            self._records.update(result.records)
+        names = CONSUMERS[tap]
+        linears = {name: self._dense(name) for name in names}
+        norm, producer = PRODUCERS[tap]
+        if self._kept.issuperset(names):
+            changes: dict[str, object] = {name: self._kept_linear(name) for name in names}
+            if norm is not None:
+                changes[norm] = in_fp16(getattr(self._weights, norm), norm)
+            self._weights = replace(self._weights, **changes)  # type: ignore[arg-type]
+            return
+        moments = take_moments()
+        sharing = self._sharing if tap == "o" else None
+        stacked = torch.cat([linear.weight for linear in linears.values()])
+        scales = channel_scales(stacked, moments.magnitude, self._group_size, sharing)
+        del stacked
+        changes = {}
+        if norm is not None:
+            folded, scales = fold_into_norm(getattr(self._weights, norm), scales)
+            changes[norm] = in_fp16(folded, norm)
+        if producer is not None:
+            rows = scales if sharing is None else sharing.of_producer(scales)
+            changes[producer] = divided_outputs(self._weights.linear(producer), rows, producer)
+        job = TapJob(linears, scales, MAGNITUDE_EXPONENT, self._group_size)
+        prepared = prepare_tap(job, moments)
+        del moments
+        result = solve_tap(prepared, self._run_jobs)
+        changes |= dict(result.linears.items())
+        self._records.update(result.records)
         self._weights = replace(self._weights, **changes)  # type: ignore[arg-type]
-        return self._weights
 
     def result(self) -> QuantizedLayer:
-        """Return the layer once both halves are solved."""
+        """Return the layer once all taps are solved."""
         records = tuple(self._records[name] for name in LINEARS if name in self._records)
         return QuantizedLayer(_stored_layer(self._weights), records)
 
-    def _scales(
-        self, tap: Tap, moments: InputMoments, sharing: HeadSharing | None = None
-    ) -> torch.Tensor | None:
-        """Return the scales of a tap's inputs; None when its linears stay as they are."""
-        if self._kept.issuperset(CONSUMERS[tap]):
-            return None
-        stacked = torch.cat([self._dense(name).weight for name in CONSUMERS[tap]])
-        return channel_scales(stacked, moments.magnitude, self._group_size, sharing)
-
-    def _kept_tap(
-        self, tap: Tap, row_scales: dict[LogicalLinear, torch.Tensor]
-    ) -> dict[LogicalLinear, DenseLinear]:
-        linears = {}
-        for name in CONSUMERS[tap]:
-            weight, bias = self._dense(name).weight, self._dense(name).bias
-            rows = row_scales.get(name)
-            if rows is not None:
-                weight = weight / rows.unsqueeze(1)
-                bias = None if bias is None else bias / rows
-            linears[name] = _kept_linear(weight, bias, name)
-            num_outputs, num_inputs = weight.shape
-            self._records[name] = LinearRecord(name, num_outputs, num_inputs, w_bits=16)
-        return linears
+    def _kept_linear(self, name: LogicalLinear) -> DenseLinear:
+        linear = self._dense(name)
+        num_outputs, num_inputs = linear.weight.shape
+        self._records[name] = LinearRecord(name, num_outputs, num_inputs, w_bits=16)
+        return _kept_linear(linear.weight, linear.bias, name)
 
     def _dense(self, name: LogicalLinear) -> DenseLinear:
         linear = self._weights.linear(name)
@@ -210,17 +169,39 @@ class LayerSolver:
         return linear
 
 
+def divided_outputs(linear: Linear, rows: torch.Tensor, name: LogicalLinear) -> Linear:
+    """Return a linear of the layer whose outputs are divided by scales, as it is stored.
+
+    A quantized one keeps its codes: its grids are divided, rounded to fp16 once more.
+
+    Args:
+        linear: on the CPU as it is stored, or kept fp16.
+        rows: ``[out]`` fp32, greater than 0.
+        name: for messages.
+
+    Raises:
+        PackageError: a value does not fit fp16.
+    """
+    rows = rows.to("cpu")
+    bias = None if linear.bias is None else in_fp16(linear.bias.float() / rows, f"bias of {name}")
+    if isinstance(linear, DenseLinear):
+        weight = in_fp16(linear.weight.float() / rows.unsqueeze(1), f"weight of {name}")
+        return DenseLinear(weight, bias)
+    scales = (linear.scales.float() / rows).clamp_(min=MIN_SCALE)
+    return replace(linear, scales=in_fp16(scales, f"scales of {name}"), bias=bias)
+
+
 def solve_layer(
     weights: LayerWeights,
-    take_moments: TakeMoments,
+    take_moments: Callable[[Tap], InputMoments],
     model: ModelConfig,
     group_size: int,
     kept: frozenset[LogicalLinear] = frozenset(),
 ) -> QuantizedLayer:
-    """Quantize both halves of a layer from moments that were taken before; see `LayerSolver`."""
+    """Quantize a layer from moments that were all taken before; see `LayerSolver`."""
     solver = LayerSolver(weights, model, group_size, kept)
-    for block in BLOCKS:
-        solver.solve(block, take_moments)
+    for tap in TAPS:
+        solver.solve(tap, partial(take_moments, tap))
     return solver.result()
 
 
@@ -245,13 +226,6 @@ def fold_into_norm(norm: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tens
     exact = norm / stored.float()
     usable = torch.isfinite(exact) & (exact > 0)
     return stored, torch.where(usable, exact, torch.ones_like(exact))
-
-
-def _bound(job: TapJob, moments: dict[Tap, InputMoments], tap: Tap) -> Solve:
-    def solve(device: torch.device) -> TapResult:
-        return solve_tap(job.on(device), moments.pop(tap).on(device))
-
-    return solve
 
 
 def _kept_linear(

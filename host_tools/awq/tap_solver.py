@@ -1,8 +1,10 @@
-"""Quantizes the linears of one tap; taps of a block do not depend on each other."""
+"""Quantizes the linears of one tap: they share inputs, scales and curvature."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -19,6 +21,13 @@ ERROR_ROWS = 256
 """Outputs of a linear, at even distances, on which its errors are measured for the record."""
 
 
+Solved = tuple[QuantizedLinear, LinearRecord]
+RunJobs = Callable[
+    [Mapping[LogicalLinear, Callable[[torch.device], Solved]]], dict[LogicalLinear, Solved]
+]
+"""Runs the jobs of a tap's linears, each on a device of its choice."""
+
+
 @dataclass(frozen=True)
 class TapJob:
     """What is asked of one tap.
@@ -26,32 +35,14 @@ class TapJob:
     Attributes:
         linears: its consumers, dense, fp32.
         scales: ``[in]`` fp32, what their inputs are multiplied by.
-        row_scales: ``[out]`` fp32 of a consumer whose outputs are divided by them; for few names.
         scale_ratio: exponent of the activations in the scales, for the record.
         group_size: of the codes.
     """
 
     linears: dict[LogicalLinear, DenseLinear]
     scales: torch.Tensor
-    row_scales: dict[LogicalLinear, torch.Tensor]
     scale_ratio: float
     group_size: int
-
-    def on(self, device: torch.device) -> TapJob:
-        """Return the same job with its tensors on a device."""
-        return TapJob(
-            {
-                name: DenseLinear(
-                    linear.weight.to(device),
-                    None if linear.bias is None else linear.bias.to(device),
-                )
-                for name, linear in self.linears.items()
-            },
-            self.scales.to(device),
-            {name: rows.to(device) for name, rows in self.row_scales.items()},
-            self.scale_ratio,
-            self.group_size,
-        )
 
 
 @dataclass(frozen=True)
@@ -62,46 +53,70 @@ class TapResult:
     records: dict[LogicalLinear, LinearRecord]
 
 
-def solve_tap(job: TapJob, moments: InputMoments) -> TapResult:
-    """Quantize every consumer of a tap.
+@dataclass(frozen=True)
+class PreparedTap:
+    """What remains of the moments of a tap.
+
+    Attributes:
+        job: what is asked.
+        curvature: of the scaled inputs.
+        aimed: the weights to come near, ``[out, in]`` fp32, not scaled.
+    """
+
+    job: TapJob
+    curvature: Curvature
+    aimed: dict[LogicalLinear, torch.Tensor]
+
+
+def prepare_tap(job: TapJob, moments: InputMoments) -> PreparedTap:
+    """Turn the moments of a tap into a curvature and weights to aim at.
 
     Args:
         job: the linears, on the device of the moments.
         moments: of their common inputs.
 
     Raises:
-        PackageError: the moments are not finite, or a value does not fit fp16.
+        PackageError: the moments are not finite.
     """
-    names = list(job.linears)
-    sizes = [len(job.linears[name].weight) for name in names]
-    weight = torch.cat([job.linears[name].weight for name in names])
+    weight = torch.cat([linear.weight for linear in job.linears.values()])
     products = drift_products(weight, moments)
-    gram, num_tokens = moments.gram, moments.num_tokens
-    del moments
-    curvature = Curvature.of(gram, num_tokens, job.scales)
-    del gram
+    curvature = Curvature.of(moments.gram, moments.num_tokens, job.scales)
     aimed = aimed_weight(weight, products, curvature)
-    del products
-    row_scales = torch.cat(
-        [
-            job.row_scales.get(name, weight.new_ones(size))
-            for name, size in zip(names, sizes, strict=True)
-        ]
+    sizes = [len(linear.weight) for linear in job.linears.values()]
+    return PreparedTap(
+        job, curvature, dict(zip(job.linears, torch.split(aimed, sizes), strict=True))
     )
-    scaled = aimed * job.scales / row_scales.unsqueeze(1)
-    solved = solve_linear(scaled, curvature, job.group_size)
-    linears, records = {}, {}
-    start = 0
-    for name, size in zip(names, sizes, strict=True):
-        rows = slice(start, start + size)
-        own, start = _rows(solved, rows), start + size
-        bias = job.linears[name].bias
-        if bias is not None and name in job.row_scales:
-            bias = bias / job.row_scales[name]
-        linears[name] = stored_linear(own.grid, own.codes, job.group_size, bias, name)
-        report = _Report(curvature, aimed[rows], row_scales[rows], own, job)
-        records[name] = report.record(name)
-    return TapResult(linears, records)
+
+
+def solve_tap(tap: PreparedTap, run_jobs: RunJobs | None = None) -> TapResult:
+    """Quantize every consumer of a tap.
+
+    Args:
+        tap: is not changed.
+        run_jobs: spreads the linears over devices; one after another where they lie if None.
+
+    Raises:
+        PackageError: a value does not fit fp16.
+    """
+    jobs = {name: partial(_solve, tap, name) for name in tap.job.linears}
+    device = tap.job.scales.device
+    if run_jobs is None:
+        found = {name: job(device) for name, job in jobs.items()}
+    else:
+        found = run_jobs(jobs)
+    return TapResult(
+        {name: linear for name, (linear, _) in found.items()},
+        {name: record for name, (_, record) in found.items()},
+    )
+
+
+def _solve(tap: PreparedTap, name: LogicalLinear, device: torch.device) -> Solved:
+    """Quantize one linear on a device."""
+    job, curvature, aimed = tap.job, tap.curvature.on(device), tap.aimed[name].to(device)
+    solved = solve_linear(aimed * curvature.scales, curvature, job.group_size)
+    bias = job.linears[name].bias
+    linear = stored_linear(solved.grid, solved.codes, job.group_size, bias, name)
+    return linear, _Report(curvature, aimed, solved, job).record(name)
 
 
 @dataclass(frozen=True)
@@ -110,21 +125,19 @@ class _Report:
 
     curvature: Curvature
     aimed: torch.Tensor
-    row_scales: torch.Tensor
     solved: SolvedLinear
     job: TapJob
 
     def record(self, name: LogicalLinear) -> LinearRecord:
         num_outputs, num_inputs = self.aimed.shape
         plain = Grid.spanning(self._sample(self.aimed), self.job.group_size)
-        scaled = self._sample(self._scaled())
+        scaled = self._sample(self.aimed) * self.curvature.scales
         whole = Grid.spanning(scaled, self.job.group_size)
         clipped, final = (
             Grid(self._sample(grid.scales), self._sample(grid.zeros))
             for grid in (self.solved.clipped, self.solved.grid)
         )
-        rounded = plain.nearest(self._sample(self.aimed)) * self.job.scales
-        rounded /= self._sample(self.row_scales).unsqueeze(1)
+        rounded = plain.nearest(self._sample(self.aimed)) * self.curvature.scales
         return LinearRecord(
             linear=name,
             num_outputs=num_outputs,
@@ -142,16 +155,13 @@ class _Report:
     def _sample(self, rows: torch.Tensor) -> torch.Tensor:
         return rows[:: -(-len(rows) // ERROR_ROWS)]
 
-    def _scaled(self) -> torch.Tensor:
-        return self.aimed * self.job.scales / self.row_scales.unsqueeze(1)
-
     def _cost(self, error: torch.Tensor) -> float:
-        """Return the mean squared output error of all rows, row scales undone."""
-        costs = self.curvature.output_errors(error) * self._sample(self.row_scales).square()
+        """Return the mean squared output error of all rows."""
+        costs = self.curvature.output_errors(error)
         return max(0.0, float(costs.mean()) * len(self.aimed))
 
     def _clip_counts(self) -> tuple[int, ...]:
-        whole = Grid.spanning(self._scaled(), self.job.group_size)
+        whole = Grid.spanning(self.aimed * self.curvature.scales, self.job.group_size)
         shares = (self.solved.clipped.scales / whole.scales).clamp_(max=1.0).mul_(CLIP_STEPS)
         counts = torch.bincount(shares.round_().long().flatten().cpu(), minlength=CLIP_STEPS + 1)
         return tuple(counts.tolist())
@@ -199,10 +209,3 @@ def in_fp16(values: torch.Tensor, name: str) -> torch.Tensor:
             f"the checkpoint cannot be run in 4 bits"
         )
     return stored
-
-
-def _rows(solved: SolvedLinear, rows: slice) -> SolvedLinear:
-    def cut(grid: Grid) -> Grid:
-        return Grid(grid.scales[rows], grid.zeros[rows])
-
-    return SolvedLinear(cut(solved.clipped), cut(solved.grid), solved.codes[rows])

@@ -28,9 +28,6 @@ class Observer:
     def linear(self, name: LogicalLinear, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
         """See a linear take ``[batch, tokens, in]`` and give ``[batch, tokens, out]``."""
 
-    def residual(self, block: Block, hidden: torch.Tensor) -> None:
-        """See the stream ``[batch, tokens, hidden_size]`` that enters a block and is added to."""
-
     def keys_values(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """See what the cache would hold, both ``[batch, num_kv_heads, tokens, head_dim]``."""
 
@@ -127,7 +124,6 @@ class DecoderLayer:
         self, block: Block, hidden: torch.Tensor, rotary: Rotary, observer: Observer = SILENT
     ) -> torch.Tensor:
         """Return the residual stream after one half of this layer, a new tensor."""
-        observer.residual(block, hidden)
         if block == "attention":
             normed = self.attention_input(hidden)
             observer.norm("attention_norm", normed)

@@ -153,28 +153,6 @@ class LayerRunner:
             activations.store(batch, hidden)
         return_free_memory()
 
-    @torch.no_grad()
-    def advance_first(
-        self,
-        layer: DecoderLayer,
-        block: Block,
-        streams: Sequence[Activations],
-        observer: Observer,
-    ) -> None:
-        """Run streams side by side through one half of a layer and replace those of the first.
-
-        The observer sees samples of the first stream, then the same samples of the next. What
-        becomes of those is seen only.
-        """
-        first = streams[0]
-        for batch in first.batches(BATCH_TOKENS // len(streams)):
-            parts = [stream.load(batch, self.device) for stream in streams]
-            num_samples, hidden = len(parts[0]), torch.cat(parts)
-            del parts
-            outputs = layer.block(block, hidden, self.rotary, observer)
-            first.store(batch, outputs[:num_samples])
-        return_free_memory()
-
 
 @torch.no_grad()
 def head_logits(checkpoint: Checkpoint, hidden: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -19,21 +19,23 @@ from host_tools.awq.channel_scales import (
 )
 from host_tools.awq.clip_search import group_errors, search_clipping
 from host_tools.awq.curvature import Curvature
-from host_tools.awq.gram import GramObserver, InputMoments, _Sums
+from host_tools.awq.gram import CONSUMERS, InputMoments, MomentSums, Tap
 from host_tools.awq.grid import MIN_SCALE, Grid
 from host_tools.awq.layer_solver import (
     LayerSolver,
     QuantizedLayer,
+    divided_outputs,
     fold_into_norm,
     round_layer,
     solve_layer,
 )
-from host_tools.awq.tap_solver import TapJob, TapResult
-from host_tools.checkpoint import Checkpoint, DenseLinear, LayerWeights
+from host_tools.awq.tap_solver import PreparedTap, TapResult
+from host_tools.checkpoint import Checkpoint, DenseLinear, LayerWeights, QuantizedLinear
 from host_tools.checkpoint.families import LINEARS
-from host_tools.decoder.layer import DecoderLayer
+from host_tools.decoder.layer import DecoderLayer, Observer
 from host_tools.decoder.rotary import Rotary
 from host_tools.decoder.stream import Activations, LayerRunner
+from host_tools.tap_passes import TapPasses
 
 CPU = torch.device("cpu")
 GROUP = 32
@@ -84,57 +86,63 @@ def test_constant_and_tiny_groups_have_normal_scales() -> None:
     assert grid.values(grid.codes(weight)).abs().max() == 0
 
 
-def test_the_observer_adds_up_batches(tmp_path: Path) -> None:
-    checkpoint = Checkpoint.open(tiny.write_llama(tmp_path))
-    runner, seen = LayerRunner(checkpoint, 16, CPU), GramObserver()
-    layer = runner.layer(0)
-    states = randn(5, 16, 64)
-    for part in (states[:3], states[3:]):
-        runner.advance(layer, Activations(part.clone()), seen)
-    inputs = layer.attention_input(states)
-    rows = inputs.flatten(0, 1)
-    moments = seen.take("qkv")
-    torch.testing.assert_close(moments.gram, rows.T @ rows / 80, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(moments.magnitude, rows.abs().mean(0), rtol=1e-4, atol=1e-6)
-    down = layer.down_input(layer.ffn_input(states + layer.linear(
-        "o", layer.o_input(inputs, runner.rotary))))  # fmt: skip
-    rows = down.flatten(0, 1)
-    torch.testing.assert_close(seen.take("down").gram, rows.T @ rows / 80, rtol=1e-3, atol=1e-5)
-    assert seen.take("o").gram.shape == (64, 64)
-    assert seen.take("gate_up").gram.shape == (64, 64)
-
-
-def test_two_streams_give_the_drift_of_inputs_and_of_what_they_are_added_to() -> None:
-    observer = GramObserver(num_streams=2)
-    exact, quantized = randn(4, 5, 16), randn(4, 5, 16, seed=1)
-    h_exact, h_quantized = randn(4, 5, 8, seed=2), randn(4, 5, 8, seed=3)
+def test_batches_add_up_to_the_moments_of_both_streams() -> None:
+    sums = MomentSums()
+    exact, quantized, drift = randn(4, 5, 16), randn(4, 5, 16, seed=1), randn(4, 5, 8, seed=2)
     for part in (slice(0, 3), slice(3, 4)):
-        observer.residual("ffn", torch.cat([h_exact[part], h_quantized[part]]))
-        pair = torch.cat([exact[part], quantized[part]])
-        observer.linear("gate", pair, pair)
-        observer.linear("up", pair, pair)
-        observer.linear("down", pair, pair)
-    x, y = exact.flatten(0, 1), quantized.flatten(0, 1)
-    d = (h_exact - h_quantized).flatten(0, 1)
-    for tap in ("gate_up", "down"):
-        moments = observer.take(tap)
-        assert moments.num_tokens == 20
-        torch.testing.assert_close(moments.gram, y.T @ y / 20)
-        torch.testing.assert_close(moments.magnitude, x.abs().mean(0))
-        torch.testing.assert_close(moments.drift, (x - y).T @ y / 20)
-        if tap == "down":
-            torch.testing.assert_close(moments.residual_drift, d.T @ y / 20)
-        else:
-            assert moments.residual_drift is None
+        sums.add(exact[part], quantized[part], drift[part])
+    x, y, d = (stream.flatten(0, 1) for stream in (exact, quantized, drift))
+    moments = sums.take()
+    assert moments.num_tokens == 20
+    torch.testing.assert_close(moments.gram, y.T @ y / 20)
+    torch.testing.assert_close(moments.magnitude, x.abs().mean(0))
+    torch.testing.assert_close(moments.drift, (x - y).T @ y / 20)
+    torch.testing.assert_close(moments.residual_drift, d.T @ y / 20)
+    with pytest.raises(ValueError, match="no activations were added"):
+        sums.take()
 
 
 def test_one_stream_has_no_drift() -> None:
-    observer = GramObserver()
-    observer.residual("attention", randn(2, 5, 16))
-    observer.linear("o", randn(2, 5, 16), randn(2, 5, 8))
-    moments = observer.take("o")
+    sums = MomentSums()
+    sums.add(randn(2, 5, 16))
+    moments = sums.take()
     assert moments.drift is None
     assert moments.residual_drift is None
+    torch.testing.assert_close(moments.gram, moments_of(randn(2, 5, 16).flatten(0, 1)).gram)
+
+
+def test_passes_see_what_the_linears_see(tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(tiny.write_llama(tmp_path))
+    runner = LayerRunner(checkpoint, 16, CPU)
+    states, drifted = randn(5, 16, 64), randn(5, 16, 64) + 0.1 * randn(5, 16, 64, seed=1)
+    layer = runner.layer(0)
+    other = DecoderLayer.ready(round_layer(layer.weights, GROUP).weights, layer.model, CPU)
+    passes = TapPasses(runner, Activations(states.clone()), Activations(drifted.clone()))
+    x, y = layer.attention_input(states), layer.attention_input(drifted)
+    moments = passes.after_norm("attention", layer)
+    torch.testing.assert_close(moments.gram, y.flatten(0, 1).T @ y.flatten(0, 1) / 80)
+    assert moments.residual_drift is None
+    moments = passes.before_sum("attention", layer, other)
+    x, y = (
+        layer.o_input(x, runner.rotary),
+        other.o_input(other.attention_input(drifted), runner.rotary),
+    )
+    torch.testing.assert_close(moments.magnitude, x.abs().mean((0, 1)))
+    y, residual = y.flatten(0, 1), (states - drifted).flatten(0, 1)
+    torch.testing.assert_close(moments.residual_drift, residual.T @ y / 80)
+    torch.testing.assert_close(moments.drift, (x.flatten(0, 1) - y).T @ y / 80)
+    passes.follow("attention", other)
+    passes.after_norm("ffn", layer)
+    passes.before_sum("ffn", layer, other)
+    passes.follow("ffn", other)
+    # Bit for bit what a run gives that goes on after this layer.
+    for stream, weights, started in (
+        (passes.exact, layer, states),
+        (passes.quantized, other, drifted),
+    ):
+        again = Activations(started.clone())
+        runner.advance(weights, again)
+        assert torch.equal(stream.states, again.states)
 
 
 def test_clipping_never_costs_a_group_more_than_its_whole_range() -> None:
@@ -211,51 +219,86 @@ def layer(tmp_path: Path) -> DecoderLayer:
     return DecoderLayer.ready(checkpoint.layer(0), checkpoint.model, CPU)
 
 
-def run(layer: DecoderLayer, states: torch.Tensor, tmp_path: Path, seen=None) -> torch.Tensor:
-    checkpoint = Checkpoint.open(tmp_path / "layer")
-    activations = Activations(states.clone())
-    runner = LayerRunner(checkpoint, states.shape[1], CPU)
-    if seen is None:
-        runner.advance(layer, activations)
-    else:
-        runner.advance(layer, activations, seen)
-    return activations.states
+def run(layer: DecoderLayer, states: torch.Tensor) -> torch.Tensor:
+    return layer.forward(states, Rotary.of(layer.model, states.shape[1], CPU))
 
 
-def test_the_scales_of_all_pairs_cancel_in_floating_point(
-    layer: DecoderLayer, tmp_path: Path, monkeypatch
-) -> None:
-    def scaled(job: TapJob, moments: InputMoments) -> TapResult:
+class Inputs(Observer):
+    """Keeps the inputs of every linear."""
+
+    def __init__(self) -> None:
+        self.of: dict[str, torch.Tensor] = {}
+
+    def linear(self, name, inputs, outputs) -> None:
+        self.of[name] = inputs
+
+
+def all_moments(
+    layer: DecoderLayer, exact: torch.Tensor, quantized: torch.Tensor | None = None
+) -> dict[Tap, InputMoments]:
+    """Moments of every tap with nothing of the layer quantized."""
+    seen, drifted, found = Inputs(), Inputs(), {}
+    rotary = Rotary.of(layer.model, exact.shape[1], CPU)
+    layer.forward(exact, rotary, seen)
+    if quantized is not None:
+        layer.forward(quantized, rotary, drifted)
+    for tap, names in CONSUMERS.items():
+        sums = MomentSums()
+        sums.add(seen.of[names[0]], drifted.of.get(names[0]))
+        found[tap] = sums.take()
+    return found
+
+
+def solved_layer(
+    layer: DecoderLayer, states: torch.Tensor, kept: frozenset = frozenset()
+) -> QuantizedLayer:
+    moments = all_moments(layer, states)
+    return solve_layer(layer.weights, moments.pop, layer.model, GROUP, kept)
+
+
+def test_the_scales_of_all_pairs_cancel_in_floating_point(layer: DecoderLayer, monkeypatch) -> None:
+    def scaled(tap: PreparedTap, run_jobs: object) -> TapResult:
         linears = {}
-        for name, linear in job.linears.items():
-            rows = job.row_scales.get(name, torch.ones(len(linear.weight)))
-            weight = linear.weight * job.scales / rows[:, None]
+        for name, linear in tap.job.linears.items():
+            weight = linear.weight * tap.job.scales
             assert not torch.allclose(weight, linear.weight)
-            bias = None if linear.bias is None else linear.bias / rows
-            linears[name] = DenseLinear(weight, bias)
+            linears[name] = DenseLinear(weight, linear.bias)
         return TapResult(linears, {})
 
     monkeypatch.setattr(layer_solver, "solve_tap", scaled)
-    states, seen = randn(4, 32, 64) * torch.exp(randn(64, seed=3)), GramObserver()
-    expected = run(layer, states, tmp_path, seen)
-    weights = solve_layer(layer.weights, seen.take, layer.model, GROUP).weights
-    output = run(DecoderLayer.ready(weights, layer.model, CPU), states, tmp_path)
+    monkeypatch.setattr(layer_solver, "in_fp16", lambda values, name: values.float())
+    states = randn(4, 32, 64) * torch.exp(randn(64, seed=3))
+    weights = solved_layer(layer, states).weights
+    output = run(DecoderLayer.ready(weights, layer.model, CPU), states)
     # Scales are divided out in fp32.
-    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(output, run(layer, states), rtol=1e-4, atol=1e-4)
 
 
-def layer_error(
-    layer: DecoderLayer, weights: LayerWeights, states: torch.Tensor, tmp_path: Path
-) -> float:
-    expected = run(layer, states, tmp_path)
-    output = run(DecoderLayer.ready(weights, layer.model, CPU), states, tmp_path)
-    return float((output - expected).pow(2).mean())
+def test_a_quantized_producer_takes_the_scales_into_its_grids() -> None:
+    linear = QuantizedLinear(
+        codes=torch.full((4, 3), 9, dtype=torch.uint8),
+        zeros=torch.full((1, 3), 1, dtype=torch.uint8),
+        scales=torch.tensor([[0.5, 2.0**-13, 3.0]]).half(),
+        group_size=4,
+        bias=torch.tensor([1.0, 2.0, 3.0]).half(),
+    )
+    divided = divided_outputs(linear, torch.tensor([2.0, 4.0, 0.5]), "up")
+    # 2^-13 / 4 is below the smallest normal fp16, which is kept instead.
+    assert divided.scales.tolist() == [[0.25, MIN_SCALE, 6.0]]
+    assert divided.bias.tolist() == [0.5, 0.5, 6.0]
+    assert torch.equal(divided.codes, linear.codes)
+    with pytest.raises(PackageError, match="bias of up reaches"):
+        divided_outputs(linear, torch.tensor([1.0, 1.0, 1e-6]), "up")
 
 
-def test_every_step_lowers_the_error_of_every_linear(layer: DecoderLayer, tmp_path: Path) -> None:
-    states, seen = randn(32, 32, 64) * torch.exp(1.5 * randn(64, seed=3)), GramObserver()
-    run(layer, states, tmp_path, seen)
-    solved = solve_layer(layer.weights, seen.take, layer.model, GROUP)
+def layer_error(layer: DecoderLayer, weights: LayerWeights, states: torch.Tensor) -> float:
+    output = run(DecoderLayer.ready(weights, layer.model, CPU), states)
+    return float((output - run(layer, states)).pow(2).mean())
+
+
+def test_every_step_lowers_the_error_of_every_linear(layer: DecoderLayer) -> None:
+    states = randn(32, 32, 64) * torch.exp(1.5 * randn(64, seed=3))
+    solved = solved_layer(layer, states)
     assert tuple(record.linear for record in solved.records) == LINEARS
     for record in solved.records:
         assert record.clipped < record.scaled
@@ -263,38 +306,26 @@ def test_every_step_lowers_the_error_of_every_linear(layer: DecoderLayer, tmp_pa
         assert record.compensated < 0.8 * record.rounded < record.signal
         assert sum(record.clip_counts) == record.num_outputs * record.num_inputs // GROUP
     rounded = round_layer(layer.weights, GROUP).weights
-    error = layer_error(layer, solved.weights, states, tmp_path)
-    assert error < 0.6 * layer_error(layer, rounded, states, tmp_path)
+    assert layer_error(layer, solved.weights, states) < 0.6 * layer_error(layer, rounded, states)
 
 
-def test_stated_errors_are_output_errors(layer: DecoderLayer, tmp_path: Path) -> None:
-    states, seen, again = randn(8, 32, 64), GramObserver(), GramObserver()
-    run(layer, states, tmp_path, seen)
-    run(layer, states, tmp_path, again)
-    solved = solve_layer(layer.weights, seen.take, layer.model, GROUP)
-    record, gram = solved.records[-1], again.take("down").gram
+def test_stated_errors_are_output_errors(layer: DecoderLayer) -> None:
+    states = randn(8, 32, 64)
+    record, gram = solved_layer(layer, states).records[-1], all_moments(layer, states)["down"].gram
     weight = layer.weights.down.weight
-    difference = Grid.spanning(weight, GROUP).nearest(weight) - weight
-    assert record.rounded == pytest.approx(
-        float(((difference @ gram) * difference).sum()), rel=1e-3
-    )
+    error = Grid.spanning(weight, GROUP).nearest(weight) - weight
+    assert record.rounded == pytest.approx(float(((error @ gram) * error).sum()), rel=1e-3)
     assert record.signal == pytest.approx(float(((weight @ gram) * weight).sum()), rel=1e-3)
 
 
-def test_the_number_of_threads_does_not_change_a_code(layer: DecoderLayer, tmp_path: Path) -> None:
+def test_the_number_of_threads_does_not_change_a_code(layer: DecoderLayer) -> None:
     states = randn(64, 32, 64)
-
-    def solved() -> QuantizedLayer:
-        seen = GramObserver()
-        run(layer, states, tmp_path, seen)
-        return solve_layer(layer.weights, seen.take, layer.model, GROUP)
-
     num_threads = torch.get_num_threads()
     layers = []
     try:
         for count in (1, 2):
             torch.set_num_threads(count)
-            layers.append(solved().weights)
+            layers.append(solved_layer(layer, states).weights)
     finally:
         torch.set_num_threads(num_threads)
     for name in LINEARS:
@@ -328,32 +359,21 @@ def test_the_aim_is_what_least_squares_asks_for(monkeypatch, has_residual: bool)
     torch.testing.assert_close(aimed, expected, rtol=1e-3, atol=1e-3)
 
 
-def test_the_quantized_stream_is_brought_back_to_the_exact_one(
-    layer: DecoderLayer, tmp_path: Path
-) -> None:
+def test_the_quantized_stream_is_brought_back_to_the_exact_one(layer: DecoderLayer) -> None:
     exact = randn(64, 32, 64)
     quantized = exact + 0.2 * exact.roll(1, -1)
-    expected = run(layer, exact, tmp_path)
-    both, alone = GramObserver(num_streams=2), GramObserver()
-    layer.forward(torch.cat([exact, quantized]), layer_rotary(layer), both)
-    layer.forward(exact, layer_rotary(layer), alone)
-    errors = []
-    for seen in (both, alone):
-        weights = solve_layer(layer.weights, seen.take, layer.model, GROUP).weights
-        output = run(DecoderLayer.ready(weights, layer.model, CPU), quantized, tmp_path)
+    expected, errors = run(layer, exact), []
+    for moments in (all_moments(layer, exact, quantized), all_moments(layer, exact)):
+        weights = solve_layer(layer.weights, moments.pop, layer.model, GROUP).weights
+        output = run(DecoderLayer.ready(weights, layer.model, CPU), quantized)
         errors.append(float((output - expected).pow(2).mean()))
-    assert errors[0] < 0.8 * errors[1]
+    assert errors[0] < 0.97 * errors[1]
 
 
-def layer_rotary(layer: DecoderLayer) -> Rotary:
-    return Rotary.of(layer.model, 32, CPU)
-
-
-def test_kept_linears_are_stored_as_they_are(layer: DecoderLayer, tmp_path: Path) -> None:
-    states, seen = randn(16, 32, 64), GramObserver()
-    run(layer, states, tmp_path, seen)
+def test_kept_linears_are_stored_as_they_are(layer: DecoderLayer) -> None:
+    states = randn(16, 32, 64)
     kept = frozenset(("q", "k", "v", "down"))
-    solved = solve_layer(layer.weights, seen.take, layer.model, GROUP, kept)
+    solved = solved_layer(layer, states, kept)
     for name in LINEARS:
         assert isinstance(solved.weights.linear(name), DenseLinear) == (name in kept)
     # down is not scaled, so up's outputs are not; v's are, for o.
@@ -363,27 +383,36 @@ def test_kept_linears_are_stored_as_they_are(layer: DecoderLayer, tmp_path: Path
     assert torch.equal(solved.weights.attention_norm, layer.weights.attention_norm.half())
     assert [record.w_bits for record in solved.records] == [16, 16, 16, 4, 4, 4, 16]
     every = round_layer(layer.weights, GROUP, frozenset(LINEARS)).weights
-    assert layer_error(layer, every, states, tmp_path) < 1e-6
-    half = layer_error(layer, solved.weights, states, tmp_path)
-    seen = GramObserver()
-    run(layer, states, tmp_path, seen)
-    whole = solve_layer(layer.weights, seen.take, layer.model, GROUP).weights
-    assert half < layer_error(layer, whole, states, tmp_path)
+    assert layer_error(layer, every, states) < 1e-6
+    whole = solved_layer(layer, states).weights
+    assert layer_error(layer, solved.weights, states) < layer_error(layer, whole, states)
 
 
-def test_a_block_is_not_quantized_twice(layer: DecoderLayer, tmp_path: Path) -> None:
-    seen = GramObserver()
-    run(layer, randn(4, 32, 64), tmp_path, seen)
+def test_a_tap_is_not_quantized_twice(layer: DecoderLayer) -> None:
     solver = LayerSolver(layer.weights, layer.model, GROUP)
-    moments = {tap: seen.take(tap) for tap in ("o", "qkv")}
-    solver.solve("attention", moments.__getitem__)
-    with pytest.raises(TypeError, match="o is quantized already"):
-        solver.solve("attention", moments.__getitem__)
+    moments = all_moments(layer, randn(4, 32, 64))["qkv"]
+    solver.solve("qkv", lambda: moments)
+    with pytest.raises(TypeError, match="q is quantized already"):
+        solver.solve("qkv", lambda: moments)
 
 
-def test_nothing_seen_gives_no_moments() -> None:
-    with pytest.raises(ValueError, match="nothing was seen"):
-        _Sums().moments()
+def test_linears_are_solved_alike_wherever_that_is(layer: DecoderLayer) -> None:
+    states, asked = randn(8, 32, 64), []
+
+    def backwards(jobs):
+        asked.append(tuple(jobs))
+        found = {name: jobs[name](CPU) for name in reversed(jobs)}
+        return {name: found[name] for name in jobs}
+
+    solver = LayerSolver(layer.weights, layer.model, GROUP, run_jobs=backwards)
+    moments = all_moments(layer, states)
+    for tap in CONSUMERS:
+        solver.solve(tap, lambda tap=tap: moments[tap])
+    assert asked == list(CONSUMERS.values())
+    plain = solved_layer(layer, states)
+    for name in LINEARS:
+        one, two = (found.weights.linear(name) for found in (plain, solver.result()))
+        assert torch.equal(one.codes, two.codes)
 
 
 def test_rounding_gives_the_plain_codes(layer: DecoderLayer) -> None:

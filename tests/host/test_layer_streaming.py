@@ -22,7 +22,6 @@ from host_tools.decoder.devices import (
     tensor_cores,
     working_bytes,
 )
-from host_tools.decoder.layer import BLOCKS, Observer
 from host_tools.decoder.prefetch import read_ahead, ready_layers
 from host_tools.decoder.snapshots import Snapshots
 from host_tools.decoder.stream import Activations, LayerRunner
@@ -206,33 +205,6 @@ def test_layers_are_read_one_ahead_and_in_order() -> None:
         assert not started[min(index + 2, 3)].is_set()
     assert found == [(0, "layer 0"), (1, "layer 1"), (2, "layer 2")]
     assert list(read_ahead(read, ())) == []
-
-
-def test_two_streams_run_side_by_side_and_the_first_goes_on(checkpoint: Checkpoint) -> None:
-    token_ids = torch.arange(60, dtype=torch.int32).view(3, 20)
-    first, second = (Activations.embed(checkpoint, token_ids) for _ in range(2))
-    second.states += 0.1 * torch.randn(second.states.shape)
-    expected, unmoved = Activations(first.states.clone()), second.states.clone()
-    runner, seen = LayerRunner(checkpoint, 20, CPU), []
-
-    class Watcher(Observer):
-        def residual(self, block: str, hidden: torch.Tensor) -> None:
-            seen.append((block, hidden.clone()))
-
-        def linear(self, name: str, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
-            seen.append((name, inputs.clone()))
-
-    entered = [first.states.clone(), second.states.clone()]
-    for block in BLOCKS:
-        runner.advance_first(runner.layer(0), block, (first, second), Watcher())
-    runner.advance(runner.layer(0), expected)
-    torch.testing.assert_close(first.states, expected.states)
-    assert torch.equal(second.states, unmoved)
-    names = ["attention", "q", "k", "v", "o", "ffn", "gate", "up", "down"]
-    assert [name for name, _ in seen] == names  # three samples of 20 tokens are one batch
-    assert torch.equal(seen[0][1], torch.cat(entered))
-    # The second stream enters the second half where it entered the first: nobody moved it.
-    assert torch.equal(seen[5][1], torch.cat([seen[5][1][:3], entered[1]]))
 
 
 def test_what_reading_raises_reaches_the_caller() -> None:
