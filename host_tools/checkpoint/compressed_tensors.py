@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from device_runtime.errors import PackageError
@@ -28,7 +27,8 @@ from host_tools.checkpoint.packed_format import (
     finer_groups,
     group_length,
     read_scales,
-    unpack_nibbles,
+    unpack_columns,
+    unpack_rows,
 )
 from host_tools.checkpoint.tensor_files import TensorFiles
 
@@ -98,13 +98,12 @@ class CompressedTensors:
         Raises:
             PackageError: a scale is not finite in fp16.
         """
-        rows = unpack_nibbles(self.files.tensor(f"{module}.{PACKED}").numpy())
-        codes = torch.from_numpy(np.ascontiguousarray(rows.T))
+        codes = torch.from_numpy(unpack_rows(self.files.tensor(f"{module}.{PACKED}").numpy().T))
         inputs = codes.shape[0]
         scales = read_scales(self.files, f"{module}.{SCALE}").T.contiguous()
         if self._has_zeros(module):
             words = self.files.tensor(f"{module}.{ZERO_POINT}").numpy().T
-            zeros = torch.from_numpy(unpack_nibbles(words))
+            zeros = torch.from_numpy(unpack_columns(words))
         else:
             zeros = torch.full(scales.shape, SYMMETRIC_ZERO, dtype=torch.uint8)
         return QuantizedLinear(

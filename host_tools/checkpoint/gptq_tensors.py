@@ -31,7 +31,8 @@ from host_tools.checkpoint.packed_format import (
     finer_groups,
     group_length,
     read_scales,
-    unpack_nibbles,
+    unpack_columns,
+    unpack_rows,
 )
 from host_tools.checkpoint.tensor_files import TensorFiles
 
@@ -91,8 +92,7 @@ class GptqTensors:
         Raises:
             PackageError: a scale is not finite in fp16, or a stored zero has several meanings.
         """
-        columns = unpack_nibbles(self.files.tensor(f"{module}.{QWEIGHT}").numpy().T)
-        codes = torch.from_numpy(np.ascontiguousarray(columns.T))
+        codes = torch.from_numpy(unpack_rows(self.files.tensor(f"{module}.{QWEIGHT}").numpy()))
         inputs = codes.shape[0]
         return QuantizedLinear(
             codes=codes,
@@ -108,10 +108,10 @@ class GptqTensors:
         """Return the zeros ``[groups, outputs]``, each 0..15."""
         words = self.files.tensor(f"{module}.{QZEROS}").numpy().view(np.uint32)
         if self.version == 2:
-            return unpack_nibbles(words)
+            return unpack_columns(words)
         if self.is_word_wise:
-            return unpack_nibbles(words + _ONES)
-        zeros = unpack_nibbles(words)
+            return unpack_columns(words + _ONES)
+        zeros = unpack_columns(words)
         if zeros.size and int(zeros.max()) == MAX_CODE:
             raise PackageError(
                 f"{module}.{QZEROS} stores a zero point of {MAX_CODE}, which AutoGPTQ's kernels "

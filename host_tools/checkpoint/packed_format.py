@@ -143,7 +143,7 @@ def check_group_order(files: TensorFiles, name: str, length: int) -> None:
         )
 
 
-def unpack_nibbles(words: NDArray[Any]) -> NDArray[np.uint8]:
+def unpack_columns(words: NDArray[Any]) -> NDArray[np.uint8]:
     """Unpack codes that lie in a word one after the other, the first in the lowest bits.
 
     Args:
@@ -157,3 +157,22 @@ def unpack_nibbles(words: NDArray[Any]) -> NDArray[np.uint8]:
     np.bitwise_and(packed, MAX_CODE, out=codes[:, 0::2])
     np.right_shift(packed, 4, out=codes[:, 1::2])
     return codes
+
+
+def unpack_rows(words: NDArray[Any]) -> NDArray[np.uint8]:
+    """Unpack words that hold codes of one column each, eight rows one after the other.
+
+    Args:
+        words: ``[words, columns]`` of 32-bit integers, the first row in the lowest bits.
+
+    Returns:
+        ``[8 * words, columns]`` uint8, each 0..15.
+    """
+    rows, columns = words.shape
+    packed = np.ascontiguousarray(words).astype("<u4", copy=False).view(np.uint8)
+    packed = packed.reshape(rows, columns, 4)
+    codes = np.empty((rows, CODES_PER_WORD, columns), np.uint8)
+    for byte in range(4):
+        np.bitwise_and(packed[..., byte], MAX_CODE, out=codes[:, 2 * byte])
+        np.right_shift(packed[..., byte], 4, out=codes[:, 2 * byte + 1])
+    return codes.reshape(rows * CODES_PER_WORD, columns)

@@ -21,6 +21,8 @@ CHECKPOINT_PATTERNS = (
     "*.tiktoken",
     "*.txt",
     "*.jinja",
+    # llm-compressor's, which says how the weights were quantized.
+    "recipe.yaml",
     # Data to us, never run: LMDeploy's workspace carries them (spec section 1.1).
     "*.py",
     "LICENSE*",
