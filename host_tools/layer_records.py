@@ -33,7 +33,8 @@ class LinearRecord:
 
     Errors are means over the calibration's tokens of ``|W' x - W x|^2``, summed over outputs, in
     units of the linear's own output before any scaling (a producer's row scales undone); None for
-    a step that was not taken. A linear that stays fp16 has none of them.
+    a step that was not taken. Here ``x`` comes from the layers that are quantized already, and
+    ``W`` is what the linear aims at then. A linear that stays fp16 has none of them.
 
     Attributes:
         linear: q, k, v, o, gate, up or down.
