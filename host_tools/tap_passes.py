@@ -1,7 +1,7 @@
 """Takes activations through a layer tap by tap, so that each tap sees what is quantized already.
 
-The exact stream runs everything once. The quantized one runs q, k, v, attention, gate and up twice,
-before and after the linear behind them is quantized, and o and down once; norms cost next to nothing.
+The exact stream runs everything once. The quantized one runs q, k, v, attention, gate and up twice
+(before and after the linear behind them is quantized), o and down once; norms cost next to nothing.
 """
 
 from __future__ import annotations
