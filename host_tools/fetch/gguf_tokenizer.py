@@ -187,7 +187,9 @@ def _read_merges(metadata: Metadata, vocab: dict[str, int]) -> list[tuple[str, s
     for line in metadata.texts("tokenizer.ggml.merges"):
         # Byte-level tokens hold no blank, so the one in the middle parts the two.
         left, _, right = line.partition(" ")
-        if left not in vocab or right not in vocab or left + right not in vocab:
+        # An empty half would make a token of itself.
+        is_whole = bool(left and right) and {left, right, left + right} <= vocab.keys()
+        if not is_whole:
             raise PackageError(
                 f"{metadata.file_name} merges {line[:80]!r}, which its vocabulary does not hold"
             )

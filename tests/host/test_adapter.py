@@ -11,6 +11,7 @@ import families
 import numpy as np
 import pytest
 import tiny_checkpoints as tiny
+import tiny_gguf
 import torch
 from safetensors.torch import save_file
 
@@ -189,6 +190,20 @@ def test_the_folder_links_to_the_base_and_its_hash_knows_both(tmp_path, base, ad
     assert len({first, second, ContentHasher(tmp_path / "d.json").hash_tree(folder)}) == 3
 
 
+def test_a_gguf_file_can_be_the_base(tmp_path: Path) -> None:
+    model = tiny_gguf.random_model("llama")
+    tiny_gguf.write_gguf(tmp_path / "m.gguf", model)
+    state = {name: value.half() for name, value in model.state_dict().items()}
+    tensors = factors(state, ("k_proj",))
+    adapter = write_adapter(tmp_path / "tuned", tensors)
+    options = FetchOptions(adapter=adapter)
+    folder = fetch(str(tmp_path / "m.gguf"), tmp_path / "out", options)
+    assert (tmp_path / "out-base" / "config.json").is_file()
+    assert read_origin(folder, is_quantized=False).provenance.source == "m.gguf + tuned"
+    want = merged(state, tensors, 16 / RANK)["model.layers.0.self_attn.k_proj.weight"]
+    assert torch.equal(Checkpoint.open(folder).layer(0).k.weight, want)
+
+
 def test_a_tokenizer_beside_the_adapter_takes_the_place_of_the_bases(tmp_path, base, adapter):
     (base / "tokenizer_config.json").write_text('{"eos_token": "w1"}')
     (base / "special_tokens_map.json").write_text("{}")
@@ -286,16 +301,12 @@ def test_an_adapter_whose_weights_are_not_numbers_is_refused(tmp_path, base, ada
     name = next(iter(tensors))
     tensors[name][0, 0] = math.nan
     write_adapter(adapter, tensors)
-    with pytest.raises(
-        PackageError, match=r"lora_A\.weight of adapter_model.* holds NaN"
-    ):
+    with pytest.raises(PackageError, match=r"lora_A\.weight of adapter_model.* holds NaN"):
         opened(base, adapter, tmp_path / "both").layer(0)
 
 
 def test_folders_that_are_no_adapter_are_refused(tmp_path, base, adapter, capsys) -> None:
-    with pytest.raises(
-        PackageError, match=r"base has no adapter_config.json, name the folder"
-    ):
+    with pytest.raises(PackageError, match=r"base has no adapter_config.json, name the folder"):
         adapt(base, base, tmp_path / "both", Progress())
     with pytest.raises(PackageError, match="is an adapter without its base, name the base and"):
         fetch(str(adapter), tmp_path / "both")

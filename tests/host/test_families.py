@@ -18,6 +18,7 @@ from emulator import emulator
 from device_runtime.backends.sampling_params import SamplingParams
 from device_runtime.engine.engine import Engine, EngineOptions, GenerationParams
 from device_runtime.package_format.package import open_package
+from device_runtime.templates.choose import choose_template
 from host_tools.checkpoint.families import FAMILIES
 
 sys.path.append(str(Path(__file__).parents[1] / "unit"))  # the fake and the emulated driver
@@ -103,6 +104,8 @@ def test_packages_give_the_logits_of_the_published_model(
     built = families.build_packages(name, tmp_path)
     fp16 = compared(built.fp16, case, families.random_state(case), monkeypatch)
     w4 = compared(built.w4, case, families.dequantized_state(built.awq), monkeypatch)
+    template = choose_template(built.checkpoint, name)
+    assert open_package(built.w4).manifest.template == template
     files = sorted(path.name for path in built.checkpoint.iterdir() if path.suffix != ".json")
     table.append(f"| {name} | {', '.join(files)} | {fp16} | {w4} |")
     for result in (fp16, w4):
