@@ -43,7 +43,7 @@ def ready_layers(
         times: hears how long a layer was waited for.
     """
     if device.type == "cuda":
-        layers = read_ahead(_Upload(checkpoint, device), indices)
+        layers = read_ahead(Upload(checkpoint, device), indices)
     else:
         layers = ((index, checkpoint.layer(index)) for index in indices)
     while True:
@@ -75,16 +75,23 @@ def read_ahead(
             del weights
 
 
-class _Upload:
-    """Brings layers to a GPU on a stream of its own."""
+class Upload:
+    """Brings layers to a GPU, as stored, on a stream of its own."""
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
+        """Make the stream; what is brought is for the caller's stream.
+
+        Args:
+            checkpoint: dense.
+            device: a GPU.
+        """
         self._checkpoint = checkpoint
         self._device = device
         self._consumer = torch.cuda.current_stream(device)
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def __call__(self, index: int) -> LayerWeights:
+        """Return the weights of a layer; they have arrived."""
         with torch.cuda.stream(self._stream):
             weights = moved_weights(self._checkpoint.layer(index), self._sent)
         # From mapped files the last piece of a copy may still be on its way.

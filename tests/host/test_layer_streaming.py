@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from host_tools.decoder.devices import (
     tensor_cores,
     working_bytes,
 )
-from host_tools.decoder.prefetch import read_ahead, ready_layers
+from host_tools.decoder.prefetch import Upload, read_ahead, ready_layers
 from host_tools.decoder.snapshots import Snapshots
 from host_tools.decoder.stream import Activations, LayerRunner
 from host_tools.layer_writer import LayerWriter
@@ -228,6 +229,28 @@ def test_ready_layers_are_those_of_the_checkpoint(checkpoint: Checkpoint) -> Non
         assert torch.equal(ready.layer.weights.up.weight, expected)
         assert ready.waited_s > 0
     assert "reading" in times.shares()["seconds"]
+
+
+def test_what_is_sent_ahead_stays_until_it_was_read(checkpoint: Checkpoint, monkeypatch) -> None:
+    """The stand-ins count what a GPU would be told; the GPU's own test is in tests/gpu."""
+    told: list[object] = []
+
+    class Stream:
+        def __init__(self, device: torch.device) -> None:
+            assert device == CPU
+
+        def synchronize(self) -> None:
+            told.append("synchronized")
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "the consumer's stream")
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: told.append(stream))
+    upload = Upload(checkpoint, CPU)
+    weights = upload(2)
+    assert torch.equal(weights.down.weight, checkpoint.layer(2).down.weight)
+    # Seven linears and two norms; the copies have arrived before anybody gets them.
+    assert told == ["the consumer's stream"] * 9 + ["synchronized"]
 
 
 def test_the_most_expensive_comes_first_and_the_idlest_device_takes_it() -> None:
