@@ -199,6 +199,37 @@ def test_a_sequence_gives_the_same_tokens_alone_and_in_a_batch_of_8(
             assert tokens_of(engine, [prompts[index]], params) == [together[index]]
 
 
+def test_a_conversation_goes_on_from_its_pages(plainest: Prepared) -> None:
+    params = GenerationParams(max_tokens=5, sampling=GREEDY, ignore_eos=True)
+    with Engine.open(plainest.root, CUDA) as engine:
+        session = engine.new_session()
+        first = prompt(70)
+        answer = [t for output in engine.generate(first, params, session) for t in output.token_ids]
+        longer = first + answer + prompt(9, seed=5)
+        outputs = list(engine.generate(longer, params, session))
+        assert outputs[-1].num_cached_tokens >= 70 + 4
+        again = [token for output in outputs for token in output.token_ids]
+    with Engine.open(plainest.root, REFERENCE) as known:
+        logits = known.logits(longer + again)[len(longer) - 1 : -1]
+    best = logits.max(1)
+    assert (best - logits[np.arange(5), again] < 0.05 * logits.std(1)).all()
+
+
+def test_sequences_that_were_preempted_answer_like_the_reference(plainest: Prepared) -> None:
+    # Three pages of 64 tokens for three sequences that come to need two each.
+    small = dataclasses.replace(CUDA, cache_max_entry_count=3.0, session_len=128)
+    params = GenerationParams(max_tokens=8, sampling=GREEDY, ignore_eos=True)
+    prompts = [prompt(60, seed=seed) for seed in range(3)]
+    with Engine.open(plainest.root, small) as engine:
+        found = tokens_of(engine, prompts, params)
+        assert engine._scheduler.num_preemptions > 0
+        engine.check_integrity()
+    with Engine.open(plainest.root, REFERENCE) as known:
+        for ids, chosen in zip(prompts, found, strict=True):
+            logits = known.logits(ids + chosen)[59:-1]
+            assert (logits.max(1) - logits[np.arange(8), chosen] < 0.05 * logits.std(1)).all()
+
+
 def test_sequences_that_join_leave_and_are_cancelled_lose_nothing(plainest: Prepared) -> None:
     rng = np.random.default_rng(3)
     with Engine.open(plainest.root, CUDA) as engine:
