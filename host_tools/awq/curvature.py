@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from device_runtime.errors import PackageError
+from host_tools.awq.single_thread import single_thread
 
 RIDGE_PER_INPUT = 3.0
 """The ridge, in mean diagonals of the Gram matrix, is this times inputs / tokens: what few tokens
@@ -61,7 +62,9 @@ class Curvature:
         form = gram.index_select(0, backwards).index_select(1, backwards)
         form.diagonal().add_(ridge)
         form.div_(scales[backwards]).div_(scales[backwards].unsqueeze(1))
-        lower, failed = torch.linalg.cholesky_ex(form)
+        # Threads would split its sums otherwise, and the last bits decide some of the codes.
+        with single_thread(gram.device):
+            lower, failed = torch.linalg.cholesky_ex(form)
         if bool(failed) or not bool(torch.isfinite(lower.diagonal()).all()):
             raise PackageError(
                 f"activations that enter a linear of {len(gram)} inputs are not finite in fp32, "

@@ -97,6 +97,19 @@ def test_silent_inputs_are_no_trouble_and_infinite_ones_are_named() -> None:
         Curvature.of(gram, 10, torch.ones(64))
 
 
+def test_the_number_of_threads_does_not_change_a_bit() -> None:
+    inputs = correlated(1200, 576)  # as many as LAPACK needs to split its work
+    gram, num_threads, factors = inputs.T @ inputs / 1200, torch.get_num_threads(), []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            factors.append(Curvature.of(gram, 1200, torch.ones(576)).factor)
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(num_threads)
+    assert torch.equal(*factors)
+
+
 def optimal_brain_quantizer(weight: torch.Tensor, grid: Grid, curvature: Curvature) -> torch.Tensor:
     """OBQ in a fixed order, one row at a time, the inverse updated by Gauss-Jordan elimination."""
     form = natural_form(curvature).double()
