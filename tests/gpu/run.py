@@ -153,6 +153,9 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes at once")
     parser.add_argument("--record", help="where the record goes (tests/gpu/record.json)")
     parser.add_argument("--no-bench", action="store_true", help="leave the benchmarks out")
+    parser.add_argument(
+        "--quantize", action="store_true", help="also time quantization, which takes minutes more"
+    )
     args = parser.parse_args()
     folder = Path(args.folder).resolve()
     folder.mkdir(parents=True, exist_ok=True)
@@ -170,6 +173,9 @@ def main() -> int:
     if not args.no_bench:
         bench = {"PYTHON": sys.executable}
         alone.append(Step("bench", ["scripts/bench", str(folder / "bench")], bench, 420))
+    if args.quantize:
+        command = ["scripts/measure-quantize", "--output", str(folder / "quantize")]
+        alone.append(Step("quantize", command, {"PYTHON": sys.executable}, 900))
     states |= run_steps(alone, folder, 1)
     facts = {name: asdict(state) for name, state in states.items()}
     (folder / "steps.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")

@@ -116,6 +116,12 @@ def bench_facts(folder: Path) -> dict[str, Any]:
     return facts
 
 
+def quantize_facts(folder: Path) -> dict[str, Any]:
+    """Return what scripts/measure-quantize wrote, by file."""
+    paths = sorted(folder.glob("quantize/*.json"))
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
+
+
 def make_record(folder: Path) -> dict[str, Any]:
     """Return the record of a run."""
     states = json.loads((folder / "steps.json").read_text(encoding="utf-8"))
@@ -134,6 +140,7 @@ def make_record(folder: Path) -> dict[str, Any]:
         "selftest": {variant: selftest_facts(folder, variant) for variant in VARIANTS},
         "sanitizer": sanitizer_facts(folder, states),
         "bench": bench_facts(folder),
+        "quantize": quantize_facts(folder),
         "steps": states,
     }
 

@@ -85,6 +85,8 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "bench").mkdir()
     (tmp_path / "bench" / "a.json").write_text(json.dumps(bench))
     (tmp_path / "bench" / "failed.json").write_text("")
+    (tmp_path / "quantize").mkdir()
+    (tmp_path / "quantize" / "a.json").write_text('{"seconds": 3}')
     return tmp_path
 
 
@@ -104,6 +106,7 @@ def test_a_record_says_what_passed_on_what(folder: Path, monkeypatch: pytest.Mon
     bench = record["bench"]["a"]
     assert bench["nodes"] == [{"name": "qkv"}]
     assert "load" not in bench and "bytes_per_step" not in bench["results"][0]
+    assert record["quantize"] == {"a": {"seconds": 3}}
     assert faults_of(record, NOW) == []
 
 
