@@ -60,17 +60,18 @@ class Curvature:
         # Backwards, Cholesky's L with L L^T = form gives the factor as L^-1 read forwards again.
         backwards = order.flip(0)
         form = gram.index_select(0, backwards).index_select(1, backwards)
+        del gram, diagonal  # of many inputs every such matrix counts
         form.diagonal().add_(ridge)
         form.div_(scales[backwards]).div_(scales[backwards].unsqueeze(1))
         # Threads would split its sums otherwise, and the last bits decide some of the codes.
-        with single_thread(gram.device):
+        with single_thread(form.device):
             lower, failed = torch.linalg.cholesky_ex(form)
         if bool(failed) or not bool(torch.isfinite(lower.diagonal()).all()):
             raise PackageError(
-                f"activations that enter a linear of {len(gram)} inputs are not finite in fp32, "
+                f"activations that enter a linear of {len(form)} inputs are not finite in fp32, "
                 f"the checkpoint cannot be calibrated"
             )
-        inverse = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        inverse = torch.eye(len(form), dtype=form.dtype, device=form.device)
         torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
         del lower
         factor = inverse.flip(0, 1)

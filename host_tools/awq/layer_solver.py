@@ -131,10 +131,10 @@ class LayerSolver:
                 changes[norm] = in_fp16(getattr(self._weights, norm), norm)
             self._weights = replace(self._weights, **changes)  # type: ignore[arg-type]
             return
-        moments = take_moments()
+        moments = [take_moments()]
         sharing = self._sharing if tap == "o" else None
         stacked = torch.cat([linear.weight for linear in linears.values()])
-        scales = channel_scales(stacked, moments.magnitude, self._group_size, sharing)
+        scales = channel_scales(stacked, moments[0].magnitude, self._group_size, sharing)
         del stacked
         changes = {}
         if norm is not None:
@@ -144,9 +144,7 @@ class LayerSolver:
             rows = scales if sharing is None else sharing.of_producer(scales)
             changes[producer] = divided_outputs(self._weights.linear(producer), rows, producer)
         job = TapJob(linears, scales, MAGNITUDE_EXPONENT, self._group_size)
-        prepared = prepare_tap(job, moments)
-        del moments
-        result = solve_tap(prepared, self._run_jobs)
+        result = solve_tap(prepare_tap(job, moments.pop), self._run_jobs)
         changes |= dict(result.linears.items())
         self._records.update(result.records)
         self._weights = replace(self._weights, **changes)  # type: ignore[arg-type]

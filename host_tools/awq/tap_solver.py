@@ -68,19 +68,23 @@ class PreparedTap:
     aimed: dict[LogicalLinear, torch.Tensor]
 
 
-def prepare_tap(job: TapJob, moments: InputMoments) -> PreparedTap:
+def prepare_tap(job: TapJob, take_moments: Callable[[], InputMoments]) -> PreparedTap:
     """Turn the moments of a tap into a curvature and weights to aim at.
 
     Args:
         job: the linears, on the device of the moments.
-        moments: of their common inputs.
+        take_moments: hands out those of their common inputs; nobody else should hold them, so
+            that each matrix is freed when it was used.
 
     Raises:
         PackageError: the moments are not finite.
     """
     weight = torch.cat([linear.weight for linear in job.linears.values()])
+    moments = take_moments()
     products = drift_products(weight, moments)
-    curvature = Curvature.of(moments.gram, moments.num_tokens, job.scales)
+    gram, num_tokens = [moments.gram], moments.num_tokens
+    del moments
+    curvature = Curvature.of(gram.pop(), num_tokens, job.scales)
     aimed = aimed_weight(weight, products, curvature)
     sizes = [len(linear.weight) for linear in job.linears.values()]
     return PreparedTap(
