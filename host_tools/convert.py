@@ -13,6 +13,7 @@ from device_runtime.package_format.manifest import write_manifest
 from device_runtime.package_format.model_config import ModelConfig
 from device_runtime.package_format.package import open_package
 from device_runtime.package_format.workspace import WorkspaceWriter
+from device_runtime.templates.choose import PLAIN_TEXT
 from host_tools.checkpoint import Checkpoint
 from host_tools.checkpoint.families import QWEN1
 from host_tools.lmdeploy.limits import check_model_name, check_runs
@@ -70,6 +71,12 @@ def convert(
     manifest, config = describe(
         checkpoint, model, source, options, source_sha256=stage.input_hashes[0]
     )
+    if manifest.template == PLAIN_TEXT and not options.template:
+        suggested = checkpoint.family.template or "llama3"
+        progress.note(
+            f"convert: no chat template is known for {options.model_name}, text goes in as it is; "
+            f"name one for a chat model, such as --template {suggested}"
+        )
     if source.converted is not None:
         num_strings = prove_tokenizer(source.converted, progress)
         progress.note(

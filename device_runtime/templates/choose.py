@@ -13,6 +13,9 @@ from device_runtime.templates.jinja_template import JinjaTemplate
 from device_runtime.templates.message import ChatTemplate, Message
 from device_runtime.tokenization.settings_files import read_settings, read_text
 
+PLAIN_TEXT = TemplateChoice("builtin", "base")
+"""For models of which no template is known."""
+
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 """Where checkpoints of transformers 4.52 and later keep it, beside tokenizer_config.json."""
 
@@ -91,7 +94,7 @@ def choose_template(
     own = _own_template(tokenizer_dir)
     if own is None:
         built = find_builtin(model_name)
-        return TemplateChoice("builtin", built.name if built else "base")
+        return TemplateChoice("builtin", built.name) if built else PLAIN_TEXT
     template = open_template(own, tokenizer_dir, special_tokens=())
     template.render([Message("user", "hello")])
     return own

@@ -38,7 +38,12 @@ FAMILIES: tuple[Family, ...] = (
         qkv_bias=_ATTENTION_BIAS,
         o_bias=_ATTENTION_BIAS,
     ),
-    Family(name="mistral", architectures=("MistralForCausalLM",), has_window=True),
+    Family(
+        name="mistral",
+        architectures=("MistralForCausalLM",),
+        has_window=True,
+        template="mistral-instruct",
+    ),
     Family(
         name="smollm3",
         architectures=("SmolLM3ForCausalLM",),
@@ -46,6 +51,7 @@ FAMILIES: tuple[Family, ...] = (
         o_bias=_ATTENTION_BIAS,
         rope_layers="no_rope_layer",
         is_tied=True,
+        template="smollm3",
     ),
     Family(
         name="internlm",
@@ -55,6 +61,7 @@ FAMILIES: tuple[Family, ...] = (
         keys={"rope_scaling": "rotary"},
         rope_keys={"rope_theta": "base", "factor": "scaling_factor"},
         rope_factor=1.0,
+        template="internlm-chat-7b",
     ),
     Family(
         name="internlm2",
@@ -71,6 +78,7 @@ FAMILIES: tuple[Family, ...] = (
         head="output",
         qkv_bias=_INTERNLM_BIAS,
         o_bias=_INTERNLM_BIAS,
+        template="internlm2-chat",
     ),
     Family(
         name="internlm3",
@@ -78,6 +86,7 @@ FAMILIES: tuple[Family, ...] = (
         qkv_bias=BiasRule("qkv_bias"),
         # In InternLM3's own code ``bias`` is on the output projection and on the MLP.
         refused={"bias": "biases in the MLP", "mlp_bias": "biases in the MLP"},
+        template="internlm2-chat",
     ),
     # Qwen 1; intermediate_size counts w1 (up) and w2 (gate) together.
     Family(
@@ -102,6 +111,7 @@ FAMILIES: tuple[Family, ...] = (
             "head_dim": "kv_channels",
         },
         num_mlp_halves=2,
+        template="qwen-7b",
         refused={"visual": "pictures"},
         fixed={
             "no_bias": (True, "biases of all linears"),
@@ -110,7 +120,7 @@ FAMILIES: tuple[Family, ...] = (
         },
     ),
     # Qwen 1.5, 2 and 2.5.
-    Family(name="qwen2", architectures=("Qwen2ForCausalLM",), qkv_bias=ALWAYS),
+    Family(name="qwen2", architectures=("Qwen2ForCausalLM",), qkv_bias=ALWAYS, template="qwen2d5"),
     Family(
         name="qwen3",
         architectures=("Qwen3ForCausalLM",),
@@ -118,6 +128,7 @@ FAMILIES: tuple[Family, ...] = (
         k_norm="self_attn.k_norm",
         qkv_bias=_ATTENTION_BIAS,
         o_bias=_ATTENTION_BIAS,
+        template="qwen3",
     ),
     # Baichuan-7B writes a capital C; the 13B models write a small one, and so does Baichuan2-7B.
     Family(
@@ -132,6 +143,7 @@ FAMILIES: tuple[Family, ...] = (
         qkv=("self_attn.W_pack",),
         qkv_layout="stacked",
         has_unit_head=True,
+        template="baichuan2-7b",
         needed={"max_position_embeddings": "a Baichuan-13B, whose positions are ALiBi"},
     ),
 )

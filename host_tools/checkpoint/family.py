@@ -68,6 +68,7 @@ class Family:
         has_window: ``sliding_window`` counts without ``use_sliding_window`` (Mistral).
         is_tied: what a config without ``tie_word_embeddings`` means.
         has_unit_head: the output projection's rows are divided by their length (Baichuan2).
+        template: built-in chat template of the family's chat models, "" where they differ.
         refused: config keys that must be absent, null, false or 0, with what they would mean.
         fixed: config keys that must have one value where they are there, likewise.
         needed: config keys that must be there, with what a checkpoint without them is.
@@ -100,6 +101,7 @@ class Family:
     has_window: bool = False
     is_tied: bool = False
     has_unit_head: bool = False
+    template: str = ""
     refused: Mapping[str, str] = field(default_factory=lambda: {"mlp_bias": "biases in the MLP"})
     fixed: Mapping[str, tuple[object, str]] = field(default_factory=dict)
     needed: Mapping[str, str] = field(default_factory=dict)

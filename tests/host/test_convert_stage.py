@@ -7,7 +7,7 @@ import pytest
 import tiny_sentencepiece
 import torch
 from test_convert_bytes import GQA_64, int4_tensors
-from tiny_checkpoints import llama_tensors, write_checkpoint
+from tiny_checkpoints import add_biases, llama_tensors, write_checkpoint
 from tiny_tokenizer import CHATML, VOCAB_SIZE, write_tokenizer
 
 from device_runtime.errors import PackageError, UsageError
@@ -185,6 +185,23 @@ def test_the_source_tells_the_family_when_the_name_does_not(tmp_path, awq_tensor
     manifest = open_package(run(source, tmp_path / "tm", model_name="robot")).manifest
     assert manifest.template == TemplateChoice("builtin", "internlm2-chat")
     assert manifest.quantization.method == "rtn"
+
+
+def test_plain_text_is_said_with_the_template_to_name(tmp_path, awq_tensors):
+    config = GQA_64.config(architectures=["Qwen2ForCausalLM"])
+    tensors = llama_tensors(config)
+    add_biases(tensors, ("q_proj", "k_proj", "v_proj"))
+    source = write_source(tmp_path / "float", config, tensors, chat_template=None)
+    notes = Notes()
+    manifest = open_package(run(source, tmp_path / "tm", notes, model_name="robot")).manifest
+    assert manifest.template == TemplateChoice("builtin", "base")
+    assert notes.lines == [
+        "convert: no chat template is known for robot, text goes in as it is; name one for a chat "
+        "model, such as --template qwen2d5"
+    ]
+    notes.lines.clear()
+    run(source, tmp_path / "other", notes, model_name="robot", template="base")
+    assert notes.lines == []
 
 
 def test_a_template_can_be_asked_for(awq_dir, tmp_path):

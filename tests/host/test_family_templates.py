@@ -14,9 +14,10 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from device_runtime.engine.tokenizer import Tokenizer
 from device_runtime.package_format.manifest import SamplingDefaults, TemplateChoice, TokenizerFacts
-from device_runtime.templates.choose import choose_template, open_template
+from device_runtime.templates.choose import choose_template, find_builtin, open_template
 from device_runtime.templates.jinja_template import JinjaTemplate
 from device_runtime.templates.message import Message, joined_text
+from host_tools.checkpoint.families import FAMILIES
 from host_tools.package_facts import tokenizer_facts
 from host_tools.tokenizer_folder import SourceTokenizer
 
@@ -228,6 +229,12 @@ DECISIONS = {
     "smollm2-1.7b-instruct": "smollm2",
     "smollm3-3b": "smollm2",
 }
+
+
+def test_every_familys_template_is_a_built_in_one() -> None:
+    named = {family.name: family.template for family in FAMILIES if family.template}
+    assert len(named) > 8
+    assert all(find_builtin(template) is not None for template in named.values())
 
 
 def source_of(name: str, folder: Path) -> SourceTokenizer:
