@@ -125,13 +125,6 @@ constexpr int kTokenBlocks = (kTokens + 3) / 4;
 template <int kTokens>
 constexpr int kColumns = kTokens < 4 ? 2 * kTokens : 8;
 
-// The operand of row r + 8: a word as it is where that saves an instruction. With two blocks of
-// tokens it does not, because both want the word in a place of its own.
-template <int kTokens>
-constexpr bool kIsWhole = kTokenBlocks<kTokens> == 1;
-template <int kTokens>
-constexpr uint32_t kUpperMask = kIsWhole<kTokens> ? 0xffffffffu : 0xf0f0f0f0u;
-
 // The digits of a stretch as a warp multiplies by them. Default: the lane's B fragments, in
 // registers. Plain: where they are.
 template <int kTokens>
@@ -156,29 +149,27 @@ struct StretchDigits {
 #endif
 };
 
-// Adds 32 inputs x 32 outputs to the sums of a group: sums[block][half][0] and [1] become the high
-// and low digit sums of row r (codes), [2] and [3] those of the whole bytes: 16 * the codes of row
-// r + 8 and those of row r. A lane (r = lane / 4, t = lane % 4) holds token 4 * block + t; with one
-// token every lane of a row holds the same. `inputs_index` is the place of the 32 inputs in the
-// stretch.
+// Adds 32 inputs x 32 outputs to the sums of a group: sums[block][0] are those of the low halves of
+// the code bytes, sums[block][1] those of whole bytes, each (row r high digit, row r low digit, row
+// r + 16 high, low). A whole byte is the row's code and 16 times that of the row 8 further on. So
+// words are operands just as they come from memory, and four masks make the others. A lane
+// (r = lane / 4, t = lane % 4) holds token 4 * block + t; with one token every lane of a row holds
+// the same. `inputs_index` is the place of the 32 inputs in the stretch.
 template <int kTokens>
 __device__ __forceinline__ void add_products(int (&sums)[kTokenBlocks<kTokens>][2][4],
                                              const uint4& codes,
                                              const StretchDigits<kTokens>& digits,
                                              int inputs_index, int lane) {
+  constexpr uint32_t kLow = 0x0f0f0f0fu;
 #if !TURBOJET_PLAIN
+  const uint4 low{codes.x & kLow, codes.y & kLow, codes.z & kLow, codes.w & kLow};
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const uint32_t first = word_of(codes, half);
-    const uint32_t second = word_of(codes, 2 + half);
-#pragma unroll
-    for (int block = 0; block < kTokenBlocks<kTokens>; ++block) {
-      const uint4& words = digits.words[block][inputs_index / 2];
-      mma_u8_s8(sums[block][half], first & 0x0f0f0f0fu, first & kUpperMask<kTokens>,
-                second & 0x0f0f0f0fu, second & kUpperMask<kTokens>,
-                word_of(words, inputs_index % 2 * 2),
-                word_of(words, inputs_index % 2 * 2 + 1));
-    }
+  for (int block = 0; block < kTokenBlocks<kTokens>; ++block) {
+    const uint4& words = digits.words[block][inputs_index / 2];
+    const uint32_t first = word_of(words, inputs_index % 2 * 2);
+    const uint32_t second = word_of(words, inputs_index % 2 * 2 + 1);
+    mma_u8_s8(sums[block][0], low.x, low.y, low.z, low.w, first, second);
+    mma_u8_s8(sums[block][1], codes.x, codes.y, codes.z, codes.w, first, second);
   }
 #else
   // Each lane sums the inputs of its own t for every token, then the four lanes of a row add up.
@@ -186,25 +177,25 @@ __device__ __forceinline__ void add_products(int (&sums)[kTokenBlocks<kTokens>][
   for (int token = 0; token < kTokens; ++token) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      int part[4] = {};
+      int part[2][2] = {};
 #pragma unroll
       for (int digit = 0; digit < 2; ++digit) {
         const int column = token % 4 * 2 + digit;
-        const uint4 words = digits.chunks[((token / 4 * 2 + inputs_index / 2) * kColumns<kTokens> +
-                                           column) * 4 + lane % 4];
+        const int chunk = (token / 4 * 2 + inputs_index / 2) * kColumns<kTokens> + column;
+        const uint4 words = digits.chunks[chunk * 4 + lane % 4];
 #pragma unroll
         for (int k16 = 0; k16 < 2; ++k16) {
           const uint32_t word = word_of(codes, 2 * k16 + half);
           const uint32_t digit_word = word_of(words, inputs_index % 2 * 2 + k16);
-          part[digit] = dot4_u8_s8(word & 0x0f0f0f0fu, digit_word, part[digit]);
-          part[2 + digit] =
-              dot4_u8_s8(word & kUpperMask<kTokens>, digit_word, part[2 + digit]);
+          part[0][digit] = dot4_u8_s8(word & kLow, digit_word, part[0][digit]);
+          part[1][digit] = dot4_u8_s8(word, digit_word, part[1][digit]);
         }
       }
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int total = lanes_sum<4>(part[i]);
-        if (kTokens == 1 || lane % 4 == token % 4) sums[token / 4][half][i] += total;
+        const int total = lanes_sum<4>(part[i / 2][i % 2]);
+        if (kTokens == 1 || lane % 4 == token % 4)
+          sums[token / 4][i / 2][2 * half + i % 2] += total;
       }
     }
   }
@@ -238,13 +229,12 @@ __device__ __forceinline__ void add_stretch(float (&y)[kTokenBlocks<kTokens>][4]
       const int negated_sum = x.negated_sum(group, token);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int low = sums[block][half][0] * 256 + sums[block][half][1];
-        const int upper = sums[block][half][2] * 256 + sums[block][half][3];
+        const int low = sums[block][0][2 * half] * 256 + sums[block][0][2 * half + 1];
+        const int whole = sums[block][1][2 * half] * 256 + sums[block][1][2 * half + 1];
         // The low half of a pair is 0x5400 + 16 * z.
         const int totals[2] = {
             static_cast<int>(pairs[2 * half] >> 4 & 15u) * negated_sum + low,
-            static_cast<int>(pairs[2 * half + 1] & 0xf0u) * negated_sum +
-                (kIsWhole<kTokens> ? upper - low : upper)};
+            static_cast<int>(pairs[2 * half + 1] & 0xf0u) * negated_sum + (whole - low)};
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const float scale = high_to_float(pairs[2 * half + i]) * x_scale;

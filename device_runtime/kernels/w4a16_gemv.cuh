@@ -113,7 +113,7 @@ __device__ __forceinline__ void multiply(const SharedMemory<kTokens>& shared, co
     for (int i = 0; i < kUnitStretches; ++i) {
       constexpr int kScaleBytes = kStretchInputs / kGroupSize * kTileOutputs * 4;
       if (i % kPartStretches == 0) {
-        wait_copies<kStages * kParts - 1>();
+        wait_copies<kRingParts - 1>();
         __syncwarp();
       }
       const auto x = shared.stretch(unit * kUnitStretches + i);
@@ -173,11 +173,11 @@ __device__ __forceinline__ void load_phase(const SharedMemory<kTokens>& shared, 
                                            Copier& copier, int warp, int lane) {
   const int first_stretch = first * kUnitStretches;
   const int num_stretches = size * kUnitStretches;
-  const int late_stages = first == 0 ? kStages - kEarlyStages : 0;
+  const int late_parts = first == 0 ? kRingParts - kEarlyParts : 0;
   if constexpr (kTokens == 1) {
     ActivationBatch<kHasNorm> batch;
     batch.load(matrix, arguments, first_stretch, warp, num_stretches, lane);
-    fill_ring(shared, work, matrix, copier, late_stages, warp, lane);
+    fill_ring(shared, work, matrix, copier, late_parts, warp, lane);
 #pragma unroll 1
     for (int start = warp;;) {
       batch.quantize(shared, work, first_stretch, start, num_stretches, lane);
@@ -193,9 +193,9 @@ __device__ __forceinline__ void load_phase(const SharedMemory<kTokens>& shared, 
     for (int i = threadIdx.x; i < num_stretches * kChunks; i += kThreads)
       copy16_async(target + i, source + i);
     commit_copies();
-    fill_ring(shared, work, matrix, copier, late_stages, warp, lane);
+    fill_ring(shared, work, matrix, copier, late_parts, warp, lane);
     if (first == 0)
-      wait_copies<kStages - kEarlyStages>();
+      wait_copies<kRingParts - kEarlyParts>();
     else
       wait_copies<0>();
   }
@@ -213,7 +213,7 @@ __device__ __forceinline__ void run_gemv(const QuantizedMatrix& matrix,
                   (matrix.outputs / kTileOutputs - static_cast<int>(blockIdx.x) + grid - 1) / grid};
   let_dependents_launch();
   Copier copier(matrix, work, warp, lane);
-  fill_ring(shared, work, matrix, copier, kEarlyStages, warp, lane);
+  fill_ring(shared, work, matrix, copier, kEarlyParts, warp, lane);
   if (kHasNorm && kTokens == 1) {
 #pragma unroll 1
     for (int i = threadIdx.x * 64; i < matrix.inputs; i += kThreads * 64)

@@ -19,9 +19,18 @@ constexpr int kWarps = 16;
 // The plain variant's copies are done at once: more than one stage would only take memory.
 constexpr int kStages = TURBOJET_PLAIN ? 1 : TURBOJET_GEMV_STAGES;  // the source defines it
 // A ring of one stage is refilled stretch by stretch, so that copies and products go on together.
-constexpr int kParts = kStages == 1 && !TURBOJET_PLAIN ? kUnitStretches : 1;
+#ifndef TURBOJET_GEMV_PARTS
+#define TURBOJET_GEMV_PARTS (TURBOJET_GEMV_STAGES == 1 ? 2 : 1)
+#endif
+constexpr int kParts = TURBOJET_PLAIN ? 1 : TURBOJET_GEMV_PARTS;  // that a unit is copied in
 constexpr int kPartStretches = kUnitStretches / kParts;
-constexpr int kEarlyStages = 1;  // of the ring, filled before the activations are there
+static_assert(kParts == 1 || kParts == kUnitStretches, "a unit's copy is whole or by stretches");
+constexpr int kRingParts = kStages * kParts;
+// Parts of the ring that are filled before the activations are there.
+#ifndef TURBOJET_GEMV_EARLY_PARTS
+#define TURBOJET_GEMV_EARLY_PARTS kParts
+#endif
+constexpr int kEarlyParts = TURBOJET_GEMV_EARLY_PARTS;
 constexpr int kThreads = kWarps * kWarpSize;
 constexpr int kQuantizeThreads = 256;
 
@@ -77,7 +86,7 @@ struct Copier {
   int index;   // of the tile in the block
   int first;   // unit of the phase; work.units when everything was copied
   int size;    // of the phase
-  int num_filled;  // slots, before the main loop
+  int num_filled;  // parts, before the main loop
   uint64_t policy;
 
   __device__ __forceinline__ Copier(const QuantizedMatrix& matrix, const Work& work, int warp,
@@ -128,16 +137,19 @@ struct Copier {
   }
 };
 
-// Starts the copies of the next `count` slots, which go on where the last call ended.
+// Starts the copies of the next `count` parts, which go on where the last call ended.
 template <int kTokens>
 __device__ __forceinline__ void fill_ring(const SharedMemory<kTokens>& shared, const Work& work,
                                           const QuantizedMatrix& matrix, Copier& copier, int count,
                                           int warp, int lane) {
 #pragma unroll 1
   for (; count > 0; --count) {
-    char* const slot = shared.ring_of(warp) + copier.num_filled++ * kUnitBytes<kGroupSize>;
-    copier.template copy_next<0>(slot, matrix, work, warp, lane);
-    if (kParts > 1) copier.template copy_next<kParts - 1>(slot, matrix, work, warp, lane);
+    const int stage = copier.num_filled / kParts;
+    char* const slot = shared.ring_of(warp) + stage * kUnitBytes<kGroupSize>;
+    if (copier.num_filled++ % kParts == 0)
+      copier.template copy_next<0>(slot, matrix, work, warp, lane);
+    else
+      copier.template copy_next<kParts - 1>(slot, matrix, work, warp, lane);
   }
 }
 

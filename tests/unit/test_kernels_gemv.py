@@ -104,3 +104,11 @@ def test_a_value_that_is_no_number_reaches_the_result() -> None:
     case = GemvCase(1, shape_of(1, (256, 32), 128, 1, 1, 1), "add")
     got, _ = run_gemv(partial(spoil, base), case)
     assert np.isnan(got.astype(np.float64)).all()
+
+
+def test_a_ring_that_is_filled_in_other_portions_gives_the_same_bits() -> None:
+    case = GemvCase(1, shape_of(1, (1152, 96), 128, 2, 3, 1), "add")
+    usual, _ = run_gemv(launch_with("-DTURBOJET_GROUP_SIZE=128"), case)
+    flags = ("-DTURBOJET_GEMV_PARTS=2", "-DTURBOJET_GEMV_EARLY_PARTS=1")
+    other, _ = run_gemv(launch_with("-DTURBOJET_GROUP_SIZE=128", *flags), case)
+    assert other.tobytes() == usual.tobytes()
