@@ -1,0 +1,134 @@
+"""Measures variants of the GEMV: the step's nodes, slices of the device, decoding; one table.
+
+    python3 tests/gpu/tune_gemv.py [--model llama-2-7b] [--repeats 5] [--output build/tune]
+
+Each variant is a set of kernels in which the sources of some widths were compiled with switches
+(w4a16_ring.cuh, ptx.cuh). The first one runs again at the end: what it differs by is noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from device_runtime.kernels.cubins import Cubin, read_record, write_record  # noqa: E402
+from device_runtime.package_format import durable  # noqa: E402
+from host_tools.kernel_sets import build_kernels  # noqa: E402
+from host_tools.kernels import Build, KernelCache, Unit, cached_unit  # noqa: E402
+from host_tools.progress import Progress  # noqa: E402
+
+GROUP_SIZE = 128
+_POLICY, _PARTS, _EARLY = "READ_ONCE", "GEMV_PARTS", "GEMV_EARLY_PARTS"
+VARIANTS: dict[str, dict[int, dict[str, int]]] = {
+    "as built": {},
+    "weights stay in L2": {1: {_POLICY: 0}},
+    "all weights leave L2 first": {4: {_POLICY: 1}, 8: {_POLICY: 1}},
+    "one token in halves": {1: {_PARTS: 2}},
+    "and half a unit early": {1: {_PARTS: 2, _EARLY: 1}},
+    "several tokens in units": {4: {_PARTS: 1}, 8: {_PARTS: 1}},
+}
+"""Switches (TURBOJET_...) of the sources by their width."""
+
+
+@dataclass(frozen=True)
+class TunedUnit(Unit):
+    """A cubin that is compiled with switches."""
+
+    switches: tuple[str, ...]
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """The compiler's flags."""
+        return (*super().flags, *self.switches)
+
+
+def make_variant(
+    base: Path, folder: Path, build: Build, switches: dict[int, dict[str, int]], cache: KernelCache
+) -> Path:
+    """Copy a folder of cubins and compile the GEMV of some widths anew.
+
+    Returns:
+        ``folder``.
+    """
+    shutil.copytree(base, folder, dirs_exist_ok=True)
+    rows: dict[str, Cubin] = {row.file: row for row in read_record(base)}
+    for width, values in switches.items():
+        flags = tuple(f"-DTURBOJET_{name}={value}" for name, value in values.items())
+        unit = TunedUnit(f"w4a16_gemv_{width}", build, GROUP_SIZE, flags)
+        cubin = cached_unit(unit, cache)
+        durable.write_atomically(folder / unit.file, cubin)
+        digest = hashlib.sha256(cubin).hexdigest()
+        rows[unit.file] = replace(rows[unit.file], sha256=digest, flags=unit.flags)
+    write_record(folder, rows.values())
+    return folder
+
+
+def measure(folder: Path, model: str, repeats: int) -> dict[str, Any]:
+    """Return the facts of a benchmark with a folder of kernels."""
+    command = [sys.executable, "-m", "device_runtime.cli", "bench", "--synthetic", model]
+    command += ["--prompt", "1", "--completion", "512", "--concurrency", "1,8", "--nodes"]
+    command += ["--project", "agx-orin-64gb", "--repeats", str(repeats), "--json"]
+    environment = os.environ | {"TURBOJET_KERNELS": str(folder)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, check=False)
+    if done.returncode:
+        sys.stderr.buffer.write(done.stderr[-2000:])
+        return {}
+    facts: dict[str, Any] = json.loads(done.stdout)
+    return facts
+
+
+def line_of(facts: dict[str, Any]) -> str:
+    """Return what a variant reached: tok/s, us of nodes (times of reading), weights per clock."""
+    if not facts:
+        return "failed"
+    decode = " ".join(f"{row['decode_tok_s']:.0f}" for row in facts["results"])
+    nodes = " ".join(
+        f"{node['name']} {1e6 * node['seconds']:.2f}"
+        + (f"({node['ratio']:.2f})" if node["ratio"] else "")
+        for node in facts["nodes"]
+    )
+    slices = " ".join(
+        f"{part['num_sms']}x{part['num_tokens']}:{part['weights_per_clock']:.1f}"
+        for part in facts["slices"]
+    )
+    return f"{decode} tok/s | {nodes} | {slices}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Build, measure and print all variants."""
+    from device_runtime.backends.cuda.driver import open_driver
+
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", default="llama-2-7b", help="shapes of the random weights")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds that count")
+    parser.add_argument("--output", type=Path, default=ROOT / "build" / "tune")
+    options = parser.parse_args(arguments)
+    with open_driver() as driver:
+        build = Build(driver.sm, "13.0")
+    os.environ.setdefault("TURBOJET_CACHE_DIR", str(ROOT / ".cache"))
+    cache, output = KernelCache.default(), options.output
+    output.mkdir(parents=True, exist_ok=True)
+    base = build_kernels(output / "kernels", [build], cache, Progress())
+    names = [*VARIANTS, next(iter(VARIANTS))]
+    for index, name in enumerate(names):
+        folder = make_variant(base, output / f"kernels-{index}", build, VARIANTS[name], cache)
+        facts = measure(folder, options.model, options.repeats)
+        (output / f"{index}.json").write_text(json.dumps({"variant": name, **facts}, indent=1))
+        print(f"{name:28s} {line_of(facts)}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
