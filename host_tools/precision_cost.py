@@ -142,12 +142,13 @@ def _measure(
                 runner.advance(layer, static, _static_kv(package, index, device))
             task.advance()
     heads = _heads(checkpoint, has_int8=package.model.head_type == "int8")
-    found = {
-        (is_kv, is_int8): _perplexity(checkpoint, states, head, token_ids, device)
-        for is_kv, states in ((False, plain), (True, static))
-        if states is not None
-        for is_int8, head in enumerate(heads)
-    }
+    streams = [(False, plain)] + ([(True, static)] if static is not None else [])
+    found = {}
+    with progress.task("score", len(streams) * len(heads), "passes") as task:
+        for is_kv, states in streams:
+            for is_int8, head in enumerate(heads):
+                found[is_kv, is_int8] = _perplexity(checkpoint, states, head, token_ids, device)
+                task.advance()
     exact = found[False, 0]
     named = {(True, 0): STATIC_KV, (False, 1): INT8_HEAD, (True, 1): BOTH}
     costs = tuple(

@@ -75,8 +75,9 @@ def _tiles(report: Report) -> Markup:
     if facts is not None:
         model = facts.model
         kind = f"group {model.group_size}" if model.group_size else model.weight_type
-        kept = len(model.fp16_linears)
-        note = f"{facts.quantization.method}, {kind}{f', {kept} matrices fp16' if kept else ''}"
+        note = f"{facts.quantization.method}, {kind}"
+        if kept := len(model.fp16_linears):
+            note += f", {kept} {'matrices' if kept > 1 else 'matrix'} fp16"
         tiles.append(_tile("weights", f"{bits_per_weight(facts):.2f} bits", note))
     gain = median_gain(record) if record else None
     if record is not None and gain is not None:

@@ -214,12 +214,12 @@ def time_section(report: Report) -> Markup | None:
             if not phase.is_beside and phase.name != "other":
                 seconds[phase.name] = seconds.get(phase.name, 0.0) + phase.seconds_s
     names = sorted(seconds, key=lambda name: (-seconds[name], name))
-    colours = dict(zip(names, _COLOURS * 4, strict=False))
+    colours = dict(zip(names, _COLOURS, strict=False))
     bars = [(stage.name, _segments(stage, colours)) for stage in report.stages]
     rows = [
         (
             stage.name,
-            "; ".join(f"{p.name} {p.seconds_s:.1f} s" for p in stage.phases if p.is_beside),
+            _shares(stage),
             f"{stage.seconds_s:.1f}",
             format_bytes(stage.peak_anon_bytes),
             format_bytes(stage.size_bytes),
@@ -231,7 +231,7 @@ def time_section(report: Report) -> Markup | None:
         "Of each stage when it last had work to do.",
         stacked_bars(bars, "seconds of each stage by phase"),
         legend([*colours.items(), ("other", "c0")]),
-        table(("stage", "beside it", "seconds", "peak memory", "result"), rows, num_words=2),
+        table(("stage", "of which", "seconds", "peak memory", "result"), rows, num_words=2),
     )
 
 
@@ -242,6 +242,18 @@ def settings_section(report: Report) -> Markup:
         rows.append(("package", "chat template", report.package.template))
     rows += [("version", tool.name, tool.version) for tool in report.versions]
     return _section("Settings and versions", "", table(("of", "name", "value"), rows, num_words=3))
+
+
+def _shares(stage: StageFigures) -> str:
+    """Return what the phases of a stage took of its time, and what ran beside it."""
+    own = sorted(
+        (p for p in stage.phases if not p.is_beside and p.seconds_s > 0),
+        key=lambda p: (-p.seconds_s, p.name),
+    )
+    total = sum(phase.seconds_s for phase in own)
+    listed = [f"{p.name} {p.seconds_s:.1f} s, {100 * p.seconds_s / total:.1f} %" for p in own]
+    beside = [f"beside it {p.name} {p.seconds_s:.1f} s" for p in stage.phases if p.is_beside]
+    return "; ".join([*listed, *beside])
 
 
 def _segments(stage: StageFigures, colours: dict[str, str]) -> list[Segment]:

@@ -23,7 +23,7 @@ code { font: 13px/1.4 ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
 .tile .value { font-size: 24px; font-weight: 600; font-variant-numeric: tabular-nums;
   letter-spacing: -0.01em; overflow-wrap: anywhere; }
 .tile .note { color: var(--soft); font-size: 13px; overflow-wrap: anywhere; }
-section { padding: 20px 22px; margin: 16px 0; }
+section { padding: 20px 22px; margin: 16px 0; overflow-x: auto; }
 section h2 { margin: 0 0 2px; font-size: 18px; }
 section h3 { margin: 18px 0 2px; font-size: 14px; }
 section > p { margin: 0 0 10px; color: var(--soft); max-width: 68ch; }
@@ -32,10 +32,9 @@ table { border-collapse: collapse; width: 100%; margin: 8px 0 4px; font-size: 14
   font-variant-numeric: tabular-nums; }
 th { text-align: left; font-weight: 600; color: var(--soft); font-size: 12px; }
 th, td { padding: 5px 10px 5px 0; border-bottom: 1px solid var(--rule); vertical-align: top;
-  overflow-wrap: anywhere; }
+  overflow-wrap: break-word; }
 tbody tr:last-child td { border-bottom: 0; }
-.number { text-align: right; padding-right: 0; padding-left: 14px; white-space: nowrap;
-  overflow-wrap: normal; }
+.number { text-align: right; padding-right: 0; padding-left: 14px; white-space: nowrap; }
 .scroll { overflow-x: auto; }
 .warn { color: var(--warn); font-weight: 600; }
 .empty { color: var(--soft); font-style: italic; }

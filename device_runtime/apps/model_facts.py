@@ -95,7 +95,8 @@ def _model_lines(package: Package) -> list[Line]:
     if model.group_size:
         weights += f", groups of {model.group_size}"
     if model.is_mixed:
-        weights += f", {len(model.fp16_linears)} matrices fp16"
+        num_kept = len(model.fp16_linears)
+        weights += f", {num_kept} {'matrices' if num_kept > 1 else 'matrix'} fp16"
     if model.head_type != "fp16":
         weights += f", head {model.head_type}"
     elif model.tie_word_embeddings:

@@ -237,7 +237,10 @@ def test_each_target_board_has_its_plan(page):
 
 def test_times_and_ranges_are_shown(page, work):
     stages = [row for row in page.rows if row[0] == "quantize" and len(row) == 5]
-    assert stages == [["quantize", "packing 0.5 s", "30.0", "2.0 MB", "3.0 MB"]]
+    phases = (
+        "search 20.0 s, 66.7 %; forward 8.0 s, 26.7 %; other 2.0 s, 6.7 %; beside it packing 0.5 s"
+    )
+    assert stages == [["quantize", phases, "30.0", "2.0 MB", "3.0 MB"]]
     assert "quantize, search: 20.0 s" in page.texts and "quantize, other: 2.0 s" in page.texts
     assert "layer 1: -4 to 9" in page.texts and "layer 0: -1 to 2" in page.texts
     settings = [row for row in page.rows if row[0] == "quantize" and len(row) == 3]
