@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 
 from device_runtime.errors import PackageError
 from host_tools.awq.awq_folder import LayerFiles
+from host_tools.awq.gram import CONSUMERS
 from host_tools.awq.layer_solver import LayerSolver, QuantizedLayer, round_layer
 from host_tools.checkpoint import Checkpoint
 from host_tools.checkpoint.families import LINEARS, LogicalLinear
@@ -124,7 +126,7 @@ class LayerQuantizer:
         with (
             tensor_cores(device),
             self._writer() as writer,
-            Spread(self.devices, self._search_costs()) as spread,
+            Spread(self._search_devices(), self._search_costs()) as spread,
             progress.task(f"quantize on {self._place}", self._num_layers, "layers") as task,
         ):
             runner = LayerRunner(self.checkpoint, token_ids.shape[1], device)
@@ -177,6 +179,11 @@ class LayerQuantizer:
             for stream in streams:
                 stream.fill(self.checkpoint, token_ids)
         return streams, 0
+
+    def _search_devices(self) -> tuple[torch.device, ...]:
+        """Return where linears are searched: a CPU takes two at once, each on one thread."""
+        is_cpu = self.devices == (torch.device("cpu"),)
+        return self.devices * 2 if is_cpu and (os.cpu_count() or 1) > 1 else self.devices
 
     def _search_costs(self) -> dict[LogicalLinear, float]:
         """Estimate each linear's search: the product of its weight with a curvature."""
@@ -250,7 +257,7 @@ class _Run:
                 solver.solve(first, moments.pop)
             search_s += search.seconds_s
             with times.phase(FORWARD, device) as forward:
-                partial = DecoderLayer.ready(solver.weights, model, device)
+                partial = DecoderLayer.ready(solver.weights, model, device, CONSUMERS[first])
                 moments = [self.passes.before_sum(block, ready.layer, partial)]
                 del partial
             forward_s += forward.seconds_s
@@ -258,7 +265,10 @@ class _Run:
                 solver.solve(last, moments.pop)
             search_s += search.seconds_s
             with times.phase(FORWARD, device) as forward:
-                self.passes.follow(block, DecoderLayer.ready(solver.weights, model, device))
+                names = (*CONSUMERS[first], *CONSUMERS[last])
+                stored = DecoderLayer.ready(solver.weights, model, device, names)
+                self.passes.follow(block, stored)
+                del stored
             forward_s += forward.seconds_s
         seconds = LayerSeconds(forward_s=forward_s, search_s=search_s, disk_s=ready.waited_s)
         self.writer.put(SolvedLayer(ready.index, solver.result(), seconds))

@@ -14,8 +14,9 @@ from device_runtime.package_format.int4 import MAX_CODE
 MIN_SCALE = 2.0**-14
 """The smallest normal fp16: a smaller scale counts as zero in the kernels (spec section 2.5)."""
 
-STRIP_WEIGHTS = {"cpu": 1 << 17, "cuda": 1 << 22}
-"""Weights that are worked on at once: on a CPU a strip and its temporaries stay in the cache."""
+STRIP_WEIGHTS = {"cpu": 1 << 17, "cuda": 1 << 24}
+"""Weights that are worked on at once: on a CPU a strip and its temporaries stay in the cache; a GPU
+wants few launches."""
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ SMALL_GPU_BYTES = 8e9
 """Where this much is enough with activations in host memory, no more is taken: a 7B fits a small
 GPU, and a larger one is left to others."""
 
-FACTOR_MATRICES = 4
-"""Matrices of the largest linear's inputs squared that a search holds beside the moments."""
+FACTOR_MATRICES = 5
+"""Matrices of the largest linear's inputs squared that its factorization holds at once."""
 
 
 def choose_devices(device: str, devices: Sequence[str]) -> tuple[torch.device, ...]:
@@ -67,22 +67,20 @@ def tensor_cores(device: torch.device) -> Iterator[None]:
 
 
 def working_bytes(model: ModelConfig, num_streams: int, seqlen: int) -> int:
-    """Estimate what a layer's forward pass and search take on a GPU beside the activations.
+    """Estimate what a layer's forward passes and searches take on a GPU beside the activations.
 
-    Weights of the layer in fp32 and of the next as stored; for each stream the second moments of
-    four taps, and for two the products with the residual stream; the larger of a batch's
-    intermediates and a search's factorizations. All but the next layer are fp32.
+    Weights of the layer in fp32 and of the next one as stored, and the larger of two moments: a
+    pass that sums up what enters the largest linear, with a batch's intermediates, and that
+    linear's factorization, with its weight and what becomes of it. All but the next layer is fp32.
     """
     hidden, attention, inner = model.hidden_size, model.q_size, model.intermediate_size
     weights = hidden * (model.qkv_size + attention + 3 * inner)
-    moments = num_streams * (2 * hidden**2 + attention**2 + inner**2)
-    if num_streams > 1:
-        moments += hidden * (attention + inner)
-    batch = max(BATCH_TOKENS, num_streams * seqlen) * (
-        4 * inner + 8 * hidden + 3 * (model.qkv_size + attention)
-    )
-    search = FACTOR_MATRICES * max(hidden, inner) ** 2 + 4 * hidden * inner
-    return 6 * weights + 4 * (moments + max(batch, search))
+    largest = max(hidden, inner)
+    moments = num_streams * largest**2 + hidden * largest
+    num_tokens = max(BATCH_TOKENS, seqlen)
+    batch = num_tokens * (4 * inner + 8 * hidden + 3 * (model.qkv_size + attention))
+    search = FACTOR_MATRICES * largest**2 + 4 * hidden * largest
+    return 6 * weights + 4 * max(moments + batch, search)
 
 
 def place_activations(

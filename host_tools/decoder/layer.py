@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -60,8 +61,21 @@ class DecoderLayer:
     model: ModelConfig
 
     @classmethod
-    def ready(cls, weights: LayerWeights, model: ModelConfig, device: torch.device) -> DecoderLayer:
-        """Bring a layer of a checkpoint to ``device`` in fp32, codes dequantized."""
+    def ready(
+        cls,
+        weights: LayerWeights,
+        model: ModelConfig,
+        device: torch.device,
+        linears: Sequence[LogicalLinear] = LINEARS,
+    ) -> DecoderLayer:
+        """Bring a layer of a checkpoint to ``device`` in fp32, codes dequantized.
+
+        Args:
+            weights: dense or quantized, anywhere.
+            model: sizes and facts.
+            device: that computes.
+            linears: those that will be run; the others stay as they are.
+        """
 
         def moved(tensor: torch.Tensor | None) -> torch.Tensor | None:
             return None if tensor is None else tensor.to(device=device, dtype=torch.float32)
@@ -70,7 +84,7 @@ class DecoderLayer:
             name: moved(getattr(weights, name))
             for name in ("attention_norm", "ffn_norm", "q_norm", "k_norm")
         }
-        for name in LINEARS:
+        for name in linears:
             linear = weights.linear(name)
             changes[name] = DenseLinear(linear.dense(torch.float32, device), moved(linear.bias))
         return cls(replace(weights, **changes), model)  # type: ignore[arg-type]
