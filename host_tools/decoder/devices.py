@@ -106,6 +106,8 @@ def place_activations(
     shape = (num_samples, seqlen, model.hidden_size)
     if device.type == "cpu":
         return [Activations.allocate(shape, folder) for _ in range(num_streams)]
+    # What an earlier stage of this process left in torch's cache is free, too.
+    torch.cuda.empty_cache()
     free_bytes, _ = torch.cuda.mem_get_info(device)
     needed = working_bytes(model, num_streams, seqlen)
     usable = USABLE_SHARE * free_bytes

@@ -183,7 +183,7 @@ def test_a_layer_of_a_7b_stays_below_its_plan(tmp_path: Path) -> None:
     calibrate(folder, tmp_path / "work", options, Progress())
     quantize(folder, tmp_path / "work", tmp_path / "awq", ON_GPU, Progress())
     shape: ModelConfig = Checkpoint.open(folder).model
-    states = 8 * 2048 * (2 * 4096 + 4)
-    assert torch.cuda.max_memory_allocated() < states + working_bytes(shape)
-    # With 128 windows: 15 times as many states more.
-    assert torch.cuda.max_memory_allocated() + 15 * states < 8e9
+    stream = 8 * 2048 * (2 * 4096 + 4)
+    assert torch.cuda.max_memory_allocated() < 2 * stream + working_bytes(shape, 2, 2048)
+    # 128 windows are 16 times as many, and then one of the two streams lies in host memory.
+    assert torch.cuda.max_memory_allocated() + (16 - 2) * stream < 8e9
