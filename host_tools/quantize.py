@@ -35,9 +35,9 @@ def quantize(
 ) -> Path:
     """Quantize the linears of every decoder layer on the windows that ``calibrate`` drew.
 
-    The layers are streamed once, half a layer at a time: each half is run on the original's
-    activations and on those that the quantized model has so far; their second moments give scales
-    and codes, and are gone before the next. Several devices search the linears of a half at the
+    The layers are streamed once, tap by tap: what the original's activations and those of the
+    quantized model so far bring to a linear is summed up in second moments; these give scales and
+    codes, and are gone before the next. Several devices search linears with common inputs at the
     same time. A killed run goes on with the layers that it had not finished and ends
     with the same bytes. Where the time went is noted in the stage's record and told at the end.
 

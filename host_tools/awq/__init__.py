@@ -1,1 +1,1 @@
-"""Activation-aware weight quantization, solved from Gram matrices of the linears' inputs."""
+"""Activation-aware weight quantization with error compensation, from second moments alone."""
