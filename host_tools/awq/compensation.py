@@ -59,7 +59,7 @@ def compensate(weight: torch.Tensor, grids: InputGrids, curvature: Curvature) ->
     Returns:
         The codes ``[in, out]``, fp32 whole numbers from 0 to 15.
     """
-    codes = torch.empty_like(weight)
+    codes = weight.new_empty(weight.shape)
     factor = curvature.factor
     for start in range(0, len(weight), BLOCK):
         end = min(start + BLOCK, len(weight))
@@ -116,7 +116,7 @@ def descend(
     Returns:
         New codes ``[in, out]``.
     """
-    found = torch.empty_like(codes)
+    found = codes.new_empty(codes.shape)
     difference = grids.values(codes).sub_(weight)
     diagonal = form.diagonal()
     for start in range(0, len(weight), BLOCK):
