@@ -185,6 +185,7 @@ def check_decode(
     *,
     max_splits: int = 3,
     split_units: int = 1,
+    slots: int = 2,
     seed: int = 0,
 ) -> None:
     """One decode step; lengths count the new token, 0 is an idle row. Rows do not mix."""
@@ -207,14 +208,13 @@ def check_decode(
             split_units,
         )
         out = poisoned((count, heads.num_heads * heads.head_dim))
-        partials = np.full(shape.partials_floats, np.nan, np.float32)
-        tickets = np.zeros(count * heads.num_kv_heads, np.uint32)
-        arguments = [out, cache, partials, tickets, first["qkv"], layer.q_norm, layer.k_norm]
+        partials = np.zeros(shape.partials_floats, np.float32)
+        arguments = [out, cache, partials, first["qkv"], layer.q_norm, layer.k_norm]
         arguments += [first["rotation"], first["query_scale"], *layer.scales(), positions[rows]]
-        arguments += [table[rows], *layer.sizes(max_pages), split_units, EPS]
-        name = f"decode_attention_{NAMES[heads.quant_policy]}"
-        launch(name, shape.grid, arguments, shape.shared_bytes)
-        assert (tickets == 0).all()
+        arguments += [table[rows], *layer.sizes(max_pages), max_splits, split_units, slots, EPS]
+        name = shape.kernel(NAMES[heads.quant_policy])
+        launch(name, shape.grid, arguments, shape.shared_bytes(slots))
+        assert not partials.view(np.uint32).any()
         return out
 
     after = pages.copy()

@@ -12,12 +12,16 @@ from device_runtime.kernels.reference.kv_pages import KvLayout
 
 DECODE_WARPS = 8
 """Warps of a block that stream cached tokens (decode_block.cuh kStreamWarps)."""
-DECODE_SLOTS = 4
-"""Parts of a step that the ring of a warp holds; half as many when fp16 (kRingParts)."""
-PLAIN_DECODE_SLOTS = 2
-"""The same of the plain variant."""
+MOST_SLOTS = 4
+"""Parts of a step that the ring of a warp can hold (decode_stream.cuh kMostSlots)."""
 STEP_TOKENS = 32
 """Tokens of a warp's step, whose keys and values are a part each (kStepTokens)."""
+RESERVED_SHARED_BYTES = 1024
+"""Of each block's shared memory, which the device takes (CUDA C++ programming guide, sm_80 on)."""
+MOST_QUERIES = 8
+"""Query heads of a block (decode_block.cuh kQueries)."""
+WIDE_GROUP = 5
+"""Query heads of a block from which on the kernels called "wide" serve."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,7 @@ class DecodeAttentionShape:
     Attributes:
         layout: of the cache.
         num_heads: query heads.
-        num_kv_heads: heads of keys and values; 1 to 8 query heads share one.
+        num_kv_heads: heads of keys and values.
         rows: sequences.
         max_pages: entries of a row's page table.
         max_splits: blocks that can share a kv head.
@@ -45,40 +49,63 @@ class DecodeAttentionShape:
     @property
     def grid(self) -> tuple[int, int, int]:
         """Blocks of the launch."""
-        return (self.max_splits, self.num_kv_heads, self.rows)
+        return (self.head_blocks, self.rows, self.max_splits)
+
+    @property
+    def head_blocks(self) -> int:
+        """Blocks that share a split: one for each kv head and at most 8 of its query heads."""
+        ratio = self.num_heads // self.num_kv_heads
+        parts = next(
+            n for n in range(1, ratio + 1) if ratio % n == 0 and ratio // n <= MOST_QUERIES
+        )
+        return self.num_kv_heads * parts
 
     @property
     def group(self) -> int:
-        """Query heads that share a kv head."""
-        return self.num_heads // self.num_kv_heads
+        """Query heads of a block."""
+        return self.num_heads // self.head_blocks
 
-    @property
-    def shared_bytes(self) -> int:
-        """Dynamic shared memory, as decode_attention.cu lays it out."""
-        return self._shared_bytes(DECODE_SLOTS)
+    def kernel(self, kind: str) -> str:
+        """Return the entry point for a cache of a kind: half, static or online."""
+        return f"decode_attention_{'wide_' if self.group >= WIDE_GROUP else ''}{kind}"
 
-    def shared_bytes_within(self, max_shared_bytes: int) -> int:
-        """Return `shared_bytes`, or the plain variant's where the device has less, as sm_72."""
-        if self.shared_bytes <= max_shared_bytes:
-            return self.shared_bytes
-        return self._shared_bytes(PLAIN_DECODE_SLOTS)
+    def ring_slots(self, num_sms: int, max_shared_bytes: int) -> int:
+        """Return how many parts of a step a warp keeps in flight.
 
-    def _shared_bytes(self, parts: int) -> int:
+        Where there are more heads than SMs, two blocks of decode_attention_online share one.
+
+        Args:
+            num_sms: of the device.
+            max_shared_bytes: what one block may have.
+        """
+        is_int8 = self.layout.element_bytes == 1
+        most, least = (MOST_SLOTS, 2) if is_int8 else (MOST_SLOTS // 2, 1)
+        limits = [max_shared_bytes]
+        is_online = self.layout.parameter_bytes > 0
+        if is_online and self.group < WIDE_GROUP and self.rows * self.head_blocks > num_sms:
+            limits.insert(0, max_shared_bytes // 2 - RESERVED_SHARED_BYTES)
+        for limit in limits:
+            for slots in range(most, least - 1, -1):
+                if self.shared_bytes(slots) <= limit:
+                    return slots
+        return least
+
+    def shared_bytes(self, ring_slots: int) -> int:
+        """Return the dynamic shared memory, as decode_attention.cu lays it out."""
         layout = self.layout
         row_bytes = layout.head_dim * layout.element_bytes
         parameters = 4 if layout.parameter_bytes else 0
-        slots = parts // layout.element_bytes
-        ring = DECODE_WARPS * slots * STEP_TOKENS * (row_bytes + parameters)
-        queries = 4 if self.group <= 4 else 8
+        ring = DECODE_WARPS * ring_slots * STEP_TOKENS * (row_bytes + parameters)
+        queries = 4 if self.group < WIDE_GROUP else 8
         columns = 2 * queries * row_bytes
-        numbers = 4 * (queries * layout.head_dim + layout.head_dim + 3 * queries + 4)
+        numbers = 4 * (queries * layout.head_dim + layout.head_dim + 3 * queries)
         return ring + columns + numbers + 4 * self.max_pages
 
     @property
     def partials_floats(self) -> int:
-        """Floats that the blocks of a head exchange."""
-        per_split = self.group * (self.layout.head_dim + 2)
-        return self.rows * self.num_kv_heads * self.max_splits * per_split
+        """Floats that the blocks of a head exchange, all 0 before and after a launch."""
+        per_split = self.group * (self.layout.head_dim + 4)
+        return self.rows * self.head_blocks * self.max_splits * per_split
 
 
 PREFILL_ROWS = 128

@@ -3,6 +3,7 @@
 #ifndef TURBOJET_DECODE_BLOCK_CUH
 #define TURBOJET_DECODE_BLOCK_CUH
 
+#include "decode_share.cuh"
 #include "decode_stream.cuh"
 #include "head_vector.cuh"
 
@@ -12,14 +13,13 @@ constexpr int kStreamWarps = 8;
 constexpr int kKeyWarp = kStreamWarps;        // stores the newest key and scores it
 constexpr int kValueWarp = kStreamWarps + 1;  // stores the newest value
 constexpr int kDecodeThreads = (kStreamWarps + 2) * kWarpSize;
-constexpr int kMergeLoads = 8;
-constexpr int kLeastSteps = 4;  // of a block that shares a head with others
+constexpr int kMergeLoads = 2;
+constexpr int kLeastSteps = 2;  // of a split
 
 struct DecodeArguments {
   fp16* out;
   Pages pages;
   float* partials;
-  uint32_t* tickets;
   const fp16* qkv;
   const fp16* q_norm;
   const fp16* k_norm;
@@ -31,7 +31,9 @@ struct DecodeArguments {
   int num_heads;
   int max_pages;
   int num_ranks;
+  int max_splits;
   int split_units;
+  int ring_slots;
   float eps;
 };
 
@@ -41,134 +43,164 @@ class DecodeBlock {
   using Streamed = Stream<kKv, kHeadDim, kColumnTiles, kStreamWarps>;
   static constexpr bool kIsHalf = kKv == Kv::kHalf;
   static constexpr int kQueries = Streamed::kQueries;
-  static constexpr int kRingBytes = Streamed::kRingBytes;
+  static constexpr int kQuads = kHeadDim / 4;
   static constexpr int kStatistics = kQueries * kHeadDim;  // place of (top, total) in results
-  static_assert((kStatistics + 2 * kQueries) * 4 <= kRingBytes, "results fit where the ring was");
+  static constexpr int kUnitSteps = 64 / kStepTokens;
+  static_assert((kStatistics + 2 * kQueries) * 4 <= Streamed::kLeastSlots * Streamed::kSlotBytes,
+                "results fit where the ring was");
   static_assert(kQueries <= kStreamWarps, "a query for each warp");
+  static_assert(kQueries * kQuads <= kDecodeThreads, "four dimensions for each thread");
 
  public:
   __device__ __forceinline__ explicit DecodeBlock(const DecodeArguments& arguments)
       : arguments_(arguments),
+        thread_(threadIdx.x),
         warp_(threadIdx.x / kWarpSize),
         lane_(threadIdx.x % kWarpSize),
-        group_(arguments.num_heads / arguments.pages.num_kv_heads) {
-    columns_ = dynamic_shared<char>() + kStreamWarps * kRingBytes;
+        split_(blockIdx.z),
+        row_(blockIdx.y),
+        head_(static_cast<int>(gridDim.x) == arguments.pages.num_kv_heads
+                  ? blockIdx.x
+                  : blockIdx.x / (gridDim.x / arguments.pages.num_kv_heads)),
+        group_(arguments.num_heads / gridDim.x),
+        ring_bytes_(arguments.ring_slots * Streamed::kSlotBytes) {
+    columns_ = dynamic_shared<char>() + kStreamWarps * ring_bytes_;
     queries_ = reinterpret_cast<float*>(columns_ + 2 * kQueries * Layout::kRowBytes);
     newest_value_ = queries_ + kQueries * kHeadDim;
     query_scales_ = newest_value_ + kHeadDim;
     query_sums_ = query_scales_ + kQueries;
     newest_scores_ = query_sums_ + kQueries;
-    is_last_ = reinterpret_cast<uint32_t*>(newest_scores_ + kQueries);
-    page_list_ = reinterpret_cast<int32_t*>(is_last_ + 4);
+    page_list_ = reinterpret_cast<int32_t*>(newest_scores_ + kQueries);
   }
 
   __device__ __forceinline__ void run() {
-    const int head = blockIdx.y;
-    const int row = blockIdx.z;
-    let_dependents_launch();
     // Loaded with the position, not after it; what a row does not use is 0.
     const int32_t* const pages =
-        arguments_.page_table + static_cast<int64_t>(row) * arguments_.max_pages;
-    const int32_t own_page =
-        static_cast<int>(threadIdx.x) < arguments_.max_pages ? pages[threadIdx.x] : 0;
-    const int cached = arguments_.positions[row];
-    const int pair = row * arguments_.pages.num_kv_heads + head;
-    fp16* const out = arguments_.out + static_cast<int64_t>(pair) * group_ * kHeadDim;
+        arguments_.page_table + static_cast<int64_t>(row_) * arguments_.max_pages;
+    const int32_t own_page = thread_ < arguments_.max_pages ? pages[thread_] : 0;
+    const int cached = arguments_.positions[row_];
+    if (warp_ == kValueWarp) prefetch_inputs();
+    clear_queries();
+    const NewHead own = new_head();
+    const Divisor splits(arguments_.max_splits);
+    const Divisor page_units(arguments_.pages.page_size / Layout::kTokens);
+    fp16* const out = arguments_.out + pair() * group_ * kHeadDim;
     if (cached < 0) {
+      let_dependents_launch();
       wait_for_inputs();
-      if (blockIdx.x == 0)
-        for (int i = threadIdx.x; i < group_ * kHeadDim; i += kDecodeThreads) out[i] = fp16{0};
+      if (split_ == 0)
+        for (int i = thread_; i < group_ * kHeadDim; i += kDecodeThreads) out[i] = fp16{0};
       return;
     }
     const int steps = (cached + kStepTokens - 1) / kStepTokens;
-    constexpr int kUnitSteps = 64 / kStepTokens;
-    const int most = smaller(steps / kLeastSteps, gridDim.x);
-    const bool is_alone = steps <= kUnitSteps * arguments_.split_units || most < 2;
-    const int per_split = is_alone ? steps : (steps + most - 1) / most;
-    const int num_splits = per_split == 0 ? 1 : (steps + per_split - 1) / per_split;
-    const int split = blockIdx.x;
-    if (split >= num_splits) return;
-    has_newest_ = split == num_splits - 1;
-    if (static_cast<int>(threadIdx.x) < arguments_.max_pages) page_list_[threadIdx.x] = own_page;
-    const int last_page = cached / arguments_.pages.page_size;
-    for (int i = threadIdx.x + kDecodeThreads; i <= last_page; i += kDecodeThreads)
+    const bool is_split = steps > kUnitSteps * arguments_.split_units &&
+                          steps >= kLeastSteps * arguments_.max_splits;
+    const int num_splits = is_split ? arguments_.max_splits : 1;
+    if (split_ >= num_splits) return;
+    is_last_ = split_ == num_splits - 1;
+    if (thread_ < arguments_.max_pages) page_list_[thread_] = own_page;
+    for (int i = thread_ + kDecodeThreads; i * arguments_.pages.page_size <= cached;
+         i += kDecodeThreads)
       page_list_[i] = pages[i];
-    clear_queries();
     __syncthreads();
 
     const StepRange range{arguments_.pages,
                           page_list_,
-                          StepRange::inverse_of(arguments_.pages.page_size / Layout::kTokens),
-                          head,
-                          split * per_split,
-                          smaller((split + 1) * per_split, steps),
+                          page_units,
+                          head_,
+                          is_split ? splits.divide(split_ * steps) : 0,
+                          is_split ? splits.divide((split_ + 1) * steps) : steps,
                           cached};
-    Streamed stream(range, dynamic_shared<char>() + warp_ * kRingBytes);
+    char* const ring = dynamic_shared<char>() + warp_ * ring_bytes_;
+    Streamed stream(range, warp_, lane_, ring, arguments_.ring_slots);
     if (warp_ < kStreamWarps) stream.start();
-    prepare(range, row, head);
+    // The next kernel's loads would delay these.
+    if (warp_ == 0) let_dependents_launch();
+    prepare(own, range);
     if (warp_ < kStreamWarps) {
-      stream.load_columns(columns_, query_scales_, query_sums_);
-      const float2 k = code_scale(head, 0);
-      stream.run(k.x, k.y);
-      stream.write(reinterpret_cast<float*>(dynamic_shared<char>() + warp_ * kRingBytes));
+      stream.take_queries(columns_, query_scales_, query_sums_, code_scale(0));
+      stream.run();
+      stream.write(reinterpret_cast<float*>(ring));
     }
     __syncthreads();
-    if (num_splits == 1) {
-      write_block<true>(out, nullptr, head);
-    } else {
-      const int stride = group_ * (kHeadDim + 2);
-      float* const partials = arguments_.partials + static_cast<int64_t>(pair) * gridDim.x * stride;
-      write_block<false>(nullptr, partials + split * stride, head);
-      if (is_last_block(arguments_.tickets + pair, num_splits))
-        add_partials(out, partials, num_splits, head);
-    }
+    // Whole warps, whose lanes beyond the last dimension repeat it.
+    const int last_item = group_ * kQuads - 1;
+    if (warp_ <= last_item / kWarpSize) finish(out, smaller(thread_, last_item));
   }
 
  private:
   // Static int8: what a code is times and plus, part 0 keys, 1 values.
-  __device__ __forceinline__ float2 code_scale(int head, int part) const {
+  __device__ __forceinline__ float2 code_scale(int part) const {
     if (kKv != Kv::kStatic) return float2{1.0f, 0.0f};
-    const float2 scale = reinterpret_cast<const float2*>(arguments_.kv_scale)[2 * head + part];
+    const float2 scale = reinterpret_cast<const float2*>(arguments_.kv_scale)[2 * head_ + part];
     return float2{scale.x, fmaf(-128.0f, scale.x, scale.y)};
   }
 
-  // Of queries that there are not, and of the newest token where it is not in the block's range.
+  __device__ __forceinline__ int64_t pair() const {
+    return static_cast<int64_t>(row_) * gridDim.x + blockIdx.x;
+  }
+
+  // Of queries that there are not.
   __device__ __forceinline__ void clear_queries() {
     uint32_t* const words =
         reinterpret_cast<uint32_t*>(columns_ + 2 * group_ * Layout::kRowBytes);
-    for (int i = threadIdx.x; i < (kQueries - group_) * Layout::kRowBytes / 2; i += kDecodeThreads)
+    for (int i = thread_; i < (kQueries - group_) * Layout::kRowBytes / 2; i += kDecodeThreads)
       words[i] = 0;
-    if (threadIdx.x < kQueries) {
-      query_scales_[threadIdx.x] = 0.0f;
-      query_sums_[threadIdx.x] = 0.0f;
-      newest_scores_[threadIdx.x] = kNothing;
+    if (thread_ < kQueries) {
+      query_scales_[thread_] = 0.0f;
+      query_sums_[thread_] = 0.0f;
     }
-    if (threadIdx.x < kHeadDim) newest_value_[threadIdx.x] = 0.0f;
+  }
+
+  // The query, key or value that a warp prepares, and what it is normed and turned with.
+  struct NewHead {
+    const fp16* source;
+    const fp16* norm;
+    const float2* rotation;
+  };
+
+  __device__ __forceinline__ NewHead new_head() const {
+    const int num_kv_heads = arguments_.pages.num_kv_heads;
+    const int64_t row_heads = arguments_.num_heads + 2 * num_kv_heads;
+    const QkvRow qkv{arguments_.qkv + row_ * row_heads * kHeadDim, arguments_.num_heads,
+                     num_kv_heads, arguments_.num_ranks};
+    const bool is_query = warp_ < group_;
+    const bool is_value = warp_ == kValueWarp;
+    const int index = is_query ? qkv.head_index(0, blockIdx.x * group_ + warp_)
+                               : qkv.head_index(1 + is_value, head_);
+    return NewHead{qkv.values + index * kHeadDim,
+                   is_query   ? arguments_.q_norm
+                   : is_value ? nullptr
+                              : arguments_.k_norm,
+                   arguments_.rotation + static_cast<int64_t>(row_) * (kHeadDim / 2)};
+  }
+
+  // Tables that weights may have pushed out of L2 since the last layer used them.
+  __device__ __forceinline__ void prefetch_inputs() const {
+    constexpr int kTurns = kHeadDim / 32;  // lines of 128 bytes
+    const int norm_place = (lane_ - 8) * 64;
+    if (lane_ < kTurns)
+      prefetch_line(arguments_.rotation + static_cast<int64_t>(row_) * (kHeadDim / 2) + 16 * lane_);
+    if (lane_ == kTurns) prefetch_line(arguments_.query_scale + row_);
+    if (norm_place >= 0 && norm_place < kHeadDim && arguments_.q_norm != nullptr) {
+      prefetch_line(arguments_.q_norm + norm_place);
+      prefetch_line(arguments_.k_norm + norm_place);
+    }
+    if (kKv == Kv::kStatic && lane_ == 16) prefetch_line(arguments_.kv_scale + 4 * head_);
   }
 
   // Queries become columns of operand B; the newest token goes into its page.
-  __device__ __forceinline__ void prepare(const StepRange& range, int row, int head) {
-    const int num_kv_heads = arguments_.pages.num_kv_heads;
-    const int64_t row_heads = arguments_.num_heads + 2 * num_kv_heads;
-    const QkvRow qkv{arguments_.qkv + row * row_heads * kHeadDim, arguments_.num_heads,
-                     num_kv_heads, arguments_.num_ranks};
+  __device__ __forceinline__ void prepare(const NewHead& own, const StepRange& range) {
     const bool is_query = warp_ < group_;
-    const bool is_newest = has_newest_ && warp_ >= kKeyWarp;
+    const bool is_newest = is_last_ && warp_ >= kKeyWarp;
     const bool is_value = warp_ == kValueWarp;
-    const int part = is_query ? 0 : 1 + is_value;
-    const fp16* const source =
-        qkv.values +
-        qkv.head_index(part, is_query ? head * group_ + warp_ : head) * kHeadDim;
-    const float2* const rotation =
-        arguments_.rotation + static_cast<int64_t>(row) * (kHeadDim / 2);
     RawHead<kHeadDim> raw;
     float query_scale = 0.0f;
     float values[4];
     wait_for_inputs();
     if (is_query || is_newest) {
-      raw.load(source, is_query ? arguments_.q_norm : is_value ? nullptr : arguments_.k_norm,
-               rotation, lane_);
-      query_scale = arguments_.query_scale[row];
+      raw.load(own.source, own.norm, own.rotation, lane_);
+      query_scale = arguments_.query_scale[row_];
     }
     if (is_query) {
       raw.finish(values, arguments_.eps);
@@ -182,7 +214,7 @@ class DecodeBlock {
       raw.finish(values, arguments_.eps);
     store_newest(range, values, is_value);
     if (is_value) {
-      if (lane_ < kHeadDim / 4)
+      if (lane_ < kQuads)
         reinterpret_cast<float4*>(newest_value_)[lane_] =
             float4{values[0], values[1], values[2], values[3]};
     } else {
@@ -271,105 +303,73 @@ class DecodeBlock {
     }
   }
 
-  // Adds up the warps and the newest token; kIsFinal: writes fp16, else sums, then (top, total) of
-  // each query.
-  template <bool kIsFinal>
-  __device__ __forceinline__ void write_block(fp16* out, float* partial, int head) {
-    const float* const results = reinterpret_cast<const float*>(dynamic_shared<char>());
-    for (int i = threadIdx.x; i < group_ * kHeadDim; i += kDecodeThreads) {
-      const int query = i / kHeadDim;
-      float2 statistics[kStreamWarps];
-      float top = newest_scores_[query];
-      const float newest = top;
-#pragma unroll
-      for (int warp = 0; warp < kStreamWarps; ++warp) {
-        statistics[warp] = reinterpret_cast<const float2*>(results + warp * (kRingBytes / 4) +
-                                                           kStatistics)[query];
-        top = fmaxf(top, statistics[warp].x);
-      }
-      float total = exp2_fast(newest - top);
-      float sum = total * newest_value_[i % kHeadDim];
-#pragma unroll
-      for (int warp = 0; warp < kStreamWarps; ++warp) {
-        const float weight = exp2_fast(statistics[warp].x - top);
-        sum = fmaf(weight, results[warp * (kRingBytes / 4) + i], sum);
-        total = fmaf(weight, statistics[warp].y, total);
-      }
-      if (kIsFinal) {
-        out[i] = to_fp16(value_of(__fdividef(sum, total), head));
-      } else {
-        partial[i] = sum;
-        if (i % kHeadDim == 0) {
-          partial[group_ * kHeadDim + 2 * query] = top;
-          partial[group_ * kHeadDim + 2 * query + 1] = total;
-        }
-      }
+  // Four dimensions of a split: its last block adds those of the others and writes fp16.
+  __device__ __forceinline__ void finish(fp16* out, int item) const {
+    const int query = item / kQuads;
+    const int quad = item % kQuads;
+    Share share = add_warps(query, quad);
+    const SharePlaces<kQuads> places(arguments_.partials, pair() * arguments_.max_splits, group_,
+                                     query, quad);
+    if (!is_last_) {
+      places.give(share, split_);
+      return;
     }
+    places.take(share, split_);
+    const float inverse = 1.0f / share.total;
+    uint2 words;
+    words.x = pack_fp16(value_of(share.sums.x * inverse), value_of(share.sums.y * inverse));
+    words.y = pack_fp16(value_of(share.sums.z * inverse), value_of(share.sums.w * inverse));
+    reinterpret_cast<uint2*>(out)[item] = words;
+  }
+
+  // Of the block's warps, and of the newest token where it belongs to the split.
+  __device__ __forceinline__ Share add_warps(int query, int quad) const {
+    const char* const results = dynamic_shared<char>();
+    float2 statistics[kStreamWarps];
+    const float newest = is_last_ ? newest_scores_[query] : kNothing;
+    Share share = {};
+    share.top = newest;
+#pragma unroll
+    for (int warp = 0; warp < kStreamWarps; ++warp) {
+      const float* const own = reinterpret_cast<const float*>(results + warp * ring_bytes_);
+      statistics[warp] = reinterpret_cast<const float2*>(own + kStatistics)[query];
+      share.top = fmaxf(share.top, statistics[warp].x);
+    }
+    if (is_last_)
+      share.add(reinterpret_cast<const float4*>(newest_value_)[quad], 1.0f,
+                exp2_fast(newest - share.top));
+#pragma unroll
+    for (int warp = 0; warp < kStreamWarps; ++warp) {
+      const float4* const own = reinterpret_cast<const float4*>(results + warp * ring_bytes_);
+      share.add(own[query * kQuads + quad], statistics[warp].y,
+                exp2_fast(statistics[warp].x - share.top));
+    }
+    return share;
   }
 
   // From a weighted mean of codes to one of values.
-  __device__ __forceinline__ float value_of(float mean, int head) const {
+  __device__ __forceinline__ float value_of(float mean) const {
     if (kKv != Kv::kStatic) return mean;
-    const float2 scale = code_scale(head, 1);
+    const float2 scale = code_scale(1);
     return fmaf(mean, scale.x, scale.y);
   }
 
-  __device__ __forceinline__ bool is_last_block(uint32_t* ticket, int num_splits) {
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      *is_last_ = take_ticket(ticket) == static_cast<uint32_t>(num_splits - 1);
-      if (*is_last_) *ticket = 0;
-    }
-    __syncthreads();
-    return *is_last_ != 0;
-  }
-
-  __device__ __forceinline__ void add_partials(fp16* out, const float* partials, int num_splits,
-                                               int head) const {
-    const int stride = group_ * (kHeadDim + 2);
-    for (int i = threadIdx.x; i < group_ * kHeadDim; i += kDecodeThreads) {
-      const int statistics = group_ * kHeadDim + 2 * (i / kHeadDim);
-      float top = kNothing, total = 0.0f, sum = 0.0f;
-      for (int start = 0; start < num_splits; start += kMergeLoads) {
-        float tops[kMergeLoads], totals[kMergeLoads], sums[kMergeLoads];
-#pragma unroll
-        for (int j = 0; j < kMergeLoads; ++j) {
-          const bool is_there = start + j < num_splits;
-          const float* const partial = partials + (start + j) * stride;
-          tops[j] = is_there ? load_shared_by_blocks(partial + statistics) : kNothing;
-          totals[j] = is_there ? load_shared_by_blocks(partial + statistics + 1) : 0.0f;
-          sums[j] = is_there ? load_shared_by_blocks(partial + i) : 0.0f;
-        }
-        float new_top = top;
-#pragma unroll
-        for (int j = 0; j < kMergeLoads; ++j) new_top = fmaxf(new_top, tops[j]);
-        const float keep = exp2_fast(top - new_top);
-        total *= keep;
-        sum *= keep;
-        top = new_top;
-#pragma unroll
-        for (int j = 0; j < kMergeLoads; ++j) {
-          const float weight = exp2_fast(tops[j] - top);
-          total = fmaf(weight, totals[j], total);
-          sum = fmaf(weight, sums[j], sum);
-        }
-      }
-      out[i] = to_fp16(value_of(sum / total, head));
-    }
-  }
-
   const DecodeArguments& arguments_;
+  const int thread_;
   const int warp_;
   const int lane_;
-  const int group_;  // query heads of a kv head
-  bool has_newest_;
+  const int split_;
+  const int row_;
+  const int head_;   // of keys and values
+  const int group_;  // query heads of the block
+  const int ring_bytes_;  // of a warp
+  bool is_last_;          // of the row's splits, which has the newest token
   char* columns_;        // [2 * kQueries][row bytes]: high and low digits of each query in turn
   float* queries_;       // [kQueries][head_dim] rotated
   float* newest_value_;  // [head_dim]
   float* query_scales_;
   float* query_sums_;
   float* newest_scores_;
-  uint32_t* is_last_;
   int32_t* page_list_;
 };
 

@@ -9,9 +9,8 @@
 namespace {
 
 constexpr int kStepTokens = 32;
-// Keys or values of a step; half as many when fp16. Nothing is in flight in the plain variant, and
-// sm_72 has 96 KiB.
-constexpr int kRingParts = TURBOJET_PLAIN ? 2 : 4;
+constexpr int kMostSlots = 4;   // of a warp's ring
+constexpr float kLeastScale = 1.0f / (1 << 24);  // of fp16 beside 0, whose codes are 0
 constexpr float kNothing = -1e30f;  // below every score; unlike -inf its differences are numbers
 
 template <bool kIsHalf>
@@ -23,27 +22,35 @@ struct Sum<true> {
   using Type = float;
 };
 
+// Division by a number that stays the same, as a product; exact while dividend * divisor < 2^32.
+class Divisor {
+ public:
+  __device__ __forceinline__ explicit Divisor(int divisor)
+      : inverse_(divisor == 1 ? 0u : 0xffffffffu / static_cast<uint32_t>(divisor) + 1u) {}
+
+  __device__ __forceinline__ int divide(int dividend) const {
+    return inverse_ == 0
+               ? dividend
+               : static_cast<int>(__umulhi(static_cast<uint32_t>(dividend), inverse_));
+  }
+
+ private:
+  uint32_t inverse_;  // 2^32 / divisor, rounded up; 0 for 1
+};
+
 // Where the steps of a block lie.
 struct StepRange {
   Pages pages;
   const int32_t* page_list;  // of the row, in shared memory
-  uint32_t page_inverse;     // 2^32 / units of a page, rounded up
+  Divisor page_units;        // units of a page
   int head;
   int first;  // the first warp's first step
   int last;
   int num_tokens;  // in the cache
 
-  // Units fit 16 bits and a page's units as well, so that the product is exact.
-  __device__ __forceinline__ static uint32_t inverse_of(int units_per_page) {
-    return units_per_page == 1 ? 0u
-                               : 0xffffffffu / static_cast<uint32_t>(units_per_page) + 1u;
-  }
-
   template <class Layout>
   __device__ __forceinline__ char* unit_address(int unit) const {
-    const int place = page_inverse == 0
-                          ? unit
-                          : static_cast<int>(__umulhi(static_cast<uint32_t>(unit), page_inverse));
+    const int place = page_units.divide(unit);
     const int per_page = pages.page_size / Layout::kTokens;
     return Layout::address(pages, page_list[place], head, unit - place * per_page);
   }
@@ -61,64 +68,72 @@ class Stream {
   static constexpr int kChunkBytes = kStepTokens * 64;
   static constexpr int kPartBytes = kChunks * kChunkBytes;  // keys, or values, of a step
   static constexpr int kParameterBytes = kKv == Kv::kOnline ? 4 * kStepTokens : 0;
-  static constexpr int kSlots = kIsHalf ? kRingParts / 2 : kRingParts;
-  static constexpr int kSlotBytes = kPartBytes + kParameterBytes;
 
  public:
   static constexpr int kQueries = 4 * kColumnTiles;
-  static constexpr int kRingBytes = kSlots * kSlotBytes;
+  static constexpr int kSlotBytes = kPartBytes + kParameterBytes;
+  static constexpr int kLeastSlots = kIsHalf ? 1 : 2;
 
-  __device__ __forceinline__ Stream(const StepRange& range, char* ring)
+  // ring [num_slots][kSlotBytes], kLeastSlots to kMostSlots of them.
+  __device__ __forceinline__ Stream(const StepRange& range, int warp, int lane, char* ring,
+                                    int num_slots)
       : range_(range),
-        warp_(threadIdx.x / kWarpSize),
-        lane_(threadIdx.x % kWarpSize),
-        ring_(ring) {}
+        lane_(lane),
+        first_step_(range.first + warp),
+        num_slots_(num_slots),
+        copied_step_(range.first + warp - kWarps),
+        copied_unit_(nullptr),
+        ring_(ring),
+        slot_(ring) {}
 
-  __device__ __forceinline__ void start() const {
+  __device__ __forceinline__ void start() {
+    copy_next(ring_, false);
 #pragma unroll
-    for (int part = 0; part < kSlots; ++part) copy_part(part);
+    for (int part = 1; part < (kIsHalf ? kMostSlots / 2 : kMostSlots); ++part)
+      if (part < num_slots_) copy_next(ring_ + part * kSlotBytes, part % 2 == 1);
   }
 
-  // columns [2 * kQueries][row bytes], scales and sums [kQueries]: as put_query leaves them.
-  __device__ __forceinline__ void load_columns(const char* columns, const float* scales,
-                                               const float* sums) {
+  // columns [2 * kQueries][row bytes], scales and sums [kQueries]: as put_query leaves them; key:
+  // what a code of static int8 is times and plus.
+  __device__ __forceinline__ void take_queries(const char* columns, const float* scales,
+                                               const float* sums, float2 key) {
 #pragma unroll
     for (int tile = 0; tile < kColumnTiles; ++tile) {
       const char* const column =
           columns + (8 * tile + lane_ / 4) * Layout::kRowBytes + lane_ % 4 * 16;
 #pragma unroll
-      for (int chunk = 0; chunk < kChunks; ++chunk) {
-        const uint4 words = *reinterpret_cast<const uint4*>(column + 64 * chunk);
-        query_[tile][chunk][0] = words.x;
-        query_[tile][chunk][1] = words.y;
-        query_[tile][chunk][2] = words.z;
-        query_[tile][chunk][3] = words.w;
-      }
+      for (int chunk = 0; chunk < kChunks; ++chunk)
+        query_[tile][chunk] = *reinterpret_cast<const uint4*>(column + 64 * chunk);
       const int query = 4 * tile + lane_ % 4;
       scale_[tile] = scales[query];
       query_sum_[tile] = sums[query];
+      if (kKv == Kv::kStatic) {
+        query_sum_[tile] *= scale_[tile] * key.y;
+        scale_[tile] *= key.x;
+      }
       top_[tile] = kNothing;
     }
   }
 
-  // k_scale, k_zero: of static int8, for codes.
-  __device__ __forceinline__ void run(float k_scale, float k_zero) {
-    int part = 0;
+  __device__ __forceinline__ void run() {
+    wait_for_part(num_slots_ - 1);
+    __syncwarp();
 #pragma unroll 1
-    for (int step = range_.first + warp_; step < range_.last; step += kWarps, part += 2) {
+    for (int step = first_step_; step < range_.last; step += kWarps) {
+      if (step != first_step_) next_part(true);
       const int tokens = range_.num_tokens - step * kStepTokens;  // 32 or more but for the last
       float weights[kColumnTiles][kKeys];
-      score(weights, next_part(part), k_scale, k_zero);
-      char* const values = next_part(part + 1);
+      score(weights, slot_);
+      next_part(false);
       if (tokens < kStepTokens) {
 #pragma unroll
         for (int key = 0; key < kKeys; ++key)
           if (8 * key + lane_ / 4 >= tokens)
 #pragma unroll
             for (int tile = 0; tile < kColumnTiles; ++tile) weights[tile][key] = kNothing;
-        clear_behind(values, tokens);
+        clear_behind(slot_, tokens);
       }
-      mix(weights, values);
+      mix(weights, slot_);
     }
     wait_copies<0>();
     __syncwarp();
@@ -142,44 +157,61 @@ class Stream {
   }
 
  private:
-  // Starts the copy of half a step: part 2i the keys, 2i + 1 the values of the warp's step i.
-  __device__ __forceinline__ void copy_part(int part) const {
-    const int step = range_.first + warp_ + part / 2 * kWarps;
-    if (step < range_.last) {
-      constexpr int kUnitSteps = Layout::kTokens / kStepTokens;
-      const int in_unit = step % kUnitSteps;
-      const char* const unit = range_.unit_address<Layout>(step / kUnitSteps) + 16 * lane_;
-      char* const slot = ring_ + part % kSlots * kSlotBytes + 16 * lane_;
-      const bool is_value = part % 2;
+  // Starts the copy of the keys of the warp's next step, or of the values that belong to the keys
+  // before.
+  __device__ __forceinline__ void copy_next(char* slot, bool is_value) {
+    constexpr int kUnitSteps = Layout::kTokens / kStepTokens;
+    if (!is_value) {
+      copied_step_ += kWarps;
+      if (copied_step_ < range_.last)
+        copied_unit_ = range_.unit_address<Layout>(copied_step_ / kUnitSteps) + 16 * lane_;
+    }
+    if (copied_step_ < range_.last) {
+      const int in_unit = copied_step_ % kUnitSteps;
+      char* const to = slot + 16 * lane_;
       // Chunks of keys are as far apart as a unit has tokens; values are in one piece.
       const int stride = is_value ? kChunkBytes : kUnitSteps * kChunkBytes;
       const char* const from =
-          unit + is_value * Layout::kPartBytes + in_unit * (is_value ? kPartBytes : kChunkBytes);
+          copied_unit_ +
+          (is_value ? Layout::kPartBytes + in_unit * kPartBytes : in_unit * kChunkBytes);
 #pragma unroll
       for (int chunk = 0; chunk < kChunks; ++chunk)
 #pragma unroll
         for (int i = 0; i < kChunkBytes; i += 512)
-          copy16_async(slot + chunk * kChunkBytes + i, from + chunk * stride + i);
+          copy16_async(to + chunk * kChunkBytes + i, from + chunk * stride + i);
       if (lane_ < kParameterBytes / 16)
-        copy16_async(slot + kPartBytes, unit + 2 * Layout::kPartBytes +
-                                            is_value * Layout::kParameterBytes +
-                                            in_unit * kParameterBytes);
+        copy16_async(to + kPartBytes, copied_unit_ + 2 * Layout::kPartBytes +
+                                          is_value * Layout::kParameterBytes +
+                                          in_unit * kParameterBytes);
     }
     commit_copies();
   }
 
-  // Waits for a part; every lane has then read the one before, whose slot is filled again.
-  __device__ __forceinline__ char* next_part(int part) const {
-    if (part == 0) {
-      wait_copies<kSlots - 1>();
+  // Goes on from keys to values, or from values to the next keys, and waits for them. Every lane has
+  // then read what was in the slot before, which is filled again.
+  __device__ __forceinline__ void next_part(bool was_value) {
+    const bool is_value = was_value != (num_slots_ % 2 != 0);
+    if (kLeastSlots == 1 && num_slots_ == 1) {
       __syncwarp();
-    } else {
-      wait_copies<kSlots - 2>();
+      copy_next(ring_, is_value);
+      wait_copies<0>();
       __syncwarp();
-      copy_part(part - 1 + kSlots);
-      if (kSlots == 1) __syncwarp();
+      return;
     }
-    return ring_ + part % kSlots * kSlotBytes;
+    char* const before = slot_;
+    slot_ = before == ring_ + (num_slots_ - 1) * kSlotBytes ? ring_ : before + kSlotBytes;
+    wait_for_part(num_slots_ - 2);
+    __syncwarp();
+    copy_next(before, is_value);
+  }
+
+  // The oldest in flight, when so many came after it.
+  static __device__ __forceinline__ void wait_for_part(int num_newer) {
+    static_assert(kMostSlots == 4, "a case for each");
+    if (num_newer == 0) wait_copies<0>();
+    if (num_newer == 1) wait_copies<1>();
+    if (num_newer == 2) wait_copies<2>();
+    if (num_newer == 3) wait_copies<3>();
   }
 
   // 0 times what no token has written yet may be NaN.
@@ -196,8 +228,8 @@ class Stream {
   }
 
   // weights[tile][j] = score of key 8 j + lane / 4 for query 4 tile + lane % 4, times log2(e).
-  __device__ __forceinline__ void score(float (&weights)[kColumnTiles][kKeys], const char* keys,
-                                        float k_scale, float k_zero) const {
+  __device__ __forceinline__ void score(float (&weights)[kColumnTiles][kKeys],
+                                        const char* keys) const {
     const char* const rows = keys + lane_ * 16;
 #pragma unroll
     for (int m = 0; m < kKeys / 2; ++m) {
@@ -209,25 +241,26 @@ class Stream {
         const uint4 b = *reinterpret_cast<const uint4*>(row + 512);
 #pragma unroll
         for (int tile = 0; tile < kColumnTiles; ++tile) {
-          const uint32_t(&q)[4] = query_[tile][chunk];
-          multiply(sums[tile], a.x, b.x, a.y, b.y, q[0], q[1]);
-          multiply(sums[tile], a.z, b.z, a.w, b.w, q[2], q[3]);
+          const uint4& q = query_[tile][chunk];
+          multiply(sums[tile], a.x, b.x, a.y, b.y, q.x, q.y);
+          multiply(sums[tile], a.z, b.z, a.w, b.w, q.z, q.w);
         }
       }
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int key = 2 * m + i;
-        if (kKv == Kv::kOnline) {
-          const uint32_t word =
-              reinterpret_cast<const uint32_t*>(keys + kPartBytes)[8 * key + lane_ / 4];
-          k_scale = low_to_float(word);
-          k_zero = high_to_float(word);
-        }
+        uint32_t word = 0;
+        if (kKv == Kv::kOnline)
+          word = reinterpret_cast<const uint32_t*>(keys + kPartBytes)[8 * key + lane_ / 4];
 #pragma unroll
         for (int tile = 0; tile < kColumnTiles; ++tile) {
           const float dot = join_digits(sums[tile][2 * i], sums[tile][2 * i + 1]);
-          weights[tile][key] =
-              scale_[tile] * (kIsHalf ? dot : fmaf(k_scale, dot, k_zero * query_sum_[tile]));
+          if (kKv == Kv::kHalf) weights[tile][key] = scale_[tile] * dot;
+          if (kKv == Kv::kStatic) weights[tile][key] = fmaf(scale_[tile], dot, query_sum_[tile]);
+          if (kKv == Kv::kOnline)
+            weights[tile][key] =
+                scale_[tile] *
+                fmaf(low_to_float(word), dot, high_to_float(word) * query_sum_[tile]);
         }
       }
     }
@@ -286,44 +319,41 @@ class Stream {
     }
   }
 
-  // From scores to weights for the product: 2^(score - top of the step), for online int8 times the
-  // values' scales; for int8 as large as fixed point holds. keep, add: what the sums so far and the
-  // step's are to be multiplied by.
+  // From scores to weights for the product: 2^(score - top), for online int8 times the values'
+  // scales; int8: as large as fixed point holds, which is what `top` is chosen for. keep, add: what
+  // the sums so far and the step's are to be multiplied by.
   __device__ __forceinline__ void weigh(float (&w)[kKeys], int tile, const char* values,
                                         float& keep, float& add) {
     const uint32_t* const parameters = reinterpret_cast<const uint32_t*>(values + kPartBytes);
-    float top = w[0];
+    float scales[kKeys];
+    float top = kNothing;
 #pragma unroll
-    for (int key = 1; key < kKeys; ++key) top = fmaxf(top, w[key]);
+    for (int key = 0; key < kKeys; ++key) {
+      scales[key] = 1.0f;
+      float level = w[key];
+      if (kKv == Kv::kOnline) {
+        scales[key] = fmaxf(low_to_float(parameters[8 * key + lane_ / 4]), kLeastScale);
+        level += log2_fast(scales[key]);
+      }
+      top = fmaxf(top, level);
+    }
     top = max_over_keys(top);
     const float new_top = fmaxf(top_[tile], top);
     keep = exp2_fast(top_[tile] - new_top);
     add = exp2_fast(top - new_top);
     top_[tile] = new_top;
-    float total = 0.0f, zeros = 0.0f, peak = 0.0f;
+    float total = 0.0f, zeros = 0.0f;
 #pragma unroll
     for (int key = 0; key < kKeys; ++key) {
       w[key] = exp2_fast(w[key] - top);
       total += w[key];
-      if (kKv == Kv::kOnline) {
-        const uint32_t word = parameters[8 * key + lane_ / 4];
-        zeros = fmaf(w[key], high_to_float(word), zeros);
-        w[key] *= low_to_float(word);
-        peak = fmaxf(peak, w[key]);
-      }
+      if (kKv == Kv::kOnline)
+        zeros = fmaf(w[key], high_to_float(parameters[8 * key + lane_ / 4]), zeros);
+      if (!kIsHalf) w[key] *= scales[key] * kLargestFixed;
     }
     total_[tile] = fmaf(total_[tile], keep, total * add);
-    if (kIsHalf) return;
-    if (kKv == Kv::kOnline) {
-      zeros_[tile] = fmaf(zeros_[tile], keep, zeros * add);
-      peak = max_over_keys(peak);
-    } else {
-      peak = 1.0f;  // the largest weight is 2^0
-    }
-    const float inverse = peak < 1e-30f ? 0.0f : __fdividef(kLargestFixed, peak);
-    add *= peak * (1.0f / kLargestFixed);
-#pragma unroll
-    for (int key = 0; key < kKeys; ++key) w[key] *= inverse;
+    if (kKv == Kv::kOnline) zeros_[tile] = fmaf(zeros_[tile], keep, zeros * add);
+    if (!kIsHalf) add *= 1.0f / kLargestFixed;
   }
 
   // Over the lanes that hold the same query.
@@ -342,12 +372,16 @@ class Stream {
   }
 
   const StepRange& range_;
-  const int warp_;
   const int lane_;
+  const int first_step_;
+  const int num_slots_;
+  int copied_step_;          // last one whose copy was started
+  const char* copied_unit_;  // where it lies, for this lane
   char* const ring_;
-  uint32_t query_[kColumnTiles][kChunks][4];
+  char* slot_;  // of the part at hand
+  uint4 query_[kColumnTiles][kChunks];
   float scale_[kColumnTiles];
-  float query_sum_[kColumnTiles];
+  float query_sum_[kColumnTiles];  // static int8: what each score has on top
   float top_[kColumnTiles];
   float total_[kColumnTiles] = {};  // of this lane's keys
   float zeros_[kColumnTiles] = {};  // sum of weight * zero, this lane's keys

@@ -27,6 +27,13 @@ __device__ __forceinline__ float exp2_fast(float value) {
   return result;
 }
 
+// log2(x), a denormal counts as 0: PTX ISA "lg2".
+__device__ __forceinline__ float log2_fast(float value) {
+  float result;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
+  return result;
+}
+
 // Adds one; what the block wrote before is seen by whoever adds later. PTX ISA "atom".
 __device__ __forceinline__ uint32_t take_ticket(uint32_t* counter) {
   uint32_t result;
@@ -37,11 +44,21 @@ __device__ __forceinline__ uint32_t take_ticket(uint32_t* counter) {
   return result;
 }
 
-// What another block has written, from L2: PTX ISA "ld", .cg.
-__device__ __forceinline__ float load_shared_by_blocks(const float* pointer) {
-  float value;
-  asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(value) : "l"(pointer) : "memory");
+// Words that another block may be writing; each by itself is old or new. PTX ISA "ld", .relaxed.
+__device__ __forceinline__ float4 load_of_other_block(const float4* pointer) {
+  float4 value;
+  asm volatile("ld.relaxed.gpu.global.v4.f32 {%0,%1,%2,%3}, [%4];"
+               : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
+               : "l"(pointer)
+               : "memory");
   return value;
+}
+
+// The other side: PTX ISA "st", .relaxed.
+__device__ __forceinline__ void store_for_other_block(float4* pointer, float4 value) {
+  asm volatile("st.relaxed.gpu.global.v4.f32 [%0], {%1,%2,%3,%4};" ::"l"(pointer), "f"(value.x),
+               "f"(value.y), "f"(value.z), "f"(value.w)
+               : "memory");
 }
 
 }  // namespace

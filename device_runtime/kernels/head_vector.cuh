@@ -17,6 +17,7 @@ struct QkvRow {
 
   // Index of a query head (part 0), key head (1) or value head (2) among the row's heads.
   __device__ __forceinline__ int head_index(int part, int head) const {
+    if (num_ranks == 1) return (part == 0 ? 0 : num_heads + (part - 1) * num_kv_heads) + head;
     const int rank_heads = num_heads / num_ranks;
     const int rank_kv_heads = num_kv_heads / num_ranks;
     const int of_rank = part == 0 ? rank_heads : rank_kv_heads;

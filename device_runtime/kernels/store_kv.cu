@@ -24,6 +24,7 @@ namespace {
 
 constexpr int kThreads = 256;  // a warp for each token modulo 8
 constexpr int kSpanTokens = 64;
+constexpr int kBlocks = TURBOJET_PLAIN ? 2 : 3;  // of an SM, by registers; 3 would spill on sm_72
 
 struct Arguments {
   Pages pages;
@@ -175,7 +176,7 @@ __device__ __forceinline__ void run(const Arguments& arguments, int32_t head_dim
 
 }  // namespace
 
-extern "C" __global__ void __launch_bounds__(kThreads)
+extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
     store_kv_half(char* pages, const fp16* qkv, const fp16* k_norm, const float2* rotation,
                   const int32_t* positions, const int32_t* query_start, const int32_t* spans,
                   const int32_t* page_table, int32_t num_heads, int32_t num_kv_heads,
@@ -187,7 +188,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
       head_dim);
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads)
+extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
     store_kv_static(char* pages, const fp16* qkv, const fp16* k_norm, const float2* rotation,
                     const float* kv_scale, const int32_t* positions, const int32_t* query_start,
                     const int32_t* spans, const int32_t* page_table, int32_t num_heads,
@@ -199,7 +200,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
       head_dim);
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads)
+extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
     store_kv_online(char* pages, const fp16* qkv, const fp16* k_norm, const float2* rotation,
                     const int32_t* positions, const int32_t* query_start, const int32_t* spans,
                     const int32_t* page_table, int32_t num_heads, int32_t num_kv_heads,

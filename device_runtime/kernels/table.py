@@ -67,6 +67,20 @@ def _gemm_rows(kind: str, tokens: int) -> tuple[Kernel, ...]:
     )
 
 
+def _decode_attention_rows() -> tuple[Kernel, ...]:
+    source, arguments = "decode_attention", "P" * 10 + "i" * 9 + "f"
+    rows = []
+    for wide in ("", "wide_"):
+        # Two blocks of decode_attention_online share an SM.
+        online_registers = 168 if wide else 96
+        rows += [
+            Kernel(f"decode_attention_{wide}half", source, arguments, 320, 168),
+            Kernel(f"decode_attention_{wide}static", source, "P" + arguments, 320, 168),
+            Kernel(f"decode_attention_{wide}online", source, arguments, 320, online_registers),
+        ]
+    return tuple(rows)
+
+
 KERNELS = (
     *(row for width in GEMV_STAGES for row in _gemv_rows(width)),
     *(row for tokens in GEMM_TILES for row in _gemm_rows("w4a16", tokens)),
@@ -75,12 +89,10 @@ KERNELS = (
     Kernel("head_f16", "head_f16", "PPPPPiiif", 256, 128),
     Kernel("head_int8_4", "head_int8", "PPPPPPiiif", 256, 128),
     Kernel("head_int8_8", "head_int8", "PPPPPPiiif", 256, 128),
-    Kernel("decode_attention_half", "decode_attention", "P" * 11 + "iiiiiiif", 320, 168),
-    Kernel("decode_attention_static", "decode_attention", "P" * 12 + "iiiiiiif", 320, 168),
-    Kernel("decode_attention_online", "decode_attention", "P" * 11 + "iiiiiiif", 320, 168),
-    Kernel("store_kv_half", "store_kv", "P" * 8 + "iiiiiif", 256, 80),
+    *_decode_attention_rows(),
+    Kernel("store_kv_half", "store_kv", "P" * 8 + "iiiiiif", 256, 112),
     Kernel("store_kv_static", "store_kv", "P" * 9 + "iiiiiif", 256, 112),
-    Kernel("store_kv_online", "store_kv", "P" * 8 + "iiiiiif", 256, 80),
+    Kernel("store_kv_online", "store_kv", "P" * 8 + "iiiiiif", 256, 112),
     Kernel("prefill_attention_half", "prefill_attention", "P" * 10 + "iiiiiif", 128, 255),
     Kernel("prefill_attention_static", "prefill_attention", "P" * 11 + "iiiiiif", 128, 255),
     Kernel("prefill_attention_online", "prefill_attention", "P" * 10 + "iiiiiif", 128, 255),

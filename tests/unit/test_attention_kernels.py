@@ -24,21 +24,23 @@ EARLY = partial(emulator.launch, flags=("-DTURBOJET_EMULATE_EARLY=1",))
 
 
 @pytest.mark.parametrize(
-    ("heads", "lengths", "splits"),
+    ("heads", "lengths", "splits", "slots"),
     [
         # A page's end, one token alone, an idle row, blocks that share a head.
-        (Heads(8, 128, 4, 4), [200, 1, 64, 65], 3),
-        (Heads(8, 128, 12, 2, has_norm=True), [130, 0, 33], 3),
-        (Heads(8, 64, 9, 3, page_size=192), [300, 257], 2),
-        (Heads(4, 128, 4, 2, num_ranks=2), [129], 1),
-        (Heads(0, 128, 2, 2), [97, 32, 1], 2),
-        (Heads(0, 64, 8, 1, has_norm=True), [333], 4),
+        (Heads(8, 128, 4, 4), [200, 1, 64, 65], 3, 4),
+        (Heads(8, 128, 12, 2, has_norm=True), [130, 0, 33], 3, 3),
+        (Heads(8, 64, 9, 3, page_size=192), [300, 257], 2, 3),
+        # Blocks with 8 of 16 query heads; more splits than are added at once.
+        (Heads(8, 64, 32, 2), [650], 6, 2),
+        (Heads(4, 128, 4, 2, num_ranks=2), [129], 1, 2),
+        (Heads(0, 128, 2, 2), [97, 32, 1], 2, 1),
+        (Heads(0, 64, 8, 1, has_norm=True), [333], 4, 2),
     ],
 )
 def test_a_new_token_attends_to_all_before_it(
-    heads: Heads, lengths: list[int], splits: int
+    heads: Heads, lengths: list[int], splits: int, slots: int
 ) -> None:
-    check_decode(emulator.launch, heads, lengths, max_splits=splits)
+    check_decode(emulator.launch, heads, lengths, max_splits=splits, slots=slots)
 
 
 @pytest.mark.parametrize(
@@ -47,6 +49,7 @@ def test_a_new_token_attends_to_all_before_it(
         (Heads(8, 128, 2, 2), [(0, 140)]),
         (Heads(8, 128, 12, 2, has_norm=True), [(130, 20), (0, 65), (63, 2), (7, 1)]),
         (Heads(4, 128, 4, 2, num_ranks=2), [(129, 40)]),
+        (Heads(8, 64, 16, 1), [(70, 20)]),
         (Heads(0, 64, 8, 1, page_size=128), [(97, 40), (0, 32)]),
     ],
 )
@@ -77,10 +80,22 @@ def test_spans_cover_every_position_once() -> None:
     assert store_spans(start, positions).tolist() == [[0, 0], [0, 1], [2, 2], [2, 3]]
 
 
-def test_a_small_device_gets_the_short_ring_of_the_plain_variant() -> None:
-    shape = DecodeAttentionShape(KvLayout(8, 128), 32, 32, 1, 64, 4, 8)
-    # 8 warps x 4 parts x 32 tokens x (128 codes + 4 bytes), columns, queries, numbers, pages.
-    rest = 8 * 128 + 4 * (4 * 128 + 128 + 12 + 4) + 4 * 64
-    assert shape.shared_bytes == 8 * 4 * 32 * 132 + rest
-    assert shape.shared_bytes_within(164 * 1024) == shape.shared_bytes
-    assert shape.shared_bytes_within(96 * 1024) == 8 * 2 * 32 * 132 + rest <= 96 * 1024
+def test_rings_are_as_long_as_what_shares_an_sm_leaves() -> None:
+    def shape(rows: int, policy: int = 8, num_heads: int = 32) -> DecodeAttentionShape:
+        return DecodeAttentionShape(KvLayout(policy, 128), num_heads, 32, rows, 64, 4, 8)
+
+    # 8 warps x 32 tokens x (128 codes + 4 bytes) a slot; columns, queries, numbers, pages.
+    rest = 8 * 128 + 4 * (4 * 128 + 128 + 12) + 4 * 64
+    assert shape(1).shared_bytes(4) == 4 * 8 * 32 * 132 + rest
+    h200, orin, xavier = (132, 232448), (16, 166912), (8, 98304)
+    assert shape(1).ring_slots(*h200) == 4
+    # 256 blocks on 132 SMs: two of 3 slots fit into 227 KiB, two of 2 into 163 KiB.
+    assert shape(8).ring_slots(*h200) == 3
+    assert shape(1).ring_slots(*orin) == 2
+    # Two do not fit into 96 KiB, one of 2 slots does.
+    assert shape(1).ring_slots(*xavier) == 2
+    assert shape(1).shared_bytes(2) <= 98304 < shape(1).shared_bytes(3)
+    # fp16 takes twice the memory; wide kernels have an SM for themselves.
+    assert [shape(1, 0).ring_slots(*board) for board in (h200, orin, xavier)] == [2, 2, 1]
+    assert shape(8, num_heads=256).ring_slots(*h200) == 4
+    assert shape(1).ring_slots(8, 1024) == 2

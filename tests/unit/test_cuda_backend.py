@@ -103,7 +103,7 @@ def test_auto_takes_the_reference_where_there_is_no_driver(root, monkeypatch) ->
     ("change", "message"),
     [
         ({"head_dim": 32}, "head_dim is 32, the kernels take 64 and 128; use the reference"),
-        ({"num_attention_heads": 18}, "9 query heads share a kv head, the kernels take up to 8"),
+        ({"num_attention_heads": 34}, "17 query heads share a kv head, the kernels take up to 16"),
         ({"group_size": 16}, "group_size is 16, the kernels take 128, 64 and 32"),
         ({"hidden_size": 224}, "hidden_size is 224, the kernels take multiples of 64"),
         (
@@ -132,9 +132,9 @@ def test_layers_without_rope_get_a_rotation_that_turns_nothing(tmp_path, fake) -
     write_cubins(made.root / "kernels")
     with Engine.open(made.root, CUDA) as engine:
         tokens_of(engine, [range(3, 80)], params(2))
-        # The rotation's place among the arguments: out, pages, partials, tickets, qkv, two norms
+        # The rotation's place among the arguments: out, pages, partials, qkv, two norms
         # in decode_attention; pages, qkv, k_norm in store_kv; out, pages, qkv, q_norm in prefill.
-        for name, place in (("decode_", 7), ("store_kv", 3), ("prefill_", 4)):
+        for name, place in (("decode_", 6), ("store_kv", 3), ("prefill_", 4)):
             used = [run.arguments[place] for run in fake.launches if run.name.startswith(name)]
             assert len(set(used[:3])) == 2, name
             assert used[0] == used[2] != used[1]
@@ -300,7 +300,7 @@ def test_sequences_in_any_slot_decode_in_the_narrowest_graph(root, fake) -> None
         fake.launches.clear()
         for _ in range(10):
             engine.step()
-        widths = {launched.grid[2] for launched in fake.launches if "attention" in launched.name}
+        widths = {launched.grid[1] for launched in fake.launches if "attention" in launched.name}
         assert widths == {1}
 
 
@@ -414,7 +414,7 @@ def test_static_int8_needs_its_parameters(tmp_path, root, fake) -> None:
         fake.launches.clear()
         tokens_of(engine, [range(3, 12)], params(2))
         launched = next(f for f in fake.launches if f.name == "decode_attention_static")
-        row = (ctypes.c_float * 4).from_address(int(launched.arguments[9]))
+        row = (ctypes.c_float * 4).from_address(int(launched.arguments[8]))
         assert list(row) == [0.125, 0.5, 0.25, -0.5]
 
 

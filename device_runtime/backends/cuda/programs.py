@@ -226,14 +226,14 @@ class Programs:
     def _decode_attention(self, index: int, width: int) -> Launch:
         b = self._buffers
         shape = self._limits.attention(width)
+        slots = shape.ring_slots(self._limits.num_sms, self._kernels.max_shared_bytes)
         return self._kernels.launch(
-            f"decode_attention_{self._kv_kind}",
+            shape.kernel(self._kv_kind),
             shape.grid,
             (
                 b["mixed"],
                 self._memory.kv[index],
                 b["partials"],
-                b["attention_tickets"],
                 b["qkv"],
                 *self._norms(index),
                 self._rotation(index),
@@ -242,10 +242,12 @@ class Programs:
                 b["positions"],
                 b["page_table"],
                 *self._attention_sizes,
+                shape.max_splits,
                 shape.split_units,
+                slots,
                 float(self._model.rms_norm_eps),
             ),
-            shared_bytes=shape.shared_bytes_within(self._kernels.max_shared_bytes),
+            shared_bytes=shape.shared_bytes(slots),
         )
 
     def _prompt_attention(self, index: int) -> list[Step]:

@@ -10,7 +10,7 @@ from device_runtime.kernels.table import GEMV_STAGES
 from device_runtime.package_format.model_config import ModelConfig
 
 HEAD_DIMS = (64, 128)
-MAX_HEAD_RATIO = 8
+MAX_HEAD_RATIO = 16
 """Query heads that may share a kv head (decode_attention.cu)."""
 _REMEDY = "use the reference backend"
 

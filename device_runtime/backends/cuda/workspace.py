@@ -94,7 +94,6 @@ class StepLimits:
             "rotation": 8 * rows * pairs,
             "query_scale": 4 * rows,
             "partials": 4 * self.attention(self.width).partials_floats,
-            "attention_tickets": 4 * self.width * model.num_kv_heads,
             "gemm_sums": self.gemm_bytes,
             "gemm_tickets": 4 * GEMM_TICKETS,
             "gemv_activations": self.gemv_activation_bytes,
