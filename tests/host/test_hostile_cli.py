@@ -120,7 +120,7 @@ def tensor_without_memory(folder: Path) -> None:
 
 
 def sparse_tensor(folder: Path) -> None:
-    pickled(folder, {"x": torch.sparse_coo_tensor([[0]], [1.0], (1 << 40,))})
+    pickled(folder, {"x": torch.sparse_coo_tensor([[0]], [1.0], (1 << 40,), check_invariants=True)})
 
 
 def index_that_points_outside(folder: Path) -> None:
@@ -265,6 +265,17 @@ def packed_with(packing: str, **changes: torch.Tensor | None) -> Callable[[Path]
     return make
 
 
+def merges(*pairs: tuple[str, str], **vocab: int) -> Callable[[Path], None]:
+    """A byte-pair tokenizer with an empty token, these merges, and more tokens."""
+
+    def make(folder: Path) -> None:
+        words = {"a": 0, "b": 1, "ab": 2, "": 3, **vocab}
+        model = {"type": "BPE", "vocab": words, "merges": [list(pair) for pair in pairs]}
+        (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": model}))
+
+    return make
+
+
 WORDS = torch.int32
 CASES: dict[str, tuple[Callable[[Path], None], str]] = {
     "pickle with code": (pickle_with_code, "no plain torch file .* nothing in it was executed"),
@@ -330,6 +341,18 @@ CASES: dict[str, tuple[Callable[[Path], None], str]] = {
     "compressed shape that lies": (
         packed_with("asymmetric", weight_shape=torch.tensor([1 << 40, 1 << 40])),
         "weight_shape says",
+    ),
+    "tokenizer whose merges go in a circle": (
+        merges(("a", "b"), ("", "ab")),
+        "merge 1 of .*tokenizer.json makes 'ab' of itself, merges must not go in a circle",
+    ),
+    "tokenizer whose merges lead nowhere": (
+        merges(("b", "a")),
+        "tokenizer.json joins 'b' and 'a', of which one or the whole is no token",
+    ),
+    "tokenizer with an id beyond the embedding": (
+        merges(("a", "b"), c=1 << 30),
+        "has the token id 1073741824, the embedding has 128 rows",
     ),
     "AWQ without zeros": (packed_with("awq", qzeros=None), "down_proj.qzeros is missing"),
 }
