@@ -39,6 +39,9 @@ class Observer:
 
 SILENT = Observer()
 
+HALF_LIMIT = 2.0**15
+"""Greatest query, key or value that is taken in fp16."""
+
 
 def rms_norm(states: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Return ``states * rsqrt(mean(states^2) + eps) * weight`` over the last axis."""
@@ -109,13 +112,8 @@ class DecoderLayer:
             queries, keys = rotary.rotate(queries), rotary.rotate(keys)
         observer.keys_values(keys, values)
         keys, values = observer.cached(keys, values)
-        if queries.is_cuda:
-            # torch's fused fp32 kernel knows no shared heads; its plain one holds every score.
-            num_shared = model.num_attention_heads // model.num_kv_heads
-            keys, values = (heads.repeat_interleave(num_shared, dim=1) for heads in (keys, values))
-        mixed = functional.scaled_dot_product_attention(
-            queries, keys, values, is_causal=True, enable_gqa=not queries.is_cuda
-        )
+        attend = gpu_attention if queries.is_cuda else plain_attention
+        mixed = attend(queries, keys, values)
         return mixed.transpose(1, 2).flatten(2)
 
     def ffn_input(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -163,3 +161,32 @@ class DecoderLayer:
         """Return ``[batch, num_heads, tokens, head_dim]``."""
         outputs = self.linear(name, inputs, observer)
         return outputs.view(*outputs.shape[:2], num_heads, self.model.head_dim).transpose(1, 2)
+
+
+def plain_attention(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+) -> torch.Tensor:
+    """Return causal attention ``[batch, num_attention_heads, tokens, head_dim]``.
+
+    Keys and values have ``num_kv_heads``, which groups of query heads share.
+    """
+    return functional.scaled_dot_product_attention(
+        queries, keys, values, is_causal=True, enable_gqa=True
+    )
+
+
+def gpu_attention(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Do what :func:`plain_attention` does with the kernels that hold no matrix of scores.
+
+    Where products may be rounded to TF32 (`tensor_cores`) its factors are fp16, which has as many
+    bits: the fastest kernel takes no fp32. A model whose values are beyond fp16 keeps fp32.
+    """
+    if torch.get_float32_matmul_precision() != "highest":
+        greatest = torch.stack([part.abs().amax() for part in (queries, keys, values)]).amax()
+        if float(greatest) < HALF_LIMIT:
+            halves = (part.half() for part in (queries, keys, values))
+            return plain_attention(*halves).float()
+    # The fp32 kernel knows no shared heads.
+    num_shared = queries.shape[1] // keys.shape[1]
+    keys, values = (heads.repeat_interleave(num_shared, dim=1) for heads in (keys, values))
+    return functional.scaled_dot_product_attention(queries, keys, values, is_causal=True)

@@ -23,6 +23,7 @@ from host_tools.decoder.devices import (
     tensor_cores,
     working_bytes,
 )
+from host_tools.decoder.layer import gpu_attention, plain_attention
 from host_tools.decoder.prefetch import Upload, read_ahead, ready_layers
 from host_tools.decoder.snapshots import Snapshots
 from host_tools.decoder.stream import Activations, LayerRunner
@@ -208,6 +209,25 @@ def test_layers_are_read_one_ahead_and_in_order() -> None:
         assert not started[min(index + 2, 3)].is_set()
     assert found == [(0, "layer 0"), (1, "layer 1"), (2, "layer 2")]
     assert list(read_ahead(read, ())) == []
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e5])
+def test_attention_of_a_gpu_is_that_of_a_cpu(monkeypatch, scale: float) -> None:
+    generator = torch.Generator().manual_seed(4)
+    queries, keys, values = (
+        torch.randn(2, heads, 33, 16, generator=generator) for heads in (6, 2, 2)
+    )
+    values *= scale  # 1e5 is beyond fp16
+    expected = plain_attention(queries, keys, values)
+    # Sums in another order, at most.
+    torch.testing.assert_close(gpu_attention(queries, keys, values), expected)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    found = gpu_attention(queries, keys, values)
+    assert found.dtype == torch.float32
+    error = (found - expected).norm() / expected.norm()
+    # Factors of 11 bits where they fit, else 24.
+    assert error < (1e-3 if scale == 1.0 else 1e-6)
+    assert (error > 1e-5) == (scale == 1.0)
 
 
 def test_what_reading_raises_reaches_the_caller() -> None:
