@@ -15,6 +15,12 @@ constexpr int kValueWarp = kStreamWarps + 1;  // stores the newest value
 constexpr int kDecodeThreads = (kStreamWarps + 2) * kWarpSize;
 constexpr int kMergeLoads = 2;
 constexpr int kLeastSteps = 2;  // of a split
+// When the next kernel may start: 0 at once, 1 when this one's copies have been asked for, which its
+// loads would delay, 2 when the queries are there.
+#ifndef TURBOJET_DECODE_TRIGGER
+#define TURBOJET_DECODE_TRIGGER 1
+#endif
+constexpr int kTrigger = TURBOJET_DECODE_TRIGGER;
 
 struct DecodeArguments {
   fp16* out;
@@ -74,6 +80,7 @@ class DecodeBlock {
   }
 
   __device__ __forceinline__ void run() {
+    if (kTrigger == 0) let_dependents_launch();
     // Loaded with the position, not after it; what a row does not use is 0.
     const int32_t* const pages =
         arguments_.page_table + static_cast<int64_t>(row_) * arguments_.max_pages;
@@ -114,9 +121,10 @@ class DecodeBlock {
     char* const ring = dynamic_shared<char>() + warp_ * ring_bytes_;
     Streamed stream(range, warp_, lane_, ring, arguments_.ring_slots);
     if (warp_ < kStreamWarps) stream.start();
-    // The next kernel's loads would delay these.
-    if (warp_ == 0) let_dependents_launch();
+    if (kTrigger == 1 && warp_ == 0) let_dependents_launch();
+    if (kAheadSteps > 0 && warp_ < kStreamWarps) stream.ask_ahead();
     prepare(own, range);
+    if (kTrigger == 2 && warp_ == 0) let_dependents_launch();
     if (warp_ < kStreamWarps) {
       stream.take_queries(columns_, query_scales_, query_sums_, code_scale(0));
       stream.run();

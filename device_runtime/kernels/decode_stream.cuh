@@ -2,13 +2,18 @@
 #ifndef TURBOJET_DECODE_STREAM_CUH
 #define TURBOJET_DECODE_STREAM_CUH
 
+#include "decode_range.cuh"
 #include "fixed_point.cuh"
 #include "fragments.cuh"
-#include "kv_cache.cuh"
 
 namespace {
 
 constexpr int kStepTokens = 32;
+// Steps behind the ring that a warp asks into L2 while it waits for the kernel before.
+#ifndef TURBOJET_DECODE_AHEAD
+#define TURBOJET_DECODE_AHEAD 0
+#endif
+constexpr int kAheadSteps = TURBOJET_DECODE_AHEAD;
 constexpr int kMostSlots = 4;   // of a warp's ring
 constexpr float kLeastScale = 1.0f / (1 << 24);  // of fp16 beside 0, whose codes are 0
 constexpr float kNothing = -1e30f;  // below every score; unlike -inf its differences are numbers
@@ -20,40 +25,6 @@ struct Sum {
 template <>
 struct Sum<true> {
   using Type = float;
-};
-
-// Division by a number that stays the same, as a product; exact while dividend * divisor < 2^32.
-class Divisor {
- public:
-  __device__ __forceinline__ explicit Divisor(int divisor)
-      : inverse_(divisor == 1 ? 0u : 0xffffffffu / static_cast<uint32_t>(divisor) + 1u) {}
-
-  __device__ __forceinline__ int divide(int dividend) const {
-    return inverse_ == 0
-               ? dividend
-               : static_cast<int>(__umulhi(static_cast<uint32_t>(dividend), inverse_));
-  }
-
- private:
-  uint32_t inverse_;  // 2^32 / divisor, rounded up; 0 for 1
-};
-
-// Where the steps of a block lie.
-struct StepRange {
-  Pages pages;
-  const int32_t* page_list;  // of the row, in shared memory
-  Divisor page_units;        // units of a page
-  int head;
-  int first;  // the first warp's first step
-  int last;
-  int num_tokens;  // in the cache
-
-  template <class Layout>
-  __device__ __forceinline__ char* unit_address(int unit) const {
-    const int place = page_units.divide(unit);
-    const int per_page = pages.page_size / Layout::kTokens;
-    return Layout::address(pages, page_list[place], head, unit - place * per_page);
-  }
 };
 
 // Keys and values of steps of 32 tokens come through a ring of the warp's own; query columns 4 tile
@@ -91,6 +62,23 @@ class Stream {
 #pragma unroll
     for (int part = 1; part < (kIsHalf ? kMostSlots / 2 : kMostSlots); ++part)
       if (part < num_slots_) copy_next(ring_ + part * kSlotBytes, part % 2 == 1);
+  }
+
+  // After start().
+  __device__ __forceinline__ void ask_ahead() const {
+    constexpr int kUnitSteps = Layout::kTokens / kStepTokens;
+#pragma unroll 1
+    for (int i = 1; i <= kAheadSteps; ++i) {
+      const int step = copied_step_ + i * kWarps;
+      if (step >= range_.last) return;
+      const char* const unit = range_.unit_address<Layout>(step / kUnitSteps);
+      const char* const keys = unit + step % kUnitSteps * kChunkBytes;
+      const char* const values = unit + Layout::kPartBytes + step % kUnitSteps * kPartBytes;
+      for (int byte = 128 * lane_; byte < kPartBytes; byte += 128 * kWarpSize) {
+        prefetch_line(keys + byte / kChunkBytes * (kUnitSteps * kChunkBytes) + byte % kChunkBytes);
+        prefetch_line(values + byte);
+      }
+    }
   }
 
   // columns [2 * kQueries][row bytes], scales and sums [kQueries]: as put_query leaves them; key:

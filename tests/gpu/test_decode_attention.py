@@ -43,6 +43,18 @@ def test_a_new_token_attends_to_all_before_it(
     check_decode(launch, heads, lengths, max_splits=splits)
 
 
+@pytest.mark.parametrize("slots", [2, 3, 4])
+def test_rings_of_any_length_give_the_same(launch: DeviceLaunch, slots: int) -> None:
+    check_decode(launch, Heads(8, 128, 32, 32), [1023, 4096, 77], max_splits=4, slots=slots)
+
+
+def test_blocks_find_what_others_left_every_time(launch: DeviceLaunch) -> None:
+    # 2112 blocks, far more than run at once; 16 query heads of a kv head in two blocks.
+    for seed in range(4):
+        lengths = [2049 + 31 * seed] * 12
+        check_decode(launch, Heads(8, 64, 176, 11), lengths, max_splits=8, seed=seed)
+
+
 @pytest.mark.parametrize("policy", [8, 4, 0])
 def test_queries_and_keys_are_normed_and_may_come_from_several_ranks(
     launch: DeviceLaunch, policy: int
