@@ -160,7 +160,7 @@ def _run(
     num_layers = checkpoint.model.num_hidden_layers
     parts_path = snapshots.folder / _PARTS_FILE
     with times.phase(READING, device):
-        (activations,) = place_activations(checkpoint.model, token_ids, device, snapshots.folder)
+        (activations,) = place_activations(checkpoint.model, token_ids, (device,), snapshots.folder)
         start = snapshots.load([activations])
         if start == 0:
             activations.fill(checkpoint, token_ids)

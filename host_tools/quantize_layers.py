@@ -39,9 +39,6 @@ from host_tools.tap_passes import TAPS_OF, TapPasses
 SNAPSHOT_INTERVAL_S = 60.0
 """Forward passes that a kill may cost; a finished layer is never searched again."""
 
-NUM_STREAMS = 2
-"""Residual streams: the original's, and that of what is quantized so far."""
-
 
 @dataclass(frozen=True)
 class SolvedLayer:
@@ -129,8 +126,11 @@ class LayerQuantizer:
             Spread(self._search_devices(), self._search_costs()) as spread,
             progress.task(f"quantize on {self._place}", self._num_layers, "layers") as task,
         ):
-            runner = LayerRunner(self.checkpoint, token_ids.shape[1], device)
-            run = _Run(self, TapPasses(runner, *streams), writer, spread)
+            exact_runner, runner = (
+                LayerRunner(self.checkpoint, token_ids.shape[1], stream_device)
+                for stream_device in self._stream_devices
+            )
+            run = _Run(self, TapPasses(runner, exact_runner, *streams), writer, spread)
             for ready in ready_layers(self.checkpoint, indices, device, self.times):
                 index = ready.index
                 if index in unfinished:
@@ -171,7 +171,7 @@ class LayerQuantizer:
         device = self.devices[0]
         with self.times.phase(READING, device):
             streams = place_activations(
-                self.checkpoint.model, token_ids, device, self.scratch, NUM_STREAMS
+                self.checkpoint.model, token_ids, self._stream_devices, self.scratch
             )
             start = snapshots.load(streams)
             if 0 < start <= first_unfinished:
@@ -179,6 +179,11 @@ class LayerQuantizer:
             for stream in streams:
                 stream.fill(self.checkpoint, token_ids)
         return streams, 0
+
+    @property
+    def _stream_devices(self) -> tuple[torch.device, torch.device]:
+        """Where the original's residual stream is run, and that of what is quantized so far."""
+        return (self.devices[1 % len(self.devices)], self.devices[0])
 
     def _search_devices(self) -> tuple[torch.device, ...]:
         """Return where linears are searched: a CPU takes two at once, each on one thread."""
@@ -248,9 +253,10 @@ class _Run:
             self.spread.run,
         )
         forward_s = search_s = 0.0
+        exact_layer = self.passes.on_exact_device(ready.layer)
         for block, (first, last) in TAPS_OF.items():
             with times.phase(FORWARD, device) as forward:
-                moments = [self.passes.after_norm(block, ready.layer)]
+                moments = [self.passes.after_norm(block, ready.layer, exact_layer)]
             forward_s += forward.seconds_s
             with times.phase(SEARCH, device) as search:
                 # Popped, so that the search can free them.
@@ -258,7 +264,7 @@ class _Run:
             search_s += search.seconds_s
             with times.phase(FORWARD, device) as forward:
                 partial = DecoderLayer.ready(solver.weights, model, device, CONSUMERS[first])
-                moments = [self.passes.before_sum(block, ready.layer, partial)]
+                moments = [self.passes.before_sum(block, partial, exact_layer)]
                 del partial
             forward_s += forward.seconds_s
             with times.phase(SEARCH, device) as search:
@@ -279,7 +285,8 @@ class _Run:
         with times.phase(READING):
             stored = self.quantizer.files.read(ready.index, self.quantizer.options.group_size)
         with times.phase(FORWARD, runner.device):
-            runner.advance(ready.layer, self.passes.exact)
+            exact_layer = self.passes.on_exact_device(ready.layer)
+            self.passes.exact_runner.advance(exact_layer, self.passes.exact)
             layer = DecoderLayer.ready(stored, ready.layer.model, runner.device)
             runner.advance(layer, self.passes.quantized)
 

@@ -24,49 +24,65 @@ TAPS_OF: dict[Block, tuple[Tap, Tap]] = {"attention": ("qkv", "o"), "ffn": ("gat
 
 @dataclass(frozen=True)
 class TapPasses:
-    """The two streams on their way.
+    """The two streams on their way, each on a device of its own where there are two.
+
+    A stream's forward passes run on its device. The Gram matrix is summed up where the quantized
+    stream is, what compares the streams where the exact one is: that halves the work, and the
+    batches come in the same order everywhere, so that the sums have the same bits.
 
     Attributes:
-        runner: of the forward passes.
+        runner: of the quantized stream; its device gets the moments.
+        exact_runner: of the exact stream.
         exact: the original's residual stream.
         quantized: that of the layers as they are stored.
     """
 
     runner: LayerRunner
+    exact_runner: LayerRunner
     exact: Activations
     quantized: Activations
 
+    def on_exact_device(self, original: DecoderLayer) -> DecoderLayer:
+        """Return a layer where the exact stream is."""
+        if self.exact_runner.device == self.runner.device:
+            return original
+        return DecoderLayer.ready(original.weights, original.model, self.exact_runner.device)
+
     @torch.no_grad()
-    def after_norm(self, block: Block, original: DecoderLayer) -> InputMoments:
+    def after_norm(
+        self, block: Block, original: DecoderLayer, exact_layer: DecoderLayer
+    ) -> InputMoments:
         """Return what enters the first linears of a half of the layer; no stream moves.
 
         Args:
             block: where both streams are.
             original: the layer in floating point; its norm is that of both streams.
+            exact_layer: the same layer, where the exact stream is.
         """
         sums = MomentSums()
         for exact, quantized, _ in self._batches():
-            sums.add(_normed(original, block, exact), _normed(original, block, quantized))
+            sums.add(_normed(exact_layer, block, exact), _normed(original, block, quantized))
         return_free_memory()
         return sums.take()
 
     @torch.no_grad()
     def before_sum(
-        self, block: Block, original: DecoderLayer, partial: DecoderLayer
+        self, block: Block, partial: DecoderLayer, exact_layer: DecoderLayer
     ) -> InputMoments:
         """Return what enters the last linear of a half; the exact stream is taken through it.
 
         Args:
             block: where both streams are.
-            original: the layer in floating point.
             partial: the layer whose first linears of this half are quantized.
+            exact_layer: the layer in floating point, where the exact stream is.
         """
-        sums, rotary = MomentSums(), self.runner.rotary
+        sums = MomentSums()
         name: LogicalLinear = "o" if block == "attention" else "down"
         for exact, quantized, batch in self._batches():
-            inner = _inner(original, block, exact, rotary)
-            sums.add(inner, _inner(partial, block, quantized, rotary), exact - quantized)
-            self.exact.store(batch, exact + original.linear(name, inner))
+            inputs = _inner(partial, block, quantized, self.runner.rotary)
+            inner = _inner(exact_layer, block, exact, self.exact_runner.rotary)
+            sums.add(inner, inputs, exact - quantized.to(exact.device))
+            self.exact.store(batch, exact + exact_layer.linear(name, inner))
         return_free_memory()
         return sums.take()
 
@@ -77,9 +93,8 @@ class TapPasses:
     def _batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, slice]]:
         # As many at once as when a stream goes through a finished layer: then the bits are alike.
         for batch in self.exact.batches():
-            exact, quantized = (
-                stream.load(batch, self.runner.device) for stream in (self.exact, self.quantized)
-            )
+            exact = self.exact.load(batch, self.exact_runner.device)
+            quantized = self.quantized.load(batch, self.runner.device)
             yield exact, quantized, batch
 
 

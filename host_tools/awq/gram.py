@@ -67,9 +67,10 @@ class MomentSums:
 
         Args:
             exact: ``[..., in]`` fp32 of the exact stream.
-            quantized: the same tokens' of the quantized stream; None when there is one stream.
+            quantized: the same tokens' of the quantized stream, on the same or another device;
+                None when there is one stream.
             residual_drift: ``[..., hidden_size]``, exact less quantized, of the stream that the
-                linear's output is added to.
+                linear's output is added to; where ``exact`` is.
         """
         exact = exact.flatten(0, -2)
         inputs = exact if quantized is None else quantized.flatten(0, -2)
@@ -77,6 +78,7 @@ class MomentSums:
         self._gram = _plus_product(self._gram, inputs, inputs)
         magnitude = (exact.new_ones(1, len(exact)) @ exact.abs())[0]
         self._magnitude = magnitude if self._magnitude is None else self._magnitude.add_(magnitude)
+        inputs = inputs.to(exact.device)
         if quantized is not None:
             self._drift = _plus_product(self._drift, exact - inputs, inputs)
         if residual_drift is not None:
@@ -84,18 +86,24 @@ class MomentSums:
             self._residual_drift = _plus_product(self._residual_drift, rows, inputs)
 
     def take(self) -> InputMoments:
-        """Hand out the means; the sums are as new afterwards.
+        """Hand out the means, where the inputs of the linears are; the sums are as new afterwards.
 
         Raises:
             ValueError: nothing was added.
         """
-        gram, magnitude, *drifts = (
-            None if total is None else total.div_(self._num_tokens)
-            for total in (self._gram, self._magnitude, self._drift, self._residual_drift)
-        )
-        if gram is None or magnitude is None:
+        if self._gram is None or self._magnitude is None:
             raise ValueError("no activations were added")
-        found = InputMoments(gram, magnitude, self._num_tokens, *drifts)
+        device = self._gram.device
+        drifts = (
+            None if total is None else total.div_(self._num_tokens).to(device)
+            for total in (self._drift, self._residual_drift)
+        )
+        found = InputMoments(
+            self._gram.div_(self._num_tokens),
+            self._magnitude.div_(self._num_tokens).to(device),
+            self._num_tokens,
+            *drifts,
+        )
         self._gram = self._magnitude = self._drift = self._residual_drift = None
         self._num_tokens = 0
         return found

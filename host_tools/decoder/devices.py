@@ -84,13 +84,9 @@ def working_bytes(model: ModelConfig, num_streams: int, seqlen: int) -> int:
 
 
 def place_activations(
-    model: ModelConfig,
-    windows: torch.Tensor,
-    device: torch.device,
-    folder: Path,
-    num_streams: int = 1,
+    model: ModelConfig, windows: torch.Tensor, devices: Sequence[torch.device], folder: Path
 ) -> list[Activations]:
-    """Make room for the residual streams of all windows where they cost least.
+    """Make room for residual streams of all windows where they cost least.
 
     A CPU keeps fp32, in memory or in a file. A GPU takes the compact form: on the device as many
     streams as its memory allows, the first ones first, the others in pinned host memory.
@@ -98,24 +94,28 @@ def place_activations(
     Args:
         model: sizes.
         windows: token ids ``[num_samples, seqlen]``.
-        device: that computes.
+        devices: where each stream is computed; several may be on one.
         folder: for the file.
-        num_streams: how many are run side by side.
     """
     num_samples, seqlen = windows.shape
     shape = (num_samples, seqlen, model.hidden_size)
-    if device.type == "cpu":
-        return [Activations.allocate(shape, folder) for _ in range(num_streams)]
+    if devices[0].type == "cpu":
+        return [Activations.allocate(shape, folder) for _ in devices]
+    needed = working_bytes(model, len(devices), seqlen)
+    rooms = {device: _room_bytes(device, needed) for device in devices}
+    stream_bytes = num_samples * seqlen * (2 * model.hidden_size + 4)
+    streams: list[Activations] = []
+    for device in devices:
+        fits = stream_bytes <= rooms[device]
+        rooms[device] -= stream_bytes if fits else 0
+        streams.append(CompactActivations.make(shape, device if fits else torch.device("cpu")))
+    return streams
+
+
+def _room_bytes(device: torch.device, needed: int) -> float:
+    """Return what a GPU has for activations when this much is needed beside them."""
     # What an earlier stage of this process left in torch's cache is free, too.
     torch.cuda.empty_cache()
     free_bytes, _ = torch.cuda.mem_get_info(device)
-    needed = working_bytes(model, num_streams, seqlen)
     usable = USABLE_SHARE * free_bytes
-    room = (min(usable, SMALL_GPU_BYTES) if needed <= SMALL_GPU_BYTES else usable) - needed
-    streams: list[Activations] = []
-    for _ in range(num_streams):
-        stream_bytes = num_samples * seqlen * (2 * model.hidden_size + 4)
-        fits = stream_bytes <= room
-        room -= stream_bytes if fits else 0
-        streams.append(CompactActivations.make(shape, device if fits else torch.device("cpu")))
-    return streams
+    return (min(usable, SMALL_GPU_BYTES) if needed <= SMALL_GPU_BYTES else usable) - needed

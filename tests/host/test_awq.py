@@ -117,12 +117,12 @@ def test_passes_see_what_the_linears_see(tmp_path: Path) -> None:
     states, drifted = randn(5, 16, 64), randn(5, 16, 64) + 0.1 * randn(5, 16, 64, seed=1)
     layer = runner.layer(0)
     other = DecoderLayer.ready(round_layer(layer.weights, GROUP).weights, layer.model, CPU)
-    passes = TapPasses(runner, Activations(states.clone()), Activations(drifted.clone()))
+    passes = TapPasses(runner, runner, Activations(states.clone()), Activations(drifted.clone()))
     x, y = layer.attention_input(states), layer.attention_input(drifted)
-    moments = passes.after_norm("attention", layer)
+    moments = passes.after_norm("attention", layer, layer)
     torch.testing.assert_close(moments.gram, y.flatten(0, 1).T @ y.flatten(0, 1) / 80)
     assert moments.residual_drift is None
-    moments = passes.before_sum("attention", layer, other)
+    moments = passes.before_sum("attention", other, layer)
     x, y = (
         layer.o_input(x, runner.rotary),
         other.o_input(other.attention_input(drifted), runner.rotary),
@@ -132,8 +132,8 @@ def test_passes_see_what_the_linears_see(tmp_path: Path) -> None:
     torch.testing.assert_close(moments.residual_drift, residual.T @ y / 80)
     torch.testing.assert_close(moments.drift, (x.flatten(0, 1) - y).T @ y / 80)
     passes.follow("attention", other)
-    passes.after_norm("ffn", layer)
-    passes.before_sum("ffn", layer, other)
+    passes.after_norm("ffn", layer, layer)
+    passes.before_sum("ffn", other, layer)
     passes.follow("ffn", other)
     # Bit for bit what a run gives that goes on after this layer.
     for stream, weights, started in (

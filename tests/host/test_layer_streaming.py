@@ -30,9 +30,10 @@ from host_tools.decoder.stream import Activations, LayerRunner
 from host_tools.layer_writer import LayerWriter
 from host_tools.phase_times import FORWARD, SEARCH, PhaseTimes
 from host_tools.spread import Spread
+from host_tools.tap_passes import TapPasses
 
 CPU = torch.device("cpu")
-CUDA = torch.device("cuda", 0)
+CUDA, OTHER_CUDA = torch.device("cuda", 0), torch.device("cuda", 1)
 
 LLAMA_2_7B = ModelConfig(
     hidden_size=4096,
@@ -155,16 +156,17 @@ def test_a_llama_2_7b_needs_less_than_8_gb_beside_its_windows() -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_streams", "free_gb", "places"),
+    ("devices", "free_gb", "places"),
     [
-        (1, 140, [CUDA]),
-        (1, 5, [CPU]),
-        (2, 140, [CUDA, CPU]),  # both would be more than 8 GB
-        (2, 6, [CPU, CPU]),
+        ([CUDA], 140, [CUDA]),
+        ([CUDA], 5, [CPU]),
+        ([CUDA, CUDA], 140, [CUDA, CPU]),  # both would be more than 8 GB
+        ([CUDA, CUDA], 6, [CPU, CPU]),
+        ([OTHER_CUDA, CUDA], 140, [OTHER_CUDA, CUDA]),
     ],
 )
 def test_activations_lie_on_the_gpu_as_far_as_8_gb_go(
-    monkeypatch, tmp_path, num_streams, free_gb, places
+    monkeypatch, tmp_path, devices, free_gb, places
 ) -> None:
     made = []
     free_bytes = int(free_gb * 1e9)
@@ -173,7 +175,7 @@ def test_activations_lie_on_the_gpu_as_far_as_8_gb_go(
         devices_module.CompactActivations, "make", lambda shape, device: made.append(device)
     )
     windows = torch.zeros(128, 2048, dtype=torch.int32)
-    place_activations(LLAMA_2_7B, windows, CUDA, tmp_path, num_streams)
+    place_activations(LLAMA_2_7B, windows, devices, tmp_path)
     assert made == places
 
 
@@ -184,13 +186,13 @@ def test_a_model_that_no_small_gpu_holds_takes_what_there_is(monkeypatch, tmp_pa
         devices_module.CompactActivations, "make", lambda shape, device: made.append(device)
     )
     large = replace(LLAMA_2_7B, hidden_size=8192, intermediate_size=28672)
-    place_activations(large, torch.zeros(128, 2048), CUDA, tmp_path, 2)
+    place_activations(large, torch.zeros(128, 2048), [CUDA, CUDA], tmp_path)
     assert made == [CUDA, CUDA]
 
 
 def test_a_cpu_keeps_whole_numbers(tmp_path) -> None:
     windows = torch.zeros(2, 8, dtype=torch.int32)
-    (kept,) = place_activations(LLAMA_2_7B, windows, CPU, tmp_path)
+    (kept,) = place_activations(LLAMA_2_7B, windows, [CPU], tmp_path)
     assert (kept.states.shape, kept.states.dtype) == ((2, 8, 4096), torch.float32)
 
 
@@ -209,6 +211,35 @@ def test_layers_are_read_one_ahead_and_in_order() -> None:
         assert not started[min(index + 2, 3)].is_set()
     assert found == [(0, "layer 0"), (1, "layer 1"), (2, "layer 2")]
     assert list(read_ahead(read, ())) == []
+
+
+def test_the_exact_stream_may_run_on_a_device_of_its_own(checkpoint: Checkpoint) -> None:
+    # torch takes cpu:0 for another device than cpu, and it computes the same.
+    devices = (CPU, torch.device("cpu", 0))
+    found = []
+    for exact_device in devices:
+        token_ids = torch.arange(60, dtype=torch.int32).view(3, 20)
+        streams = [Activations.embed(checkpoint, token_ids) for _ in range(2)]
+        streams[1].states.mul_(1.1)
+        runners = [LayerRunner(checkpoint, 20, device) for device in (CPU, exact_device)]
+        passes = TapPasses(*runners, *streams)
+        original, stored = runners[0].layer(0), runners[0].layer(1)
+        exact_layer = passes.on_exact_device(original)
+        assert (exact_layer is original) == (exact_device == CPU)
+        found.append(
+            [
+                passes.after_norm("attention", original, exact_layer),
+                passes.before_sum("attention", stored, exact_layer),
+                streams[0].states,
+            ]
+        )
+    for moments, others in zip(found[0][:2], found[1][:2], strict=True):
+        assert torch.equal(moments.gram, others.gram)
+        assert torch.equal(moments.drift, others.drift)
+        assert torch.equal(moments.magnitude, others.magnitude)
+        assert others.drift.device == CPU
+    assert torch.equal(found[0][1].residual_drift, found[1][1].residual_drift)
+    assert torch.equal(found[0][2], found[1][2])
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e5])
