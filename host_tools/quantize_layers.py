@@ -11,15 +11,13 @@ import torch
 
 from device_runtime.errors import PackageError
 from host_tools.awq.awq_folder import LayerFiles
-from host_tools.awq.gram import CONSUMERS
-from host_tools.awq.layer_solver import LayerSolver, QuantizedLayer, round_layer
+from host_tools.awq.layer_solver import round_layer
 from host_tools.checkpoint import Checkpoint
 from host_tools.checkpoint.families import LINEARS, LogicalLinear
 from host_tools.checkpoint.linear_weights import linear_shape
 from host_tools.checkpoint.mixed import KeptLinears
 from host_tools.decoder.devices import place_activations, tensor_cores
-from host_tools.decoder.layer import DecoderLayer
-from host_tools.decoder.prefetch import ReadyLayer, ready_layers
+from host_tools.decoder.prefetch import ready_layers
 from host_tools.decoder.snapshots import Snapshots
 from host_tools.decoder.stream import Activations, LayerRunner
 from host_tools.layer_records import (
@@ -29,30 +27,16 @@ from host_tools.layer_records import (
     read_layer_record,
     write_layer_record,
 )
+from host_tools.layer_run import LayerRun, SolvedLayer
 from host_tools.layer_writer import LayerWriter
 from host_tools.options import QuantizeOptions
-from host_tools.phase_times import DISK, FORWARD, PACKING, READING, SEARCH, PhaseTimes
+from host_tools.phase_times import DISK, PACKING, READING, SEARCH, PhaseTimes
 from host_tools.progress import Progress
 from host_tools.spread import Spread
-from host_tools.tap_passes import TAPS_OF, TapPasses
+from host_tools.tap_passes import TapPasses
 
 SNAPSHOT_INTERVAL_S = 60.0
 """Forward passes that a kill may cost; a finished layer is never searched again."""
-
-
-@dataclass(frozen=True)
-class SolvedLayer:
-    """A layer that waits to be stored.
-
-    Attributes:
-        index: number of the layer.
-        quantized: what the search gave.
-        seconds: what the layer took so far.
-    """
-
-    index: int
-    quantized: QuantizedLayer
-    seconds: LayerSeconds
 
 
 @dataclass(frozen=True)
@@ -130,13 +114,21 @@ class LayerQuantizer:
                 LayerRunner(self.checkpoint, token_ids.shape[1], stream_device)
                 for stream_device in self._stream_devices
             )
-            run = _Run(self, TapPasses(runner, exact_runner, *streams), writer, spread)
+            run = LayerRun(
+                TapPasses(runner, exact_runner, *streams),
+                writer,
+                spread,
+                self.times,
+                self.options.group_size,
+            )
             for ready in ready_layers(self.checkpoint, indices, device, self.times):
                 index = ready.index
                 if index in unfinished:
-                    run.search(ready)
+                    run.search(ready, self.kept.of_layer(index))
                 else:
-                    run.pass_by(ready)
+                    with self.times.phase(READING):
+                        stored = self.files.read(index, self.options.group_size)
+                    run.pass_by(ready, stored)
                 del ready  # else it is there until the next layer has come
                 if snapshots.is_due():
                     # No layer before a snapshot is looked at again.
@@ -222,73 +214,6 @@ class LayerQuantizer:
             return read_layer_record(self._record_path(index))
         except PackageError:
             return LayerRecord(index, ())
-
-
-@dataclass(frozen=True)
-class _Run:
-    """What the layers of one run are taken through.
-
-    Attributes:
-        quantizer: whose layers they are.
-        passes: of the original's residual stream and that of the quantized layers.
-        writer: of finished layers.
-        spread: of the searches.
-    """
-
-    quantizer: LayerQuantizer
-    passes: TapPasses
-    writer: LayerWriter[SolvedLayer]
-    spread: Spread[LogicalLinear]
-
-    def search(self, ready: ReadyLayer) -> None:
-        """Quantize a layer, tap after tap, take the streams through it and have it stored."""
-        quantizer, device = self.quantizer, self.passes.runner.device
-        model = ready.layer.model
-        times = quantizer.times
-        solver = LayerSolver(
-            ready.layer.weights,
-            model,
-            quantizer.options.group_size,
-            quantizer.kept.of_layer(ready.index),
-            self.spread.run,
-        )
-        forward_s = search_s = 0.0
-        exact_layer = self.passes.on_exact_device(ready.layer)
-        for block, (first, last) in TAPS_OF.items():
-            with times.phase(FORWARD, device) as forward:
-                moments = [self.passes.after_norm(block, ready.layer, exact_layer)]
-            forward_s += forward.seconds_s
-            with times.phase(SEARCH, device) as search:
-                # Popped, so that the search can free them.
-                solver.solve(first, moments.pop)
-            search_s += search.seconds_s
-            with times.phase(FORWARD, device) as forward:
-                partial = DecoderLayer.ready(solver.weights, model, device, CONSUMERS[first])
-                moments = [self.passes.before_sum(block, partial, exact_layer)]
-                del partial
-            forward_s += forward.seconds_s
-            with times.phase(SEARCH, device) as search:
-                solver.solve(last, moments.pop)
-            search_s += search.seconds_s
-            with times.phase(FORWARD, device) as forward:
-                names = (*CONSUMERS[first], *CONSUMERS[last])
-                stored = DecoderLayer.ready(solver.weights, model, device, names)
-                self.passes.follow(block, stored)
-                del stored
-            forward_s += forward.seconds_s
-        seconds = LayerSeconds(forward_s=forward_s, search_s=search_s, disk_s=ready.waited_s)
-        self.writer.put(SolvedLayer(ready.index, solver.result(), seconds))
-
-    def pass_by(self, ready: ReadyLayer) -> None:
-        """Take the streams through a layer that is finished."""
-        times, runner = self.quantizer.times, self.passes.runner
-        with times.phase(READING):
-            stored = self.quantizer.files.read(ready.index, self.quantizer.options.group_size)
-        with times.phase(FORWARD, runner.device):
-            exact_layer = self.passes.on_exact_device(ready.layer)
-            self.passes.exact_runner.advance(exact_layer, self.passes.exact)
-            layer = DecoderLayer.ready(stored, ready.layer.model, runner.device)
-            runner.advance(layer, self.passes.quantized)
 
 
 def _device_name(device: torch.device) -> str:

@@ -174,7 +174,7 @@ if where == "written":
 elif where == "packed":
     LayerFiles.write = stopping(LayerFiles.write, False)
 else:
-    solver = quantize_layers.LayerSolver
+    from host_tools.awq.layer_solver import LayerSolver as solver
     solver.solve = stopping(solver.solve, False)
 quantize_layers.SNAPSHOT_INTERVAL_S = float(sys.argv[7])
 options = QuantizeOptions(group_size=32, device="cpu", devices=("cpu",) * devices)
