@@ -1,4 +1,9 @@
-"""A real small model on the GPU against the reference engine; TURBOJET_TEST_PACKAGE names it."""
+"""A real small model on the GPU against the reference engine; TURBOJET_TEST_PACKAGE names it.
+
+With an fp16 KV cache the logits are held to the reference's. With int8 a key or value that lies
+between two codes goes to one or the other by its last bit, so that the reference in chunks of
+32 tokens is no nearer to itself in one chunk than that allows; the GPU is held to this distance.
+"""
 
 from __future__ import annotations
 
@@ -35,13 +40,13 @@ def root() -> Path:
     return Path(os.environ[VARIABLE])
 
 
-def open_engine(root: Path, backend: str, quant_policy: int = 8) -> Engine:
+def open_engine(root: Path, backend: str, quant_policy: int = 8, chunk: int = 256) -> Engine:
     options = EngineOptions(
         backend=backend,
         session_len=WINDOW_TOKENS,
         max_batch_size=8,
         quant_policy=quant_policy,
-        max_tokens_per_step=256,
+        max_tokens_per_step=chunk,
     )
     try:
         return Engine.open(root, options)
@@ -80,24 +85,41 @@ def tokens_of(
     return got
 
 
-def check_logits(want: np.ndarray, got: np.ndarray, what: str) -> None:
+def distances(want: np.ndarray, got: np.ndarray) -> np.ndarray:
+    """1 - cosine of each position."""
     norms = np.linalg.norm(want, axis=1) * np.linalg.norm(got, axis=1)
-    cosine = float(((want.astype(np.float64) * got).sum(1) / norms).min())
+    return 1 - (want.astype(np.float64) * got).sum(1) / norms
+
+
+def check_logits(want: np.ndarray, got: np.ndarray, what: str, most: float) -> None:
+    """Hold the mean distance to ``most``; 0.0 asks for what an fp16 cache gives."""
+    found = distances(want, got)
     same = float((want.argmax(1) == got.argmax(1)).mean())
-    figures.note(f"real model, {what}: 1 - lowest cosine", 1 - cosine)
+    figures.note(f"real model, {what}: 1 - lowest cosine", found.max())
+    figures.note(f"real model, {what}: 1 - mean cosine", found.mean())
     figures.note(f"real model, {what}: share of other top-1", 1 - same)
-    assert cosine > 0.9999
-    assert same >= 0.99
+    if most:
+        assert found.mean() < most
+        assert same >= 0.97
+    else:
+        assert found.max() < 1e-4
+        assert same >= 0.99
 
 
 @pytest.mark.parametrize("kv_format", KV_FORMATS)
 def test_logits_are_the_references(root: Path, kv_format: str) -> None:
-    policy = KV_FORMATS[kv_format]
+    policy, most = KV_FORMATS[kv_format], 0.0
     with open_engine(root, "reference", policy) as engine:
         ids = text_ids(engine)[:256]
         want = engine.logits(ids)
+    if policy:
+        with open_engine(root, "reference", policy, chunk=32) as engine:
+            spread = distances(want, engine.logits(ids))
+        figures.note(f"real model, {kv_format} KV: reference to itself, 1 - lowest", spread.max())
+        figures.note(f"real model, {kv_format} KV: reference to itself, 1 - mean", spread.mean())
+        most = 4 * float(spread.mean())
     with open_engine(root, "cuda", policy) as engine:
-        check_logits(want, engine.logits(ids), f"{kv_format} KV")
+        check_logits(want, engine.logits(ids), f"{kv_format} KV", most)
 
 
 def test_an_fp16_package_has_the_logits_of_the_4_bit_one(root: Path, tmp_path: Path) -> None:
@@ -106,7 +128,7 @@ def test_an_fp16_package_has_the_logits_of_the_4_bit_one(root: Path, tmp_path: P
         ids = text_ids(engine)[:256]
         want = engine.logits(ids)
     with open_engine(tmp_path / "half", "cuda", 0) as engine:
-        check_logits(want, engine.logits(ids), "fp16 weights")
+        check_logits(want, engine.logits(ids), "fp16 weights", 0.0)
         params = GenerationParams(max_tokens=32, sampling=GREEDY, ignore_eos=True)
         (chosen,) = tokens_of(engine, [ids[:30]], params)
     with open_engine(root, "reference", 0) as engine:
