@@ -50,6 +50,7 @@ def folders(run: Run, demo_gguf: Path, tmp_path_factory: pytest.TempPathFactory)
         run(
             "turbojet-host", "quantize", paths["checkpoint"], "--work-dir", paths["work"],
             "--output", paths[method], "--w-group-size", str(GROUP_SIZE), "--method", method,
+            timeout=1800,
         )  # fmt: skip
     run(
         "turbojet-host", "convert", paths["awq"], "--model-name", NAME, "--output",
@@ -59,15 +60,31 @@ def folders(run: Run, demo_gguf: Path, tmp_path_factory: pytest.TempPathFactory)
     return paths
 
 
+def evaluated(
+    run: Run,
+    *targets: str | Path,
+    dataset: str,
+    samples: int,
+    seqlen: int,
+    quant_policy: int | None = None,
+) -> dict[str, Any]:
+    policy = () if quant_policy is None else ("--quant-policy", str(quant_policy))
+    done = run(
+        "turbojet-host", "evaluate", *targets, "--dataset", dataset, "--samples", str(samples),
+        "--seqlen", str(seqlen), "--json", *policy, timeout=3000,
+    )  # fmt: skip
+    report: dict[str, Any] = json.loads(done.stdout)
+    return report
+
+
 def perplexities(
     run: Run, *targets: str | Path, quant_policy: int | None = None
 ) -> dict[str, float]:
-    policy = () if quant_policy is None else ("--quant-policy", str(quant_policy))
-    done = run(
-        "turbojet-host", "evaluate", *targets, "--dataset", corpus("wiki.test.raw", "wikitext2"),
-        "--samples", "16", "--seqlen", "1024", "--json", *policy, timeout=3000,
+    report = evaluated(
+        run, *targets, dataset=corpus("wiki.test.raw", "wikitext2"), samples=16, seqlen=1024,
+        quant_policy=quant_policy,
     )  # fmt: skip
-    return {row["target"]: float(row["perplexity"]) for row in json.loads(done.stdout)["results"]}
+    return {row["target"]: float(row["perplexity"]) for row in report["results"]}
 
 
 def test_quantization_and_int8_kv_cost_what_we_promise(
@@ -82,13 +99,47 @@ def test_quantization_and_int8_kv_cost_what_we_promise(
     with capsys.disabled():
         print(f"\n  wikitext-2, 16 x 1024: fp16 {fp16:.3f}, rounded {rtn:.3f}, ours {awq:.3f}")
         print(f"  package: fp16 KV {kv[0]:.3f}, static int8 {kv[4]:.3f}, online int8 {kv[8]:.3f}")
-    # 22.55 and 30.07: transformers, fp32, on the same tokens; 26.60: AutoAWQ 0.2.9 likewise.
+    # 22.55 and 30.07: transformers, fp32, on the same tokens; AutoAWQ 0.2.9 likewise: 26.60.
+    # Ours: 24.72; the rest is for machines whose sums differ in the last bits.
     assert fp16 == pytest.approx(22.55, rel=1e-3)
     assert rtn == pytest.approx(30.07, rel=1e-2)
-    assert awq <= 26.60
+    assert awq <= 25.0
     assert kv[0] == pytest.approx(awq, rel=2e-3)
     assert kv[8] / kv[0] < 1.005
-    assert kv[4] / kv[0] < 1.05
+    assert kv[4] / kv[0] < 1.01
+
+
+# KL divergence to the original that our weights may have. Measured on the same windows: 0.124,
+# 0.083, 0.094 and 0.078; AutoAWQ 0.2.9 (scripts/compare-quantizers): 0.170, 0.136, 0.155, 0.105.
+OTHER_TEXTS = {"code": 0.145, "multilingual": 0.1, "wiki": 0.11, "tiny": 0.09}
+
+
+def test_the_gain_holds_on_text_unlike_the_calibration_text(
+    run: Run, folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import argparse
+    import heapq
+    import textwrap
+
+    code = tmp_path / "code.txt"
+    modules = (argparse, subprocess, heapq, textwrap)
+    code.write_text("".join(Path(module.__file__).read_text("utf-8") for module in modules))
+    for name, limit in OTHER_TEXTS.items():
+        text = code if name == "code" else Path(corpus(f"{name}.utf8", ""))
+        if not text.is_file():
+            continue  # other texts than code come with TURBOJET_CORPORA alone
+        targets = (folders["checkpoint"], folders["rtn"], folders["awq"])
+        report = evaluated(run, *targets, dataset=str(text), samples=8, seqlen=512)
+        fp16, rtn, awq = (row["perplexity"] for row in report["results"])
+        rounded, ours = report["comparisons"]
+        with capsys.disabled():
+            print(f"\n  {name}: fp16 {fp16:.3f}, rounded {rtn:.3f}, ours {awq:.3f}", end="; ")
+            for title, row in (("rounded", rounded), ("ours", ours)):
+                kl, agreed = row["kl_divergence"], row["top1_agreement"]
+                print(f"{title} KL {kl:.4f}, top-1 {agreed:.1%}", end=" ")
+        assert ours["kl_divergence"] < limit
+        assert ours["kl_divergence"] < 0.55 * rounded["kl_divergence"]
+        assert ours["top1_agreement"] > rounded["top1_agreement"]
 
 
 def dequantized(folder: Path, target: Path) -> Path:
