@@ -59,8 +59,15 @@ def test_the_stages_one_by_one(made, capsys):
     assert package.config.quant_policy == 4
 
     out, err = run(
-        capsys, "pack", folder / "tm", "--output", folder / "x.tgz", "--kernels", "none",
-        "--target", "thor,orin-nx-8gb",
+        capsys,
+        "pack",
+        folder / "tm",
+        "--output",
+        folder / "x.tgz",
+        "--kernels",
+        "none",
+        "--target",
+        "thor,orin-nx-8gb",
     )
     assert out == [str(folder / "x.tgz")]
     assert any(line.startswith("orin-nx-8gb: weights ") for line in err)
