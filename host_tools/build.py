@@ -38,9 +38,9 @@ from host_tools.plan import plan_config
 from host_tools.precision_cost import measure_costs
 from host_tools.progress import Progress
 from host_tools.quantize import quantize
-from host_tools.report import AWQ_DIR, CHECKPOINT_DIR, WORKSPACE_DIR, write_report
-from host_tools.report_data import ArchiveFacts, StageFigures
-from host_tools.report_records import BuildRecord, write_build_record
+from host_tools.report.data import ArchiveFacts, StageFigures
+from host_tools.report.gather import AWQ_DIR, CHECKPOINT_DIR, WORKSPACE_DIR, write_report
+from host_tools.report.records import BuildRecord, write_build_record
 from host_tools.stage import exclusive, read_record
 
 

@@ -112,7 +112,7 @@ def run_build(args: argparse.Namespace) -> int:
 
 def run_report(args: argparse.Namespace) -> int:
     """Draw the report of a work folder again and print the page."""
-    from host_tools.report import write_report
+    from host_tools.report.gather import write_report
 
     print(write_report(args.work_dir))
     return 0
@@ -124,8 +124,8 @@ def run_evaluate(args: argparse.Namespace) -> int:
 
     report = evaluate(args.targets, evaluate_options(args), make_progress())
     if args.work_dir is not None:
-        from host_tools.report import write_report
-        from host_tools.report_records import add_evaluation, evaluation_table
+        from host_tools.report.gather import write_report
+        from host_tools.report.records import add_evaluation, evaluation_table
 
         add_evaluation(args.work_dir, evaluation_table(report))
         print(f"report: {write_report(args.work_dir)}", file=sys.stderr)

@@ -6,7 +6,7 @@ from device_runtime.package_format import names
 from device_runtime.package_format.package import Package
 from device_runtime.package_format.tensors import TensorSpec
 from host_tools.pack import content_paths
-from host_tools.report_data import Part
+from host_tools.report.data import Part
 
 CODES = "4-bit codes"
 SCALES = "scales and zeros"

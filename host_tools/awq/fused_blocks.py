@@ -1,12 +1,13 @@
 """One kernel for a block of inputs of `compensation`, where thousands of small ones would be sent.
 
-Where triton is missing, torch's own operations do the same, slower. The results agree but for the
-last bits; on one kind of GPU they are always the same.
+Where triton is missing or cannot compile (it wants a C compiler), torch's own operations do the
+same, slower. The results agree but for the last bits; on one kind of GPU they are always the same.
 """
 
 from __future__ import annotations
 
 import functools
+import warnings
 from types import ModuleType
 
 import torch
@@ -17,7 +18,7 @@ OUTPUTS = 32
 
 def is_fused(device: torch.device) -> bool:
     """Tell whether the kernels run on a device."""
-    return device.type == "cuda" and _kernels() is not None
+    return device.type == "cuda" and _can_launch(device)
 
 
 def compensate_fused(
@@ -60,6 +61,22 @@ def _launch(name: str, outputs: tuple[torch.Tensor, ...], inputs: tuple[torch.Te
             INPUTS=max(16, 1 << (num_inputs - 1).bit_length()),
             OUTPUTS=OUTPUTS,
         )
+
+
+@functools.cache
+def _can_launch(device: torch.device) -> bool:
+    """Try a smallest block once; a device where that fails goes without the kernels."""
+    if _kernels() is None:
+        return False
+    try:
+        row = torch.full((16, 1), 2.0, device=device)
+        codes = torch.empty_like(row)
+        compensate_fused(row, row, torch.zeros(16, 16, device=device), codes)
+        return bool((codes == 1.0).all())
+    except Exception as error:  # Triton raises what its compiler, its C compiler or the driver say
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        warnings.warn(f"the code search runs without Triton, slower: {reason}", stacklevel=2)
+        return False
 
 
 @functools.cache

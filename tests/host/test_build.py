@@ -20,8 +20,8 @@ from host_tools.costs import read_costs
 from host_tools.options import CalibrateOptions
 from host_tools.package_options import BuildOptions, ConfigValues
 from host_tools.progress import Progress
-from host_tools.report import collect_report
-from host_tools.report_data import ArchiveFacts
+from host_tools.report.data import ArchiveFacts
+from host_tools.report.gather import collect_report
 
 NUM_KILLS = 12
 

@@ -1,25 +1,74 @@
-"""Where the fused kernels of the code search are used."""
+"""When the GPU's kernels of the code search are taken; tests/gpu compares what they compute."""
 
 from __future__ import annotations
+
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from host_tools.awq import fused_blocks
-from host_tools.awq.fused_blocks import compensate_fused, is_fused
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+CPU = torch.device("cpu")
 
 
-def test_kernels_are_for_gpus_with_triton(monkeypatch) -> None:
-    monkeypatch.setattr(fused_blocks, "_kernels", lambda: fused_blocks)
-    assert is_fused(CUDA)
-    assert not is_fused(CPU)
+class Kernel:
+    """Launched like a Triton kernel; does what it is told."""
+
+    def __init__(self, action):
+        self.action = action
+        self.grids = []
+
+    def __getitem__(self, grid):
+        self.grids.append(grid)
+        return self.action
+
+
+def kernels(monkeypatch: pytest.MonkeyPatch, action) -> Kernel:
+    kernel = Kernel(action)
+    module = SimpleNamespace(compensate_kernel=kernel)
+    monkeypatch.setattr(fused_blocks, "_kernels", lambda: module)
+    fused_blocks._can_launch.cache_clear()
+    return kernel
+
+
+@pytest.fixture(autouse=True)
+def forget():
+    yield
+    fused_blocks._can_launch.cache_clear()
+
+
+def test_kernels_that_round_as_they_should_are_taken(monkeypatch) -> None:
+    kernel = kernels(monkeypatch, lambda codes, *rest, **sizes: codes.fill_(1.0))
+    assert fused_blocks._can_launch(CPU)
+    assert fused_blocks._can_launch(CPU)
+    assert kernel.grids == [(1,)]  # tried once
+
+
+def test_a_machine_that_cannot_compile_them_goes_without(monkeypatch) -> None:
+    def fail(*arguments, **sizes):
+        raise RuntimeError("Failed to find C compiler.\nPlease specify via CC")
+
+    kernels(monkeypatch, fail)
+    with pytest.warns(UserWarning, match=r"without Triton, slower: Failed to find C compiler\.$"):
+        assert not fused_blocks._can_launch(CPU)
+
+
+def test_kernels_that_compute_something_else_are_left_alone(monkeypatch) -> None:
+    kernels(monkeypatch, lambda codes, *rest, **sizes: codes.fill_(2.0))
+    assert not fused_blocks._can_launch(CPU)
+
+
+def test_a_cpu_and_a_torch_without_triton_use_the_plain_loops(monkeypatch) -> None:
+    assert not fused_blocks.is_fused(CPU)
     monkeypatch.setattr(fused_blocks, "_kernels", lambda: None)
-    assert not is_fused(CUDA)
+    fused_blocks._can_launch.cache_clear()
+    assert not fused_blocks.is_fused(torch.device("cuda", 0))
 
 
-def test_outputs_in_pieces_are_refused() -> None:
-    block = torch.zeros(8, 16)
+def test_outputs_in_pieces_are_refused(monkeypatch) -> None:
+    kernels(monkeypatch, None)
+    codes = torch.empty(16, 4)[:, ::2]
+    one = torch.ones(16, 2)
     with pytest.raises(ValueError, match="compensate_kernel fills arrays in one piece"):
-        compensate_fused(block, block, block, torch.zeros(16, 8).T)
+        fused_blocks.compensate_fused(one, one, torch.zeros(16, 16), codes)

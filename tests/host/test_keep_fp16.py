@@ -22,7 +22,7 @@ from host_tools.options import CalibrateOptions, QuantizeOptions
 from host_tools.package_options import BuildOptions
 from host_tools.progress import Progress
 from host_tools.quantize import quantize
-from host_tools.report import collect_report
+from host_tools.report.gather import collect_report
 
 CPU = torch.device("cpu")
 KEPT = {"q", "k", "v", "down"}

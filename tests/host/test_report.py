@@ -20,17 +20,17 @@ from host_tools.evaluate import Comparison, EvaluationReport, PerplexityResult
 from host_tools.markup import element, visible
 from host_tools.package_options import ConfigValues, ConvertOptions
 from host_tools.progress import Progress
-from host_tools.report import collect_report, write_report
-from host_tools.report_data import (
+from host_tools.report.data import (
     ArchiveFacts,
     PerplexityRow,
     PerplexityTable,
     Report,
     StageFigures,
 )
-from host_tools.report_figures import clip_shares, layer_means, median_gain
-from host_tools.report_plots import Scale, round_step
-from host_tools.report_records import (
+from host_tools.report.figures import clip_shares, layer_means, median_gain
+from host_tools.report.gather import collect_report, write_report
+from host_tools.report.plots import Scale, round_step
+from host_tools.report.records import (
     MAX_TABLES,
     BuildRecord,
     add_evaluation,

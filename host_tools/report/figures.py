@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable
 
 from host_tools.layer_records import CLIP_STEPS, LinearRecord, QuantizeRecord
-from host_tools.report_data import PackageFacts
+from host_tools.report.data import PackageFacts
 
 Point = float | None
 

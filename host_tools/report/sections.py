@@ -10,9 +10,9 @@ from host_tools.costs import NOTABLE_INCREASE
 from host_tools.layer_records import CLIP_STEPS, LINEARS, LinearName, LinearRecord
 from host_tools.markup import Markup, element, table
 from host_tools.progress import format_bytes
-from host_tools.report_data import Report, StageFigures
-from host_tools.report_figures import STEPS, clip_shares, layer_means, relative
-from host_tools.report_plots import (
+from host_tools.report.data import Report, StageFigures
+from host_tools.report.figures import STEPS, clip_shares, layer_means, relative
+from host_tools.report.plots import (
     Segment,
     Series,
     bar_plot,

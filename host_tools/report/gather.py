@@ -19,7 +19,7 @@ from host_tools.origin import tool_versions
 from host_tools.package_options import ALL_TARGETS
 from host_tools.package_parts import linear_bytes, num_linear_weights, package_parts
 from host_tools.plan import MemoryNeeds, choose_boards, plan_boards
-from host_tools.report_data import (
+from host_tools.report.data import (
     REPORT_HTML,
     REPORT_JSON,
     REPORT_VERSION,
@@ -32,8 +32,8 @@ from host_tools.report_data import (
     Setting,
     StageFigures,
 )
-from host_tools.report_page import render_page
-from host_tools.report_records import BuildRecord, read_build_record, read_evaluations
+from host_tools.report.page import render_page
+from host_tools.report.records import BuildRecord, read_build_record, read_evaluations
 from host_tools.stage import RECORD_DIR
 
 AWQ_DIR = "awq"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 from device_runtime.errors import PackageError
 from device_runtime.package_format import strict_json
 from device_runtime.package_format.durable import write_atomically
-from host_tools.report_data import (
+from host_tools.report.data import (
     ArchiveFacts,
     PerplexityRow,
     PerplexityTable,

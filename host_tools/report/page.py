@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from host_tools.markup import Markup, element, joined
 from host_tools.progress import format_bytes, format_duration
-from host_tools.report_data import REPORT_JSON, Report
-from host_tools.report_figures import bits_per_weight, median_gain, num_measured
-from host_tools.report_sections import (
+from host_tools.report.data import REPORT_JSON, Report
+from host_tools.report.figures import bits_per_weight, median_gain, num_measured
+from host_tools.report.sections import (
     clipping_section,
     error_section,
     kv_section,
@@ -16,7 +16,7 @@ from host_tools.report_sections import (
     size_section,
     time_section,
 )
-from host_tools.report_style import STYLE
+from host_tools.report.style import STYLE
 
 MINUS = "\N{MINUS SIGN}"
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
