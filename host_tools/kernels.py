@@ -15,6 +15,7 @@ from device_runtime.errors import UsageError
 from device_runtime.kernels.cubins import (
     GROUP_SIZES,
     SOURCES,
+    build_name,
     cubin_file,
     has_group_size,
 )
@@ -43,7 +44,7 @@ class Build:
     @property
     def name(self) -> str:
         """As a person writes it: "sm_87 by CUDA 12.6"."""
-        return f"sm_{self.sm} by CUDA {self.cuda}{', plain' if self.is_plain else ''}"
+        return build_name(self.sm, self.cuda, self.is_plain)
 
 
 BUILDS = (

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 
 from device_runtime.apps.release import Release
 from device_runtime.apps.sizes import format_bytes
+from device_runtime.kernels.cubins import read_record
 from device_runtime.package_format.kv_page import kv_page_bytes
 from device_runtime.package_format.manifest import Manifest, PlannedMemory
 from device_runtime.package_format.package import Package
@@ -78,15 +79,24 @@ def package_lines(package: Package, release: Release | None) -> list[Line]:
         lines.append(Line("manifest", "none: a plain LMDeploy workspace"))
     else:
         lines += _manifest_lines(package.manifest)
-    kernels = _kernels(package)
-    lines.append(Line("kernels", ", ".join(kernels) if kernels else "none"))
+    lines.append(Line("kernels", _kernels_text(package)))
     return lines
 
 
 def _kernels(package: Package) -> list[str]:
-    if not package.kernels_dir.is_dir():
-        return []
-    return sorted(path.name for path in package.kernels_dir.iterdir() if path.is_file())
+    """Return the builds of the CUDA kernels that a package carries ("sm_87 by CUDA 12.6")."""
+    return list(dict.fromkeys(cubin.build for cubin in read_record(package.kernels_dir)))
+
+
+def _kernels_text(package: Package) -> str:
+    builds = _kernels(package)
+    if not builds:
+        return "none: it runs on the reference engine, or with TURBOJET_KERNELS"
+    sizes = [
+        (package.kernels_dir / cubin.file).stat().st_size
+        for cubin in read_record(package.kernels_dir)
+    ]
+    return f"{', '.join(builds)} ({len(sizes)} files, {format_bytes(sum(sizes))})"
 
 
 def _model_lines(package: Package) -> list[Line]:

@@ -63,6 +63,16 @@ class Cubin:
         major, _, minor = self.cuda.partition(".")
         return int(major), int(minor or 0)
 
+    @property
+    def build(self) -> str:
+        """What it was built for, for people."""
+        return build_name(self.sm, self.cuda, self.is_plain)
+
+
+def build_name(sm: int, cuda: str, is_plain: bool) -> str:
+    """Return what people call the cubins of one SM and CUDA release."""
+    return f"sm_{sm} by CUDA {cuda}{', plain' if is_plain else ''}"
+
 
 def cubin_file(source: str, sm: int, cuda: str, group_size: int, is_plain: bool = False) -> str:
     """Return the name of a cubin's file."""

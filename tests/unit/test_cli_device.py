@@ -14,10 +14,11 @@ from pathlib import Path
 import format_samples
 import pytest
 from archive_samples import archive_of, members_of, tgz_of, whole_package
+from fake_cuda import write_cubins
 
 from device_runtime import __version__, cli
 from device_runtime.apps import commands, progress_bar
-from device_runtime.apps.model_facts import package_lines
+from device_runtime.apps.model_facts import package_facts, package_lines
 from device_runtime.apps.progress_bar import PlainReport, byte_progress
 from device_runtime.apps.sizes import format_bytes, format_duration
 from device_runtime.errors import (
@@ -28,6 +29,7 @@ from device_runtime.errors import (
     TurbojetError,
     UsageError,
 )
+from device_runtime.kernels.cubins import SOURCES
 from device_runtime.package_format import names
 from device_runtime.package_format.manifest import Provenance, Quantization
 from device_runtime.package_format.model_config import RopeScaling
@@ -235,8 +237,7 @@ def test_info_names_what_is_special_about_a_model(tmp_path) -> None:
         target_boards=(),
     )
     package = Package(tmp_path, manifest, config, model, specs=())
-    (tmp_path / names.KERNELS_DIR).mkdir()
-    (tmp_path / names.KERNELS_DIR / "sm_87.cubin").touch()
+    write_cubins(tmp_path / names.KERNELS_DIR, sm=87, cuda="12.6")
     lines = {line.label: line.text for line in package_lines(package, None)}
     assert lines["model"].endswith("vocabulary 70, biases, q/k norms, rope scaling linear")
     assert lines["weights"] == "0 B: fp16, head tied to the embeddings"
@@ -245,7 +246,9 @@ def test_info_names_what_is_special_about_a_model(tmp_path) -> None:
     assert lines["origin"] == "x (folder)"
     assert lines["quantized"] == "none, 16 bits, symmetric KV scales"
     assert lines["boards"] == "not planned"
-    assert lines["kernels"] == "sm_87.cubin"
+    number, size = len(SOURCES), 5 * len(SOURCES)  # "cubin" in each
+    assert lines["kernels"] == f"sm_87 by CUDA 12.6 ({number} files, {size} B)"
+    assert package_facts(package, None)["kernels"] == ["sm_87 by CUDA 12.6"]
     int8_head = dataclasses.replace(model, tie_word_embeddings=False, head_type="int8")
     package = dataclasses.replace(package, model=int8_head)
     lines = {line.label: line.text for line in package_lines(package, None)}

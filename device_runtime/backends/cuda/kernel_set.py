@@ -55,7 +55,7 @@ def find_cubins(
     wanted = {source: group_size if has_group_size(source) else 0 for source in sources}
     missing = [source for source, group in wanted.items() if (source, group) not in chosen]
     if missing:
-        built = sorted({f"sm_{cubin.sm} by CUDA {cubin.cuda}" for cubin in found})
+        built = sorted({cubin.build for cubin in found})
         raise DeviceError(
             f"no kernels for sm_{sm} and a driver of CUDA {version[0]}.{version[1]} in "
             f"{' or '.join(str(folder) for folder in folders)} (missing {missing[0]}"
