@@ -237,6 +237,8 @@ def test_info_names_what_is_special_about_a_model(tmp_path) -> None:
         target_boards=(),
     )
     package = Package(tmp_path, manifest, config, model, specs=())
+    lines = {line.label: line.text for line in package_lines(package, None)}
+    assert lines["kernels"].startswith("none: it runs on the reference engine")
     write_cubins(tmp_path / names.KERNELS_DIR, sm=87, cuda="12.6")
     lines = {line.label: line.text for line in package_lines(package, None)}
     assert lines["model"].endswith("vocabulary 70, biases, q/k norms, rope scaling linear")
