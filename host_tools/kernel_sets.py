@@ -16,6 +16,7 @@ from device_runtime.package_format import durable
 from device_runtime.package_format.boards import Board
 from device_runtime.package_format.model_config import ModelConfig
 from host_tools.kernels import (
+    BUILDS,
     Build,
     KernelCache,
     Unit,
@@ -24,7 +25,7 @@ from host_tools.kernels import (
     sources_sha256,
     units_of,
 )
-from host_tools.nvrtc import fetch_compiler
+from host_tools.nvrtc import WHEELS, fetch_compiler
 from host_tools.output_folder import replace_folder
 from host_tools.package_options import KERNELS_AUTO, KERNELS_NONE
 from host_tools.progress import Progress
@@ -81,7 +82,12 @@ def kernels_fingerprint(source: str) -> str:
     if source == KERNELS_NONE:
         return source
     if source == KERNELS_AUTO:
-        parts = [f"{name} {sources_sha256(name)}" for name in SOURCES]
+        texts = [f"{name} {sources_sha256(name)}" for name in SOURCES]
+        flags = [
+            f"{unit.file} {WHEELS[unit.build.cuda]} {' '.join(unit.flags)}"
+            for unit in units_of(BUILDS, SOURCES)
+        ]
+        parts = texts + flags
     else:
         parts = [f"{cubin.file} {cubin.sha256}" for cubin in read_record(Path(source))]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
@@ -106,7 +112,8 @@ def write_package_kernels(
         progress: counts the cubins.
 
     Raises:
-        UsageError: the folder that was named has no record, or lacks a cubin.
+        UsageError: the folder that was named has no record, lacks a cubin, or has one of another
+            version's sources.
         PackageError: its record or a cubin is damaged.
         DeviceError: a compiler cannot be fetched or loaded.
         InternalError: a source does not compile.
@@ -167,9 +174,15 @@ def _copy_units(source: Path, folder: Path, units: Sequence[Unit]) -> None:
     rows = {cubin.file: cubin for cubin in read_record(source)}
     if not rows:
         raise UsageError(f"{source} is no folder of kernels, turbojet-host kernels makes one")
-    for name in (unit.file for unit in units):
+    for unit in units:
+        name = unit.file
         if name not in rows:
             raise UsageError(f"{source} has no {name}, which a target board needs; make it again")
+        if rows[name].sources_sha256 != sources_sha256(unit.source):
+            raise UsageError(
+                f"{name} in {source} is made of other sources than those of this turbojet-host; "
+                "make it again"
+            )
         data = (source / name).read_bytes()
         if hashlib.sha256(data).hexdigest() != rows[name].sha256:
             raise PackageError(f"{source / name} is not what its record says; make it again")

@@ -147,6 +147,16 @@ def test_kernels_made_elsewhere_are_copied_and_checked(
         write("nothing")
 
 
+def test_kernels_of_another_version_are_not_packed(
+    model: ModelConfig, tmp_path: Path, cache: KernelCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernel_sets, "SOURCES", ("embedding",))
+    made = build_kernels(tmp_path / "made", builds_for([87]), cache, Progress())
+    monkeypatch.setattr(kernel_sets, "sources_sha256", lambda source: "changed")
+    with pytest.raises(UsageError, match=r"embedding\.cubin in .*made is made of other sources"):
+        write_package_kernels(tmp_path / "out", model, ORIN, str(made), cache, Progress())
+
+
 def test_without_a_network_the_ways_out_are_named(
     model: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -164,5 +174,13 @@ def test_other_kernels_make_another_package(
     prints = {kernels_fingerprint(source) for source in ("auto", "none", str(made))}
     assert len(prints) == 3
     assert kernels_fingerprint(str(made)) in prints  # the same for the same
+    with monkeypatch.context() as changed:
+        changed.setitem(WHEELS, "13.0", "another compiler")
+        prints.add(kernels_fingerprint("auto"))
+        assert len(prints) == 4
+    with monkeypatch.context() as changed:
+        changed.setattr(kernel_sets, "BUILDS", BUILDS[1:])
+        prints.add(kernels_fingerprint("auto"))
+        assert len(prints) == 5
     monkeypatch.setattr(kernel_sets, "sources_sha256", lambda source: "changed")
     assert kernels_fingerprint("auto") not in prints
