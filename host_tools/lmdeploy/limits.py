@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from device_runtime.errors import PackageError, UsageError
-from device_runtime.package_format.model_config import ModelConfig
+from device_runtime.package_format.model_config import ModelConfig, RopeKind
 
 MODEL_NAMES = (
     "baichuan-7b",
@@ -57,6 +57,10 @@ GROUP_SIZE = 128
 """Where head_dim and groups are 128, every rank's matrices fit the tiles of their 4-bit kernels."""
 
 
+PLAIN_WITHIN_CONTEXT: tuple[RopeKind, ...] = ("none", "dynamic", "qwen1")
+"""Rope scaling that changes nothing within the trained context; v0.2.3 leaves it out (spec 3)."""
+
+
 def check_model_name(model_name: str) -> None:
     """Check that LMDeploy finds a chat template under the name in config.ini.
 
@@ -97,7 +101,7 @@ def _reasons(model: ModelConfig) -> Iterator[str]:
         )
     if model.has_qk_norm:
         yield "queries and keys are normalised per head"
-    if model.rope_scaling.kind not in ("none", "dynamic"):
+    if model.rope_scaling.kind not in PLAIN_WITHIN_CONTEXT:
         yield f"rope scaling {model.rope_scaling.kind} is not theirs"
     if model.layers_without_rope:
         yield f"{len(model.layers_without_rope)} layers do not rotate queries and keys"

@@ -24,6 +24,7 @@ MODEL_REPOSITORY = "model_repository"
 PLACEHOLDER = "placeholder"
 TOKENIZER_PY = "tokenizer.py"
 MODEL_PY = "model.py"
+PACKAGE_INIT = "__init__.py"
 PBTXT = "config.pbtxt"
 VERSION = "1"
 
@@ -50,7 +51,7 @@ def write_tree(
         root: the workspace, with weights, config.ini and the tokenizer's files.
         manifest: of the workspace.
         config: its config.ini.
-        checkpoint_dir: every ``*.json`` and ``*.py`` of it is copied, as data.
+        checkpoint_dir: its ``*.json`` and ``*.py`` are copied, as data (see `copy_settings`).
 
     Returns:
         The files written, links not among them.
@@ -105,15 +106,17 @@ def remove_tree(root: Path) -> None:
 
 
 def copy_settings(checkpoint_dir: Path, tokenizer: Path) -> list[Path]:
-    """Copy every ``*.json`` and ``*.py`` of a checkpoint that is not there yet.
+    """Copy the ``*.json`` and ``*.py`` of a checkpoint that are not there yet.
 
     LMDeploy's tokenizer is transformers' AutoTokenizer, which reads config.json and may run the
-    checkpoint's own code; we only carry it.
+    checkpoint's own code; we only carry it. Not ``__init__.py``: Python would run that when the
+    server's models import our ``tokenizer.py`` from the same folder.
     """
     copied = []
     for path in sorted(checkpoint_dir.iterdir()):
         target = tokenizer / path.name
-        if path.suffix in (JSON, PYTHON) and path.is_file() and not target.exists():
+        is_setting = path.suffix in (JSON, PYTHON) and path.name != PACKAGE_INIT
+        if is_setting and path.is_file() and not target.exists():
             copied.append(Path(shutil.copyfile(path, target)))
     return copied
 

@@ -24,6 +24,7 @@ from tokenizers import Tokenizer
 from device_runtime.engine.engine import Engine
 from device_runtime.engine.options import EngineOptions
 from device_runtime.errors import PackageError, UsageError
+from device_runtime.package_format.model_config import RopeScaling
 from device_runtime.package_format.package import open_package
 from host_tools import cli
 from host_tools.checkpoint import Checkpoint
@@ -294,6 +295,7 @@ def test_files_of_the_package_are_not_replaced_by_the_checkpoint_s(tmp_path: Pat
         (tmp_path / name / "a.json").write_text(text)
     (tmp_path / "from" / "b.py").write_text("x")
     (tmp_path / "from" / "c.txt").write_text("x")
+    (tmp_path / "from" / "__init__.py").write_text("raise SystemExit('run by the server')")
     copied = copy_settings(tmp_path / "from", tmp_path / "to")
     assert [path.name for path in copied] == ["b.py"]
     assert (tmp_path / "to" / "a.json").read_text() == "ours"
@@ -355,6 +357,11 @@ def test_what_turbomind_has_no_key_for_is_refused(source: Path, change, reason) 
     check_runs(model)
     with pytest.raises(PackageError, match=reason):
         check_runs(replace(model, **change))
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "qwen1"])
+def test_scaling_beyond_the_trained_context_is_left_out_as_v023_does(source: Path, kind) -> None:
+    check_runs(replace(Checkpoint.open(source).model, rope_scaling=RopeScaling(kind)))
 
 
 def test_the_command_says_for_whom(source: Path, tmp_path: Path, capsys) -> None:
