@@ -18,6 +18,7 @@ from host_tools.checkpoint.packed_format import (
     read_scales,
 )
 from host_tools.checkpoint.tensor_files import TensorFiles
+from host_tools.options import GROUP_SIZES
 
 QZEROS = "qzeros"
 SCALES = "scales"
@@ -97,7 +98,7 @@ def find_awq(files: TensorFiles, section: Mapping[str, object] | None) -> AwqTen
     a config that is there must agree.
 
     Raises:
-        PackageError: another variant, or config and tensors disagree.
+        PackageError: another variant, config and tensors disagree, or no kernel runs the groups.
     """
     if section is not None:
         _check_variant(section)
@@ -112,6 +113,11 @@ def find_awq(files: TensorFiles, section: Mapping[str, object] | None) -> AwqTen
     if stated != found:
         raise PackageError(
             f"config.json says group_size {str(stated)[:20]}, the tensors have {found}"
+        )
+    if found and found not in GROUP_SIZES:
+        raise PackageError(
+            f"the checkpoint is awq in groups of {found}, turbojet runs "
+            f"{', '.join(map(str, GROUP_SIZES))}; quantize it again"
         )
     return AwqTensors(files, found) if found else None
 

@@ -113,9 +113,9 @@ def group_length(module: str, inputs: int, groups: int) -> int:
     """Return how many inputs share a scale.
 
     Raises:
-        PackageError: the groups do not divide the inputs.
+        PackageError: there are none, or the groups do not divide the inputs.
     """
-    if groups < 1 or inputs % groups:
+    if inputs < 1 or groups < 1 or inputs % groups:
         raise PackageError(f"{module} has {inputs} inputs in {groups} groups, quantize it again")
     return inputs // groups
 

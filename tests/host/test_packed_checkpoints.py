@@ -226,6 +226,7 @@ GPTQ_DAMAGE = {
     "codes of another width": ({"qweight": torch.zeros(16, 32, dtype=torch.int32)}, "no 4-bit GP"),
     "scales of one axis": ({"scales": torch.zeros(64).half()}, "no 4-bit GPTQ pair"),
     "no group": ({"scales": torch.zeros(0, 64).half()}, "has 128 inputs in 0 groups"),
+    "no input": ({"qweight": torch.zeros(0, 64, dtype=torch.int32)}, "has 0 inputs in 4 groups"),
     "groups that do not divide": ({"scales": torch.ones(3, 64).half()}, "128 inputs in 3 groups"),
     "few zeros": ({"qzeros": torch.zeros(4, 7, dtype=torch.int32)}, "qzeros is .* means"),
     "no zeros": ({"qzeros": None}, "down_proj.qzeros is missing"),
@@ -275,6 +276,8 @@ def test_a_quantized_head_is_refused(tmp_path: Path) -> None:
 def test_groups_that_no_kernel_runs_are_refused(tmp_path: Path) -> None:
     write(tmp_path, "gptq", 16)
     refused(tmp_path, r"has groups of 16 inputs \(group_size 16\), turbojet runs multiples of 32")
+    write(tmp_path, "awq", 16)
+    refused(tmp_path, r"is awq in groups of 16, turbojet runs 128, 64, 32; quantize it again")
 
 
 def _weights(**changes: object) -> dict:
