@@ -163,6 +163,25 @@ def test_a_decode_step_replays_one_graph_whatever_the_position(root, fake) -> No
     assert "sample_draw_f32" not in names
 
 
+def test_a_step_begins_when_all_before_it_is_done(root, fake) -> None:
+    # Decode attention reads positions, which the sampler of the step before writes, ahead of its
+    # wait: no launch of a step may overtake the one before, in a graph or outside.
+    with Engine.open(root, CUDA) as engine:
+        fake.launches.clear()
+        tokens_of(engine, [[5, 6, 7]], params(4))
+    assert sum(run.name == "embed_f16" for run in fake.launches) >= 4
+    assert all(run.is_programmatic == (run.name != "embed_f16") for run in fake.launches)
+
+
+def test_copies_that_no_stream_knows_of_are_there_before_anything_runs(root, fake) -> None:
+    with Engine.open(root, EngineOptions(backend="cuda", quant_policy=0)):
+        calls = fake.calls
+        copies = [place for place, name in enumerate(calls) if name == "cuMemcpyHtoD_v2"]
+        waits = [place for place, name in enumerate(calls) if name == "cuCtxSynchronize"]
+        captured = calls.index("cuStreamBeginCapture_v2")
+    assert max(copies, default=0) < waits[-1] < captured
+
+
 def test_nothing_is_allocated_or_waited_for_while_it_decodes(root, fake) -> None:
     with Engine.open(root, CUDA) as engine:
         sequence_id = engine.add(range(3, 12), params(100))

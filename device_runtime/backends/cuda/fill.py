@@ -21,6 +21,7 @@ def fill_weights(
         block = package.random_block(piece.spec)
         done = min(block.nbytes, size)
         driver.copy_to_device(base, block.ctypes.data, done)
+        driver.synchronize()  # a copy from pageable memory may still be on its way
         while done < size:
             count = min(done, size - done)
             driver.copy_on_device(base + done, base, count, stream)

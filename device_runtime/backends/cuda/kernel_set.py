@@ -100,6 +100,7 @@ class KernelSet:
         arguments: Sequence[int | float | None],
         *,
         shared_bytes: int = 0,
+        is_first: bool = False,
     ) -> Launch:
         """Return a launch of an entry point, ready to be enqueued.
 
@@ -108,6 +109,8 @@ class KernelSet:
             grid: blocks, each at least 1.
             arguments: addresses (None is null), whole numbers and floats, as the table's letters.
             shared_bytes: dynamic shared memory.
+            is_first: of a step: it begins when all before it is done, so that the kernels after it
+                may read what no kernel of their own step writes before they wait.
 
         Raises:
             InternalError: the arguments do not fit the table's row.
@@ -121,7 +124,8 @@ class KernelSet:
             )
         if min(grid) < 1:
             raise InternalError(f"{name} is launched with the grid {grid}")
-        shape = LaunchShape(grid, row.block, shared_bytes, self.is_programmatic)
+        is_programmatic = self.is_programmatic and not is_first
+        shape = LaunchShape(grid, row.block, shared_bytes, is_programmatic)
         function, values = self._function(row, shared_bytes), to_arguments(row, arguments)
         return Launch(self._driver, function, shape, values, name)
 

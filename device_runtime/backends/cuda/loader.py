@@ -99,8 +99,8 @@ def load_weights(
             events.append(Event(driver))
             stack.callback(events[-1].close)
         stack.callback(stream.synchronize)
-        readers = stack.enter_context(ThreadPoolExecutor(NUM_READERS))
         files = stack.enter_context(_Files(root))
+        readers = stack.enter_context(ThreadPoolExecutor(NUM_READERS))  # ends before files close
         forgotten: list[Future[None]] = []
         for index, parts in enumerate(plan_fills(pieces)):
             turn = index % 2

@@ -103,6 +103,7 @@ def load_memory(
     if "no_rotation" in buffers:
         turns = np.tile(np.array([1, 0], np.float32), sizes["no_rotation"] // 8)
         driver.copy_to_device(buffers["no_rotation"], turns.ctypes.data, turns.nbytes)
+    driver.synchronize()  # copies from pageable memory, for which the stream does not wait
     return LoadedMemory(stream, limits, kernels, places, buffers, kv.addresses)
 
 

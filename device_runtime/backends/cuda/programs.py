@@ -177,6 +177,7 @@ class Programs:
                 LOG2_E / math.sqrt(model.head_dim),
                 1 / math.log(trained) if has_log_n else 0.0,
             ),
+            is_first=True,
         )
 
     def _layer_steps(
