@@ -319,7 +319,8 @@ class DecodeBlock {
     const SharePlaces<kQuads> places(arguments_.partials, pair() * arguments_.max_splits, group_,
                                      query, quad);
     if (!is_last_) {
-      places.give(share, split_);
+      // A second store of the same might come after the last block has cleared the place.
+      if (item == thread_) places.give(share, split_);
       return;
     }
     places.take(share, split_);
