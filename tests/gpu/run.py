@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -66,17 +67,20 @@ def run_step(step: Step, folder: Path) -> State:
         (folder / f"{step.name}.err").open("wb") as err,
     ):
         try:
-            code = subprocess.run(
+            process = subprocess.Popen(
                 step.command,
                 cwd=ROOT,
                 env=environment | step.environment,
                 stdout=out,
                 stderr=err,
-                timeout=step.timeout_s,
-                check=False,
-            ).returncode
+                start_new_session=True,
+            )
+            code = process.wait(step.timeout_s)
             state = State(code, round(time.monotonic() - start, 1))
         except subprocess.TimeoutExpired:
+            # With what it has started, which would hold the device against the steps after it.
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
             why = f"ended after {step.timeout_s:.0f} s"
             state = State(None, round(time.monotonic() - start, 1), why)
         except OSError as error:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 torch = pytest.importorskip("torch", reason="calibrate and quantize need torch")
+pytest.importorskip("safetensors", reason="calibrate and quantize need safetensors")
 
 from device_runtime.package_format.model_config import ModelConfig  # noqa: E402
 from host_tools.calibrate import CALIBRATION_TOKENS, calibrate  # noqa: E402

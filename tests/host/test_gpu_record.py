@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -140,6 +141,23 @@ def test_a_kernel_that_changed_came_or_went_is_a_fault(
     assert faults_of({"format_version": 0}, NOW) == ["the record has format 0, expected 1"]
 
 
+def test_a_file_whose_process_hung_or_crashed_is_a_fault(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # It leaves no results, so that all that is told of it is its state.
+    states = {
+        "default-test_a": {"exit_code": None, "seconds": 240.0, "why": "ended after 240 s"},
+        "plain-test_b": {"exit_code": -11, "seconds": 2.0, "why": ""},
+        "sanitizer-memcheck-kernels": {"exit_code": None, "seconds": 0.0, "why": "not there"},
+    }
+    (folder / "steps.json").write_text(json.dumps(states))
+    record = load("write_record", monkeypatch).make_record(folder)
+    assert faults_of(record, NOW) == [
+        "default-test_a did not pass: ended after 240 s",
+        "plain-test_b did not pass: exit code -11",
+    ]
+
+
 def test_a_step_that_fails_or_hangs_is_told_and_stops_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -163,3 +181,20 @@ def test_a_step_that_fails_or_hangs_is_told_and_stops_nothing(
     names = [step.name for step in run.correctness_steps(tmp_path, ["default", "plain"])]
     assert "sanitizer-racecheck-engine" in names and "plain-test_w4a16_gemv" in names
     assert not any("real_model" in name for name in names)
+
+
+def test_a_step_that_hangs_takes_with_it_what_it_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = load("run", monkeypatch)
+    started = tmp_path / "pid"
+    # As scripts/bench: the shell waits for a process of its own.
+    script = f"sleep 60 & echo $! >{started}; wait"
+    state = run.run_step(run.Step("hung", ["sh", "-c", script], {}, 1), tmp_path)
+    assert state.why == "ended after 1 s"
+    status = Path(f"/proc/{started.read_text().strip()}/stat")
+    for _ in range(100):  # whoever adopts it reaps it
+        if not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z":
+            return
+        time.sleep(0.02)
+    pytest.fail("the process that the step had started still runs")
