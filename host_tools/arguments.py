@@ -269,7 +269,7 @@ def _devices(parser: argparse.ArgumentParser) -> None:
         "--devices",
         str,
         "",
-        "GPUs that search layers side by side, such as 0,1; the result is the same",
+        "GPUs that share the work on each layer, such as 0,1; the result is the same",
     )
 
 

@@ -46,7 +46,7 @@ class LinearRecord:
         scaled: with the chosen channel scales, ranges unclipped.
         clipped: with clipped ranges as well.
         compensated: of the codes that are stored, where they are not the nearest ones.
-        scale_ratio: exponent of the activations that the search settled on.
+        scale_ratio: exponent of the activations in the channel scales.
         clip_counts: groups by the kept share of their range, `CLIP_STEPS` + 1 counts: number i
             counts shares nearest to i / `CLIP_STEPS`; empty when ranges were not searched.
     """

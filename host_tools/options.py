@@ -53,7 +53,8 @@ class QuantizeOptions:
         group_size: inputs that share a scale and a zero.
         method: awq, or rtn (round to nearest: no calibration, the baseline to beat).
         device: auto takes a GPU where there is one.
-        devices: GPU numbers in place of ``device``; layers are searched on all of them at once.
+        devices: GPU numbers in place of ``device``; the linears of a layer are searched on all of
+            them at once, the first two run the forward passes.
         keep_fp16: patterns of linears that stay fp16, such as ``layers.0.*`` or ``*.down``.
     """
 

@@ -48,7 +48,8 @@ class LayerQuantizer:
         scratch: holds finished layers, their records and a snapshot of the activations.
         options: of the quantization.
         kept: linears that stay fp16.
-        devices: that search; the first runs the forward pass.
+        devices: that search; the first runs the forward pass of what is quantized so far, the
+            second, where there is one, that of the original.
         times: hears of every phase.
     """
 
@@ -110,6 +111,7 @@ class LayerQuantizer:
             Spread(self._search_devices(), self._search_costs()) as spread,
             progress.task(f"quantize on {self._place}", self._num_layers, "layers") as task,
         ):
+            task.move_to(start)
             exact_runner, runner = (
                 LayerRunner(self.checkpoint, token_ids.shape[1], stream_device)
                 for stream_device in self._stream_devices

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
 import torch
@@ -64,7 +66,7 @@ class Curvature:
         form.diagonal().add_(ridge)
         form.div_(scales[backwards]).div_(scales[backwards].unsqueeze(1))
         # Threads would split its sums otherwise, and the last bits decide some of the codes.
-        with single_thread(form.device):
+        with single_thread(form.device), _full_precision():
             lower, failed = torch.linalg.cholesky_ex(form)
         if bool(failed) or not bool(torch.isfinite(lower.diagonal()).all()):
             raise PackageError(
@@ -72,7 +74,8 @@ class Curvature:
                 f"the checkpoint cannot be calibrated"
             )
         inverse = torch.eye(len(form), dtype=form.dtype, device=form.device)
-        torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
+        with _full_precision():
+            torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
         del lower
         factor = inverse.flip(0, 1)
         del inverse
@@ -114,3 +117,18 @@ class Curvature:
         ordered = error[:, self.order]
         costs = torch.sum((ordered @ self.form) * ordered, dim=1)
         return costs - self.ridge * torch.sum((error / self.scales).square_(), dim=1)
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """Keep a GPU from rounding factors to TF32 inside a factorization, which would amplify it.
+
+    Torch's triangular solve takes the setting of products. It is the process's: nothing else may
+    multiply meanwhile.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -66,9 +66,9 @@ def _launch(name: str, outputs: tuple[torch.Tensor, ...], inputs: tuple[torch.Te
 @functools.cache
 def _can_launch(device: torch.device) -> bool:
     """Try a smallest block once; a device where that fails goes without the kernels."""
-    if _kernels() is None:
-        return False
     try:
+        if _kernels() is None:
+            return False
         row = torch.full((16, 1), 2.0, device=device)
         codes = torch.empty_like(row)
         compensate_fused(row, row, torch.zeros(16, 16, device=device), codes)

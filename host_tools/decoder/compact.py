@@ -27,6 +27,7 @@ class CompactActivations(Activations):
     def __init__(self, states: torch.Tensor, factors: torch.Tensor) -> None:
         super().__init__(states)
         self.factors = factors
+        self._source: torch.device | None = None  # the GPU whose copies may be on their way
 
     @classmethod
     def make(cls, shape: tuple[int, int, int], device: torch.device) -> CompactActivations:
@@ -44,8 +45,8 @@ class CompactActivations(Activations):
 
     def parts(self) -> Sequence[torch.Tensor]:
         """See `Activations.parts`; what was stored has arrived."""
-        if self.states.is_pinned():
-            torch.cuda.synchronize()
+        if self._source is not None:
+            torch.cuda.synchronize(self._source)
         return (self.states, self.factors)
 
     def load(self, batch: slice, device: torch.device) -> torch.Tensor:
@@ -57,6 +58,8 @@ class CompactActivations(Activations):
         """See `Activations.store`."""
         if self.states.is_cuda:
             hidden = hidden.to(self.states.device)
+        elif hidden.is_cuda:
+            self._source = hidden.device
         hidden = hidden.float()
         factors = row_factors(hidden)
         # Copies to the host stay in the stream's order, so the next load sees what was stored.

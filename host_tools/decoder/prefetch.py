@@ -68,11 +68,11 @@ def read_ahead(
         index = next(wanted, None)
         coming = None if index is None else pool.submit(read, index)
         while index is not None and coming is not None:
-            current, weights = index, coming.result()
+            current, found = index, [coming.result()]
             index = next(wanted, None)
             coming = None if index is None else pool.submit(read, index)
-            yield current, weights
-            del weights
+            # Popped: a layer as stored must not lie here while the caller works on it in fp32.
+            yield current, found.pop()
 
 
 class Upload:

@@ -11,6 +11,7 @@ from host_tools.awq.compensation import InputGrids, compensate, descend, refit_s
 from host_tools.awq.curvature import Curvature
 from host_tools.awq.grid import Grid
 from host_tools.awq.linear_solver import MAX_REFIT, bounded_refit, solve_linear
+from host_tools.decoder.devices import tensor_cores
 
 GROUP = 32
 
@@ -95,6 +96,24 @@ def test_silent_inputs_are_no_trouble_and_infinite_ones_are_named() -> None:
     gram[3, 3] = torch.inf
     with pytest.raises(PackageError, match="a linear of 64 inputs are not finite in fp32"):
         Curvature.of(gram, 10, torch.ones(64))
+
+
+def test_a_gpu_factorizes_without_rounding_to_tf32(monkeypatch) -> None:
+    inputs, precisions = correlated(300, 32), []
+
+    def watched(function):
+        def run(*arguments, **options):
+            precisions.append(torch.get_float32_matmul_precision())
+            return function(*arguments, **options)
+
+        return run
+
+    for name in ("cholesky_ex", "solve_triangular"):
+        monkeypatch.setattr(torch.linalg, name, watched(getattr(torch.linalg, name)))
+    with tensor_cores(torch.device("cuda")):
+        Curvature.of(inputs.T @ inputs / 300, 300, torch.ones(32))
+        assert torch.get_float32_matmul_precision() == "high"
+    assert precisions == ["highest", "highest"]
 
 
 def test_the_number_of_threads_does_not_change_a_bit() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -139,6 +140,22 @@ def test_compact_activations_survive_in_a_snapshot(tmp_path: Path) -> None:
     assert snapshots.load([Activations(torch.empty(2, 3, 8))]) == 0
 
 
+def test_states_are_handed_out_when_the_gpu_that_sent_them_is_done(monkeypatch) -> None:
+    class OnSecondGpu(torch.Tensor):
+        is_cuda = True
+        device = OTHER_CUDA
+
+    waited: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    activations = CompactActivations.make((1, 2, 8), CPU)
+    activations.store(slice(0, 1), torch.ones(1, 2, 8))
+    activations.parts()
+    assert waited == []
+    activations.store(slice(0, 1), torch.ones(1, 2, 8).as_subclass(OnSecondGpu))
+    activations.parts()
+    assert waited == [OTHER_CUDA]  # not the current one, which is the first
+
+
 def test_a_llama_2_7b_needs_less_than_8_gb_beside_its_windows() -> None:
     # 202 M weights at 6 bytes. Moments of down, and what 4096 tokens become on their way there:
     # more than down's factorization, 5 matrices of 11008 inputs squared and 4 of its weights.
@@ -208,6 +225,25 @@ def test_layers_are_read_one_ahead_and_in_order() -> None:
         assert not started[min(index + 2, 3)].is_set()
     assert found == [(0, "layer 0"), (1, "layer 1"), (2, "layer 2")]
     assert list(read_ahead(read, ())) == []
+
+
+def test_a_layer_that_was_handed_over_is_not_held() -> None:
+    class Layer:
+        pass
+
+    is_second_read = threading.Event()
+
+    def read(index: int) -> Layer:
+        if index == 1:
+            is_second_read.set()
+        return Layer()
+
+    layers = read_ahead(read, range(2))
+    _, layer = next(layers)
+    assert is_second_read.wait(10)  # so the thread is done with the first
+    there = weakref.ref(layer)
+    del layer
+    assert there() is None
 
 
 def test_the_exact_stream_may_run_on_a_device_of_its_own(checkpoint: Checkpoint) -> None:
