@@ -158,12 +158,7 @@ class _Build:
                 lambda: kv_qparams(work, workspace, options.kv, progress),
             )
         if converter.config.quant_policy == QUANT_POLICY_STATIC_INT8 or converter.head == "int8":
-            device = options.calibrate.device
-            self._stage(
-                "costs",
-                work,
-                lambda: self._costs(weights_dir, workspace, device),
-            )
+            self._stage("costs", work, lambda: self._costs(weights_dir, workspace))
         packer = PackOptions(options.target, options.kernels)
         self._stage(
             "pack", work, lambda: pack_once(workspace, self._output, work, packer, progress)
@@ -192,8 +187,11 @@ class _Build:
             self._progress.note(f"build: there is no report: {error}")
             return None
 
-    def _costs(self, weights_dir: Path, workspace: Path, device: str) -> Path:
-        measure_costs(weights_dir, workspace, self._work, device, self._progress)
+    def _costs(self, weights_dir: Path, workspace: Path) -> Path:
+        compute = self._options.calibrate
+        measure_costs(
+            weights_dir, workspace, self._work, compute.device, self._progress, compute.devices
+        )
         return self._work / COSTS
 
     def _quantizer(self, checkpoint: Checkpoint) -> QuantizeOptions | None:

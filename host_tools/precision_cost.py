@@ -31,8 +31,9 @@ from host_tools.costs import (
     write_costs,
 )
 from host_tools.datasets import BUILTIN, WindowRequest, calibration_windows
+from host_tools.decoder.devices import choose_devices
 from host_tools.decoder.layer import Observer, rms_norm
-from host_tools.decoder.stream import HEAD_ROWS, Activations, LayerRunner, choose_device
+from host_tools.decoder.stream import HEAD_ROWS, Activations, LayerRunner
 from host_tools.int8_head import dequantize_rows, quantize_rows
 from host_tools.progress import Progress
 from host_tools.stage import Stage
@@ -62,7 +63,12 @@ class StaticKv(Observer):
 
 
 def measure_costs(
-    checkpoint_dir: Path, workspace: Path, work_dir: Path, device: str, progress: Progress
+    checkpoint_dir: Path,
+    workspace: Path,
+    work_dir: Path,
+    device: str,
+    progress: Progress,
+    devices: Sequence[str] = (),
 ) -> CostReport | None:
     """Measure what the workspace saves on; a finished measurement is kept.
 
@@ -72,6 +78,7 @@ def measure_costs(
         work_dir: gets :data:`COSTS`.
         device: auto, cpu or cuda.
         progress: hears of every layer, and a sentence for each cost.
+        devices: GPU numbers in place of ``device``; the first one measures.
 
     Returns:
         None where nothing is saved on.
@@ -90,7 +97,9 @@ def measure_costs(
     if stage.is_finished():
         report = read_costs(work_dir)
     else:
-        report = _measure(checkpoint_dir, package, choose_device(device), is_static, progress)
+        report = _measure(
+            checkpoint_dir, package, choose_devices(device, devices)[0], is_static, progress
+        )
         stage.record([write_costs(work_dir, report)])
     if report is not None:
         for sentence in cost_sentences(report):

@@ -160,6 +160,22 @@ def test_the_static_kv_cache_calibrates_float_weights_too(source, tmp_path):
     ]  # fmt: skip
 
 
+def test_costs_are_measured_on_the_devices_of_the_build(source, tmp_path, monkeypatch):
+    given = []
+
+    def stop(*values):
+        given.append(values[3:])
+        raise UsageError("that is all")
+
+    monkeypatch.setattr("host_tools.build.measure_costs", stop)
+    text = str(source.parent / "text.txt")
+    calibration = CalibrateOptions(text, 2, 64, "auto", devices=("cpu", "cpu"))
+    with pytest.raises(UsageError, match="that is all"):
+        run(source, tmp_path, method="rtn", head="int8", calibrate=calibration)
+    ((device, _, devices),) = given
+    assert (device, devices) == ("auto", ("cpu", "cpu"))
+
+
 def test_an_int8_head_and_the_static_kv_cache_say_what_they_cost(source, tmp_path):
     notes = Notes()
     config = ConfigValues(quant_policy=4)

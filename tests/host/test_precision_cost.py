@@ -11,7 +11,7 @@ from tiny_checkpoints import write_checkpoint
 from tiny_tokenizer import write_tokenizer
 
 from device_runtime.engine.engine import Engine, EngineOptions
-from device_runtime.errors import PackageError
+from device_runtime.errors import DeviceError, PackageError
 from device_runtime.package_format.kv_scale import KvScale
 from device_runtime.package_format.package import open_package
 from device_runtime.package_format.workspace import WorkspaceWriter
@@ -113,6 +113,13 @@ def test_a_finished_measurement_is_kept_until_its_inputs_change(source, tmp_path
     converted(source, workspace, scales=finer)
     assert measure_costs(source, workspace, work, "cpu", Progress()) != first
     assert calls
+
+
+def test_the_first_of_several_devices_measures(source, tmp_path, monkeypatch):
+    workspace = converted(source, tmp_path / "tm")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(DeviceError, match="there is no GPU 7, torch sees 0 of them"):
+        measure_costs(source, workspace, tmp_path, "auto", Progress(), ("7", "0"))
 
 
 def test_nothing_is_measured_where_nothing_is_saved(source, tmp_path):
