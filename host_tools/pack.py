@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from device_runtime.engine.configure import cache_request
+from device_runtime.engine.options import EngineOptions
 from device_runtime.errors import PackageError, UsageError
 from device_runtime.package_format import durable, names
 from device_runtime.package_format.archive_writer import ArchiveSummary, write_archive
@@ -109,7 +111,8 @@ def planned_manifest(package: Package, options: PackOptions, progress: Progress)
 
     Raises:
         UsageError: a target is unknown or too small for the model.
-        PackageError: the workspace has no manifest, or one that is sealed.
+        PackageError: the workspace has no manifest, or its config.ini was edited to something that
+            no device runs.
     """
     manifest = package.manifest
     if manifest is None:
@@ -118,6 +121,7 @@ def planned_manifest(package: Package, options: PackOptions, progress: Progress)
             "tar, or convert the checkpoint with turbojet-host"
         )
     boards = parse_targets(options.target)
+    cache_request(package, EngineOptions())  # refuses what the device would
     config = package.config.resolved()
     needs = MemoryNeeds.of(package.model, config.cache_block_seq_len, config.quant_policy)
     boards, left_out = choose_boards(needs, boards, is_all=options.target == ALL_TARGETS)

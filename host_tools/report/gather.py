@@ -6,6 +6,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from device_runtime.engine.configure import cache_request
+from device_runtime.engine.options import EngineOptions
 from device_runtime.errors import PackageError, UsageError
 from device_runtime.package_format import names, strict_json
 from device_runtime.package_format.boards import parse_targets
@@ -56,7 +58,7 @@ def write_report(work_dir: Path) -> Path:
 
     Raises:
         UsageError: nothing was noted there.
-        PackageError: a record is damaged.
+        PackageError: a record is damaged, or config.ini holds what no device runs.
     """
     report = collect_report(work_dir)
     content = json.dumps(strict_json.encode(report), indent=1) + "\n"
@@ -71,7 +73,7 @@ def collect_report(work_dir: Path) -> Report:
 
     Raises:
         UsageError: nothing was noted there.
-        PackageError: a record is damaged.
+        PackageError: a record is damaged, or config.ini holds what no device runs.
     """
     build = read_build_record(work_dir)
     quantize = _quantize_record(work_dir)
@@ -101,6 +103,7 @@ def _package(work_dir: Path) -> Package | None:
 
 
 def _package_facts(package: Package, manifest: Manifest, build: BuildRecord | None) -> PackageFacts:
+    cache_request(package, EngineOptions())  # refuses what no device runs
     model, config = package.model, package.config.resolved()
     target = build.target if build else ALL_TARGETS
     needs = MemoryNeeds.of(model, config.cache_block_seq_len, config.quant_policy)

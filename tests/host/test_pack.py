@@ -103,6 +103,18 @@ def test_config_ini_edited_by_hand_is_packed_and_planned_for(workspace, tmp_path
     assert package.manifest.memory[0].quant_policy == 8
 
 
+def test_config_ini_edited_to_what_no_device_runs_is_refused(workspace, tmp_path):
+    config = workspace / "triton_models" / "weights" / "config.ini"
+    text = config.read_text()
+    config.write_text(text.replace("quant_policy = 0", "quant_policy = 5"))
+    with pytest.raises(PackageError, match="quant_policy"):
+        pack(workspace, tmp_path / "x.tgz", NANO, Progress())
+    config.write_text(text.replace("cache_block_seq_len = 128", "cache_block_seq_len = -64"))
+    with pytest.raises(PackageError, match="cache_block_seq_len"):
+        pack(workspace, tmp_path / "x.tgz", NANO, Progress())
+    assert not (tmp_path / "x.tgz").exists()
+
+
 def test_a_session_that_the_board_cannot_hold_is_warned_of(source, tmp_path):
     values = ConfigValues(cache_max_entry_count=1.0, cache_block_seq_len=64)
     workspace = convert(source, tmp_path / "tm", ConvertOptions("tiny", config=values), Progress())

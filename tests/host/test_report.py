@@ -1,6 +1,7 @@
 """The report of a build: gathered from records made by hand, drawn, and read again."""
 
 import json
+import shutil
 from html.parser import HTMLParser
 
 import pytest
@@ -288,6 +289,13 @@ def test_damaged_stage_records_are_named(work, content):
     (work / "awq" / ".turbojet" / "quantize.json").write_text(content)
     with pytest.raises(PackageError, match=r"quantize\.json is damaged, run the stage again"):
         write_report(work)
+
+
+def test_a_config_ini_that_no_device_runs_is_named(workspace, tmp_path):
+    config = shutil.copytree(workspace, tmp_path / "turbomind") / "triton_models/weights/config.ini"
+    config.write_text(config.read_text().replace("quant_policy = 8", "quant_policy = 5"))
+    with pytest.raises(PackageError, match="quant_policy is 5, expected 0"):
+        write_report(tmp_path)
 
 
 def test_a_kept_stage_keeps_its_figures(tmp_path):
