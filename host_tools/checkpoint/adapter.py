@@ -67,6 +67,10 @@ class Adapter:
                 )
             else:
                 self._replaced[own] = name
+        if not factors and not self._replaced:
+            raise PackageError(
+                f"the weights of the adapter {folder} are empty, save the adapter again"
+            )
         self._factors = {
             f"{module}.{WEIGHT}": _whole_pair(module, pair) for module, pair in factors.items()
         }

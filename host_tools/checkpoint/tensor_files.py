@@ -114,14 +114,17 @@ class PickledFile:
             if not isinstance(name, str) or not isinstance(value, torch.Tensor):
                 raise PackageError(f"{path.name} holds {str(name)[:80]!r}, which is no tensor")
             # A stride of 0 would let a small file claim any size, and so would a tensor without
-            # memory (device meta) or with another layout.
+            # memory (device meta) or with another layout; a nested one has no shape.
             is_plain = value.layout == torch.strided and value.device.type == "cpu"
-            if not is_plain or value.numel() > value.untyped_storage().nbytes():
+            if not is_plain or value.is_nested or value.numel() > value.untyped_storage().nbytes():
                 raise PackageError(
                     f"tensor {name[:80]} of {path.name} claims {value.numel()} elements, "
                     f"more than the file holds"
                 )
-        self._tensors: dict[str, torch.Tensor] = loaded
+        # Parameters are saved with their wish for gradients, which keeps numpy away.
+        self._tensors: dict[str, torch.Tensor] = {
+            name: value.detach() for name, value in loaded.items()
+        }
 
     def names(self) -> list[str]:
         """Return the names of its tensors."""

@@ -257,6 +257,12 @@ def test_tensors_that_have_no_place_are_refused(tmp_path, base, name, shape, com
         opened(base, folder, tmp_path / "both")
 
 
+def test_an_adapter_that_changes_nothing_is_refused(tmp_path, base) -> None:
+    folder = write_adapter(tmp_path / "odd", {})
+    with pytest.raises(PackageError, match=r"the weights of the adapter .* are empty, save the"):
+        opened(base, folder, tmp_path / "both")
+
+
 def test_names_without_pefts_prefix_are_refused(tmp_path, base) -> None:
     folder = write_adapter(tmp_path / "odd", {"lm_head.weight": torch.zeros(128, 64)})
     with pytest.raises(PackageError, match=r"lm_head.weight of the adapter is no factor"):

@@ -7,6 +7,7 @@ import os
 import struct
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny_checkpoints as tiny
 import torch
@@ -54,6 +55,7 @@ def test_a_pickle_with_code_is_not_executed(folder: Path, tmp_path: Path) -> Non
     assert not (tmp_path / "owned").exists()
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_torch_files_hold_tensors_and_nothing_else(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     torch.save([torch.zeros(1)], folder / "pytorch_model.bin")
@@ -62,8 +64,22 @@ def test_torch_files_hold_tensors_and_nothing_else(folder: Path) -> None:
     refused(folder, "holds 'epoch', which is no tensor")
     torch.save({"huge": torch.zeros(1).expand(10**6)}, folder / "pytorch_model.bin")
     refused(folder, "tensor huge of pytorch_model.bin claims 1000000 elements")
+    nested = torch.nested.as_nested_tensor([torch.zeros(2), torch.zeros(3)])
+    torch.save({"ragged": nested}, folder / "pytorch_model.bin")
+    refused(folder, "tensor ragged of pytorch_model.bin claims 5 elements")
     (folder / "pytorch_model.bin").write_bytes(b"not a zip at all")
     refused(folder, "is no plain torch file")
+
+
+def test_parameters_of_a_torch_file_are_tensors_without_gradients(folder: Path) -> None:
+    tensors = tiny.read_tensors(folder)
+    (folder / "model.safetensors").unlink()
+    parameters = {name: torch.nn.Parameter(value) for name, value in tensors.items()}
+    torch.save(parameters, folder / "pytorch_model.bin")
+    checkpoint = Checkpoint.open(folder)
+    for name, value in tensors.items():
+        assert not checkpoint.tensor(name).requires_grad
+        assert np.array_equal(checkpoint.tensor(name).numpy(), value.numpy())
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, 0.5, -1])
