@@ -69,10 +69,10 @@ def _can_launch(device: torch.device) -> bool:
     try:
         if _kernels() is None:
             return False
-        row = torch.full((16, 1), 2.0, device=device)
-        codes = torch.empty_like(row)
-        compensate_fused(row, row, torch.zeros(16, 16, device=device), codes)
-        return bool((codes == 1.0).all())
+        raised = torch.full((16, 1), 4.5, device=device)
+        steps, codes = torch.full_like(raised, 2.0), torch.empty_like(raised)
+        compensate_fused(raised, steps, torch.zeros(16, 16, device=device), codes)
+        return bool((codes == 2.0).all())  # 2.25, rounded
     except Exception as error:  # Triton raises what its compiler, its C compiler or the driver say
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         warnings.warn(f"the code search runs without Triton, slower: {reason}", stacklevel=2)

@@ -26,6 +26,10 @@ MAX_REFIT = 1.4
 MAX_ROWS = {"cpu": 1 << 12, "cuda": 1 << 15}
 """Outputs that are solved at once; they do not depend on each other."""
 
+MAX_SYSTEM_BYTES = 1 << 30
+"""Of the linear systems of refitting, groups by groups for each output, on a GPU: small groups of
+many inputs would otherwise take more than all the rest."""
+
 
 @dataclass(frozen=True)
 class SolvedLinear:
@@ -90,13 +94,23 @@ def solve_linear(weight: torch.Tensor, curvature: Curvature, group_size: int) ->
     with single_thread(weight.device):
         solved = [
             _solve_rows(rows, curvature, group_size)
-            for rows in torch.split(weight, MAX_ROWS[weight.device.type])
+            for rows in torch.split(
+                weight, rows_at_once(weight.device, weight.shape[1] // group_size)
+            )
         ]
     return SolvedLinear(
         clipped=_stacked([part.clipped for part in solved]),
         grid=_stacked([part.grid for part in solved]),
         codes=torch.cat([part.codes for part in solved]),
     )
+
+
+def rows_at_once(device: torch.device, num_groups: int) -> int:
+    """Return how many outputs are solved at once, each with so many groups."""
+    limit = MAX_ROWS[device.type]
+    if device.type == "cpu":
+        return limit
+    return max(1, min(limit, MAX_SYSTEM_BYTES // (4 * num_groups**2)))
 
 
 def _solve_rows(weight: torch.Tensor, curvature: Curvature, group_size: int) -> SolvedLinear:

@@ -10,7 +10,7 @@ from host_tools.awq import compensation
 from host_tools.awq.compensation import InputGrids, compensate, descend, refit_steps
 from host_tools.awq.curvature import Curvature
 from host_tools.awq.grid import Grid
-from host_tools.awq.linear_solver import MAX_REFIT, bounded_refit, solve_linear
+from host_tools.awq.linear_solver import MAX_REFIT, bounded_refit, rows_at_once, solve_linear
 from host_tools.decoder.devices import tensor_cores
 
 GROUP = 32
@@ -217,6 +217,15 @@ def test_no_row_gets_worse_than_clipping_alone(
     final = cost(solved.grid.values(solved.codes) - weight, form)
     assert (final <= clipped).all()
     assert final.sum() < 0.9 * clipped.sum()
+
+
+def test_small_groups_are_refitted_for_fewer_outputs_at_once() -> None:
+    cuda = torch.device("cuda", 0)
+    # 2^30 bytes of fp32: 86 groups of 128 take 29584 bytes an output, 344 of 32 take 473344.
+    assert rows_at_once(cuda, 32) == 32768
+    assert rows_at_once(cuda, 86) == 32768  # 36294 would fit
+    assert rows_at_once(cuda, 344) == 2268
+    assert rows_at_once(torch.device("cpu"), 344) == 4096
 
 
 def test_outputs_do_not_depend_on_each_other(curvature: Curvature, monkeypatch) -> None:

@@ -39,7 +39,7 @@ def forget():
 
 
 def test_kernels_that_round_as_they_should_are_taken(monkeypatch) -> None:
-    kernel = kernels(monkeypatch, lambda codes, *rest, **sizes: codes.fill_(1.0))
+    kernel = kernels(monkeypatch, lambda codes, *rest, **sizes: codes.fill_(2.0))
     assert fused_blocks._can_launch(CPU)
     assert fused_blocks._can_launch(CPU)
     assert kernel.grids == [(1,)]  # tried once
@@ -54,8 +54,13 @@ def test_a_machine_that_cannot_compile_them_goes_without(monkeypatch) -> None:
         assert not fused_blocks._can_launch(CPU)
 
 
-def test_kernels_that_compute_something_else_are_left_alone(monkeypatch) -> None:
-    kernels(monkeypatch, lambda codes, *rest, **sizes: codes.fill_(2.0))
+@pytest.mark.parametrize("code", [2.25, 3.0])
+def test_kernels_that_compute_something_else_are_left_alone(monkeypatch, code: float) -> None:
+    def act(codes, errors, raised, steps, *rest, **sizes):
+        assert torch.all(raised / steps == 2.25)
+        codes.fill_(code)
+
+    kernels(monkeypatch, act)
     assert not fused_blocks._can_launch(CPU)
 
 
