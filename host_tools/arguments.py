@@ -211,7 +211,7 @@ def _quantize_options(
     defaults = QuantizeOptions()
     _option(parser, "--w-bits", int, defaults.w_bits, "bits of a weight")
     _option(parser, "--w-group-size", int, group_size, group_help)
-    _option(parser, "--method", str, defaults.method, "how weights are quantized", methods)
+    _option(parser, "--method", str, defaults.method, METHOD_HELP, methods)
     parser.add_argument(
         "--keep-fp16",
         action="append",
@@ -257,6 +257,12 @@ def _target(parser: argparse.ArgumentParser) -> None:
         "CUDA kernels in the package: auto compiles those of the boards, none leaves them out, or "
         "a folder that turbojet-host kernels made",
     )
+
+
+METHOD_HELP = (
+    "how weights are quantized; awq scales channels, clips ranges and makes up for errors, rtn "
+    "rounds to nearest"
+)
 
 
 def _device(parser: argparse.ArgumentParser, default: str) -> None:

@@ -58,6 +58,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         place = f"{error.filename}: " if error.filename else ""
         return _fail(f"{place}{error.strerror or error}", DeviceError.exit_code)
+    except RuntimeError as error:
+        # Known by name: importing torch takes seconds, and without it nothing raises this.
+        if type(error).__name__ != "OutOfMemoryError" or os.environ.get(DEBUG):
+            return _unexpected(error)
+        return _fail(
+            f"{str(error).partition('. GPU')[0]}; free memory of the GPU or use --device cpu, what "
+            f"is finished is kept",
+            DeviceError.exit_code,
+        )
     except Exception as error:  # the last line of defence: a traceback on a terminal is a bug
         return _unexpected(error)
 

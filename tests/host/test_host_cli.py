@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch import OutOfMemoryError
 
 from device_runtime import __version__
 from device_runtime.errors import FetchError, PackageError, UsageError
@@ -170,6 +171,11 @@ def test_a_bad_value_in_the_environment_is_an_error(monkeypatch, capsys):
         (OSError(28, "No space left on device", "/disk"), 4, "/disk: No space left on device"),
         (KeyboardInterrupt(), 130, "interrupted; the same command goes on from here"),
         (RuntimeError("oops"), 1, "internal error, RuntimeError: oops; TURBOJET_DEBUG=1 shows"),
+        (
+            OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total"),
+            4,
+            "CUDA out of memory. Tried to allocate 2.00 GiB; free memory of the GPU or use",
+        ),
         (ModuleNotFoundError("x", name="modelscope.hub"), 2, "modelscope is not installed; pip"),
         (ModuleNotFoundError("No module named 'y'", name="y"), 1, "internal error, ModuleNotFound"),
     ],
