@@ -61,6 +61,15 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         )
 
 
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    # A file that cannot be imported, or that is skipped as a whole, has no tests that could tell.
+    if report.outcome != "passed":
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else ""
+        _RESULTS.append(
+            {"test": report.nodeid, "outcome": report.outcome, "reason": reason, "figures": {}}
+        )
+
+
 def pytest_sessionfinish() -> None:
     path = os.environ.get(RESULTS_VARIABLE)
     if path:

@@ -46,6 +46,7 @@ class DeviceLaunch:
                 self._driver.copy_to_device(address, room.ctypes.data, room.nbytes)
                 values.append(address + GUARD_BYTES)
             launch = self._kernels.launch(name, grid, values, shared_bytes=shared_bytes)
+            self._driver.synchronize()  # copies from pageable memory may still be on their way
             launch.enqueue(self._stream)
             self._stream.synchronize()
             for address, argument in rooms:

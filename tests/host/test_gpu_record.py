@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -148,6 +151,7 @@ def test_a_file_whose_process_hung_or_crashed_is_a_fault(
     states = {
         "default-test_a": {"exit_code": None, "seconds": 240.0, "why": "ended after 240 s"},
         "plain-test_b": {"exit_code": -11, "seconds": 2.0, "why": ""},
+        "plain-test_c": {"exit_code": 5, "seconds": 2.0, "why": ""},
         "sanitizer-memcheck-kernels": {"exit_code": None, "seconds": 0.0, "why": "not there"},
     }
     (folder / "steps.json").write_text(json.dumps(states))
@@ -198,3 +202,32 @@ def test_a_step_that_hangs_takes_with_it_what_it_started(
             return
         time.sleep(0.02)
     pytest.fail("the process that the step had started still runs")
+
+
+@pytest.mark.parametrize(
+    ("text", "outcome", "exit_code"),
+    [
+        ('import pytest\npytest.importorskip("no_such_module", reason="not here")\n', "skipped", 5),
+        ("import no_such_module\n", "failed", 2),
+    ],
+)
+def test_a_file_that_cannot_be_imported_is_told(
+    tmp_path: Path, text: str, outcome: str, exit_code: int
+) -> None:
+    shutil.copy(GPU_TESTS / "conftest.py", tmp_path)
+    shutil.copy(GPU_TESTS.parent / "figures.py", tmp_path)
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    (tmp_path / "test_a.py").write_text(text)
+    results = tmp_path / "results.json"
+    environment = os.environ | {
+        "TURBOJET_GPU_RESULTS": str(results),
+        "PYTHONPATH": str(GPU_TESTS.parents[1]),
+    }
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_a.py"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == exit_code, done.stdout + done.stderr
+    (told,) = json.loads(results.read_text())
+    assert (told["test"], told["outcome"]) == ("test_a.py", outcome)
+    assert ("not here" in told["reason"]) == (outcome == "skipped")
