@@ -136,10 +136,9 @@ def _own_template(tokenizer_dir: Path) -> TemplateChoice | None:
     source = read_settings(tokenizer_dir / names.TOKENIZER_CONFIG).get("chat_template")
     if isinstance(source, list):
         # Several named ones, for tools and the like; "default" is the one for a chat.
-        named = {
-            entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)
-        }
-        source = named.get("default")
+        entries = [entry for entry in source if isinstance(entry, dict)]
+        found = [entry.get("template") for entry in entries if entry.get("name") == "default"]
+        source = found[-1] if found else None
     if isinstance(source, str) and source:
         return TemplateChoice("jinja", names.TOKENIZER_CONFIG, source)
     return None

@@ -218,6 +218,12 @@ def _weights_of(name: str, group: object) -> Mapping[str, object]:
             f"{str(order)[:20]}), which TurboMind's layout cannot hold; quantize it with actorder "
             f"static"
         )
+    size = weights.get("group_size")
+    if size is not None and (not isinstance(size, int) or isinstance(size, bool)):
+        raise PackageError(
+            f"config.json says group_size {str(size)[:20]} in {name} of config_groups, expected an "
+            f"integer"
+        )
     kind = (weights.get("num_bits"), weights.get("type", "int"), weights.get("strategy"))
     if kind not in ((BITS, "int", "group"), (BITS, "int", "channel")):
         raise PackageError(

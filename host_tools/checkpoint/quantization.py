@@ -61,7 +61,7 @@ def _section(config: Mapping[str, object]) -> Mapping[str, object] | None:
     """Return what config.json says of quantization, None where it is silent."""
     for key in ("quantization_config", "compression_config"):
         section = config.get(key)
-        if section is None:
+        if section in (None, {}):
             continue
         if not isinstance(section, dict):
             raise PackageError(f"config.json says a {key} that is no object")

@@ -260,6 +260,12 @@ def test_a_packed_config_without_packed_tensors_is_refused(tmp_path: Path) -> No
         refused(tmp_path, complaint)
 
 
+def test_a_config_that_says_nothing_of_quantization_in_braces_is_float(tmp_path: Path) -> None:
+    config = {**CONFIG, "quantization_config": {}}
+    tiny.write_checkpoint(tmp_path, config, tiny.llama_tensors(CONFIG))
+    assert not Checkpoint.open(tmp_path).is_quantized
+
+
 def test_packed_tensors_without_their_config_are_refused(tmp_path: Path) -> None:
     write(tmp_path, "symmetric")
     tiny.write_checkpoint(tmp_path, CONFIG, tiny.read_tensors(tmp_path))
@@ -306,6 +312,10 @@ COMPRESSED_REFUSALS = {
     "bits": ({"config_groups": _weights(num_bits=8)}, "weights of 8 bits, type int, strategy gr"),
     "type": ({"config_groups": _weights(type="float")}, "4 bits, type float, strategy group"),
     "strategy": ({"config_groups": _weights(strategy="tensor")}, "strategy tensor"),
+    "group size that is none": (
+        {"config_groups": _weights(group_size=[32])},
+        r"says group_size \[32\] in group_0 of config_groups, expected an integer",
+    ),
     "group size": ({"config_groups": _weights(group_size=64)}, "group_size 64, the tensors have"),
 }
 

@@ -270,6 +270,8 @@ def test_of_several_templates_the_default_is_taken(tmp_path) -> None:
     entries = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}]
     write_config(tmp_path, chat_template=entries)
     assert choose_template(tmp_path, "any").source == "D"
+    write_config(tmp_path, chat_template=[{"name": ["no", "name"]}, *entries])
+    assert choose_template(tmp_path, "any").source == "D"
     write_config(tmp_path, chat_template=entries[:1])
     assert choose_template(tmp_path, "qwen-7b") == TemplateChoice("builtin", "qwen-7b")
 
