@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -31,6 +32,9 @@ TOKENIZER_FILES = (
     *ORIGINAL_FILES,
 )
 """What is copied where it exists; the first is made from an original where it does not."""
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+"""Half a character, which JSON can spell and UTF-8 cannot."""
 
 _SAMPLING_RANGES = {
     "temperature": (0.0, 100.0),
@@ -156,7 +160,7 @@ class SourceTokenizer:
         text = token.get("content") if isinstance(token, dict) else token
         if text is None and self.converted is not None:
             text = self.converted.bos_token if kind == "bos" else self.converted.eos_token
-        if isinstance(text, str):
+        if isinstance(text, str) and _SURROGATE.search(text) is None:  # no token holds one
             token_id = self.tokenizer.token_to_id(text)
             if token_id is not None:
                 found.append(token_id)

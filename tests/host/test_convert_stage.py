@@ -385,8 +385,9 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path):
     assert VOCAB_SIZE > 258
 
 
-def test_a_model_without_an_end_is_refused(tmp_path, awq_tensors):
-    source = write_source(tmp_path / "awq", GQA_64.config(), awq_tensors, eos_token=None)
+@pytest.mark.parametrize("eos_token", [None, "\ud800"])
+def test_a_model_without_an_end_is_refused(tmp_path, awq_tensors, eos_token):
+    source = write_source(tmp_path / "awq", GQA_64.config(), awq_tensors, eos_token=eos_token)
     (source / "generation_config.json").unlink()
     with pytest.raises(PackageError, match=r"names no eos token in tokenizer_config\.json"):
         run(source, tmp_path / "tm")
