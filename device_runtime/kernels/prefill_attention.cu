@@ -15,7 +15,7 @@
 //   page_table [num_sequences][max_pages] int32.
 //   A row is a query head of a token: of token row / group, head row % group of the kv head.
 // Launch: grid (num_kv_heads, num_tiles), block kPrefillThreads, dynamic shared memory as
-// attention_shape.py's prefill_shared_bytes. head_dim 64 or 128; num_heads / num_kv_heads 1 to 8;
+// attention_shape.py's prefill_shared_bytes. head_dim 64 or 128; num_heads / num_kv_heads 1 to 16;
 // page_size a multiple of 64.
 // Bound by MACs: 2 * head_dim per query head, token and token before it.
 // Checked against reference/attention.py attend, relative error 2e-3.
