@@ -148,6 +148,12 @@ def _read_rope(
     reader: ConfigReader, config: Mapping[str, object], family: Family, context: int
 ) -> tuple[float, RopeScaling]:
     """Read both spellings: ``rope_theta`` + ``rope_scaling``, and newer ``rope_parameters``."""
+    stated = config.get("rope_parameters")
+    if isinstance(stated, dict) and any(isinstance(value, dict) for value in stated.values()):
+        raise PackageError(
+            "config.json asks for other rotary embeddings by kind of layer (rope_parameters), "
+            "which we do not run"
+        )
     section = reader.section("rope_parameters") or reader.section("rope_scaling", family.rope_keys)
     for holder in (reader, section):
         if holder is not None and holder.number("partial_rotary_factor", 1.0) != 1.0:

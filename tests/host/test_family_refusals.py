@@ -61,6 +61,11 @@ def test_mixtures_of_experts_are_named(architecture: str) -> None:
         ("internlm-chat-7b", {"rotary": {"type": "spiral"}}, "asks for rope scaling 'spiral'"),
         ("llama-3-8b-instruct", {"mlp_bias": True}, r"biases in the MLP \(mlp_bias\)"),
         ("llama-3-8b-instruct", {"partial_rotary_factor": 0.5}, "partial rotary embeddings"),
+        (
+            "llama-3-8b-instruct",
+            {"rope_parameters": {"full_attention": {"rope_theta": 5e5, "rope_type": "default"}}},
+            r"rotary embeddings by kind of layer \(rope_parameters\)",
+        ),
         ("llama-3-8b-instruct", {"hidden_act": "gelu"}, "hidden_act 'gelu', turbojet runs silu"),
         (
             "qwen3-0.6b",
