@@ -10,7 +10,7 @@ from host_tools.awq.gram import CONSUMERS
 from host_tools.awq.layer_solver import LayerSolver, QuantizedLayer
 from host_tools.checkpoint.families import LogicalLinear
 from host_tools.checkpoint.linear_weights import LayerWeights
-from host_tools.decoder.layer import DecoderLayer
+from host_tools.decoder.layer import BLOCKS, DecoderLayer
 from host_tools.decoder.prefetch import ReadyLayer
 from host_tools.layer_records import LayerSeconds
 from host_tools.layer_writer import LayerWriter
@@ -100,6 +100,8 @@ class LayerRun:
         runner = self.passes.runner
         with self.times.phase(FORWARD, runner.device):
             exact_layer = self.passes.on_exact_device(ready.layer)
-            self.passes.exact_runner.advance(exact_layer, self.passes.exact)
             layer = DecoderLayer.ready(stored, ready.layer.model, runner.device)
-            runner.advance(layer, self.passes.quantized)
+            # Half by half as a search does: on a GPU storing the states rounds them.
+            for block in BLOCKS:
+                self.passes.exact_runner.advance(exact_layer, self.passes.exact, blocks=(block,))
+                self.passes.follow(block, layer)

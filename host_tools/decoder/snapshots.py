@@ -14,6 +14,9 @@ import torch
 from device_runtime.package_format.durable import replacing
 from host_tools.decoder.stream import Activations
 
+QUICK_SAVE_S = 6.0
+"""A tenth of a minute; a large model's states are gigabytes, for which slow disks take longer."""
+
 _NAME = re.compile(r"^before-(\d{5})\.states$")
 
 
@@ -37,21 +40,25 @@ class Snapshots:
 
         Args:
             folder: belongs to the run alone.
-            interval_s: work that may be lost.
+            interval_s: work that may be lost where the disk is fast.
             clock: for tests.
         """
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        self._interval_s = interval_s
+        self._interval_s = self._due_s = interval_s
         self._clock = clock
         self._saved_s = clock()
 
     def is_due(self) -> bool:
         """Tell whether enough work was done since the last time."""
-        return self._clock() - self._saved_s >= self._interval_s
+        return self._clock() - self._saved_s >= self._due_s
 
     def save(self, next_layer: int, streams: Sequence[Activations]) -> None:
-        """Save the activations that enter ``next_layer`` and drop older ones."""
+        """Save the activations that enter ``next_layer`` and drop older ones.
+
+        Where that takes longer than `QUICK_SAVE_S` the interval grows as many times.
+        """
+        started_s = self._clock()
         path = self.folder / f"before-{next_layer:05d}.states"
         with replacing(path) as stream:
             for part in _parts(streams):
@@ -63,6 +70,7 @@ class Snapshots:
             if _NAME.match(other.name) and other != path:
                 other.unlink()
         self._saved_s = self._clock()
+        self._due_s = self._interval_s * max(1.0, (self._saved_s - started_s) / QUICK_SAVE_S)
 
     def load(self, streams: Sequence[Activations]) -> int:
         """Fill the activations from the latest snapshot.

@@ -208,6 +208,14 @@ def test_missing_or_strange_calibration_tokens_are_refused(tmp_path: Path) -> No
         read_calibration_tokens(tmp_path)
 
 
+def test_a_slow_disk_is_asked_less_often(tmp_path: Path) -> None:
+    now = iter([0.0, 100.0, 130.0, 429.0, 430.0])
+    snapshots = Snapshots(tmp_path, 60.0, lambda: next(now))
+    snapshots.save(1, [Activations(torch.randn(2, 3, 4))])  # 100 to 130
+    assert not snapshots.is_due()
+    assert snapshots.is_due()  # 300 s later
+
+
 def test_snapshots_are_due_after_the_interval_and_keep_the_latest(tmp_path: Path) -> None:
     now = [0.0]
     snapshots = Snapshots(tmp_path, 60.0, lambda: now[0])

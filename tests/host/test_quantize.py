@@ -25,11 +25,14 @@ from host_tools.awq.grid import Grid
 from host_tools.calibrate import CALIBRATION_TOKENS, TOKEN_IDS, calibrate
 from host_tools.checkpoint import Checkpoint, QuantizedLinear
 from host_tools.checkpoint.families import LINEARS
+from host_tools.decoder.compact import CompactActivations
 from host_tools.layer_records import read_quantize_record
+from host_tools.layer_run import LayerRun
 from host_tools.options import CalibrateOptions, QuantizeOptions
 from host_tools.origin import read_origin
 from host_tools.progress import Progress
 from host_tools.quantize import quantize, valid_group_sizes
+from host_tools.tap_passes import TapPasses
 
 OPTIONS = QuantizeOptions(group_size=32, device="cpu")
 RTN = QuantizeOptions(group_size=32, method="rtn", device="cpu")
@@ -287,6 +290,52 @@ def test_a_snapshot_beyond_a_layer_that_is_missing_is_not_used(
     assert contents(quantize(folder, work, tmp_path / "awq", OPTIONS, Progress())) == contents(
         whole
     )
+
+
+def test_finished_layers_are_passed_as_they_were_searched_where_states_are_rounded(
+    four_layers: tuple[Path, Path, Path], tmp_path: Path, monkeypatch
+) -> None:
+    """A GPU stores states in 11 bits, after each half of a layer; so must a run that goes on."""
+    folder, calibration, _ = four_layers
+
+    def compact(model, windows, devices, _):
+        shape = (*windows.shape, model.hidden_size)
+        return [CompactActivations.make(shape, device) for device in devices]
+
+    monkeypatch.setattr(quantize_layers, "place_activations", compact)
+    seen: dict[str, list[bytes]] = {"whole": [], "resumed": []}
+    follow, pass_by = TapPasses.follow, LayerRun.pass_by
+
+    def states(passes: TapPasses) -> bytes:
+        parts = [*passes.exact.parts(), *passes.quantized.parts()]
+        return b"".join(part.numpy().tobytes() for part in parts)
+
+    def followed(self, block, stored):
+        follow(self, block, stored)
+        if block == "ffn":
+            seen["whole"].append(states(self))
+
+    def passed_by(self, ready, stored):
+        pass_by(self, ready, stored)
+        seen["resumed"].append(states(self.passes))
+
+    monkeypatch.setattr(TapPasses, "follow", followed)
+    monkeypatch.setattr(LayerRun, "pass_by", passed_by)
+    work = shutil.copytree(calibration, tmp_path / "work")
+    write = LayerFiles.write
+
+    def failing(self, layer: int, content: bytes) -> None:
+        if layer == 2:
+            raise KeyboardInterrupt
+        write(self, layer, content)
+
+    monkeypatch.setattr(LayerFiles, "write", failing)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(folder, work, tmp_path / "awq", OPTIONS, Progress())
+    monkeypatch.setattr(LayerFiles, "write", write)
+    quantize(folder, work, tmp_path / "awq", OPTIONS, Progress())
+    assert len(seen["resumed"]) == 2
+    assert seen["resumed"] == seen["whole"][:2]
 
 
 def test_the_times_are_told_and_kept(four_layers: tuple[Path, Path, Path], tmp_path: Path) -> None:
