@@ -170,7 +170,7 @@ def _run(
         tensor_cores(device),
         progress.task(f"calibrate on {device}", num_layers, "layers") as task,
     ):
-        task.move_to(start)
+        task.begin_at(start)
         for ready in ready_layers(checkpoint, range(start, num_layers), device, times):
             index = ready.index
             with times.phase(FORWARD, device):

@@ -74,6 +74,7 @@ class Task:
         total: units of work in all, None while unknown.
         completed: units done.
         unit: what is counted ("layers", "samples"), or :data:`BYTES`.
+        found: units that were done before the task began.
     """
 
     def __init__(self, title: str, total: float | None, unit: str) -> None:
@@ -81,6 +82,12 @@ class Task:
         self.total = total
         self.completed: float = 0
         self.unit = unit
+        self.found: float = 0
+
+    def begin_at(self, completed: float) -> None:
+        """Say how much an earlier run has left done: it tells nothing about the speed."""
+        self.found = completed
+        self.move_to(completed)
 
     def advance(self, amount: float = 1) -> None:
         """Count ``amount`` more units as done."""
@@ -155,8 +162,9 @@ class PlainTask(Task):
             return
         self._shown_s = now
         line = f"{self.title}: {self._amount()}"
-        if self.total and 0 < self.completed <= self.total:
-            left_s = (now - self._started_s) * (self.total / self.completed - 1)
+        if self.total and self.found < self.completed <= self.total:
+            done = self.completed - self.found
+            left_s = (now - self._started_s) * (self.total - self.completed) / done
             line += f", {100 * self.completed / self.total:.0f}%, {format_duration(left_s)} left"
         self._print(line)
 

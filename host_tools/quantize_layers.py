@@ -73,7 +73,7 @@ class LayerQuantizer:
             self._writer() as writer,
             progress.task(f"round on {device}", self._num_layers, "layers") as task,
         ):
-            task.move_to(self._num_layers - len(unfinished))
+            task.begin_at(self._num_layers - len(unfinished))
             for ready in ready_layers(self.checkpoint, unfinished, device, self.times):
                 with self.times.phase(SEARCH, device) as search:
                     quantized = round_layer(
@@ -111,7 +111,7 @@ class LayerQuantizer:
             Spread(self._search_devices(), self._search_costs()) as spread,
             progress.task(f"quantize on {self._place}", self._num_layers, "layers") as task,
         ):
-            task.move_to(start)
+            task.begin_at(start)
             exact_runner, runner = (
                 LayerRunner(self.checkpoint, token_ids.shape[1], stream_device)
                 for stream_device in self._stream_devices

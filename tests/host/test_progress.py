@@ -64,6 +64,16 @@ def test_plain_lines_come_every_five_seconds_with_the_time_that_is_left():
     ]
 
 
+def test_what_an_earlier_run_left_done_tells_nothing_about_the_time_that_is_left():
+    stream = io.StringIO()
+    now = iter([0.0, 0.0, 10.0, 10.0])
+    progress = PlainProgress(stream, clock=lambda: next(now))
+    with progress.task("quantize", total=32, unit="layers") as task:
+        task.begin_at(20)
+        task.move_to(22)  # two layers in 10 s, ten are left
+    assert stream.getvalue().splitlines()[0] == "quantize: 22 of 32 layers, 69%, 50 s left"
+
+
 def test_plain_lines_become_rarer_but_never_stop():
     stream = io.StringIO()
     now = [0.0]
