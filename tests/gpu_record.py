@@ -10,6 +10,8 @@ from typing import Any
 RECORD = Path(__file__).parent / "gpu" / "record.json"
 FORMAT_VERSION = 1
 VARIANTS = ("default", "plain")
+SANITIZER_ERRORS = 9
+"""What compute-sanitizer is told to exit with; any other failure means that it could not look."""
 REFRESH = "run scripts/test-gpu on a machine with a GPU and commit tests/gpu/record.json"
 
 
@@ -45,6 +47,11 @@ def faults_of(record: Mapping[str, Any], sources: Mapping[str, str]) -> list[str
         faults += [f"{test} failed with the {variant} kernels" for test in run.get("failed", ())]
         failed = record["selftest"].get(variant, {}).get("failed", ["the self test is missing"])
         faults += [f"self test with the {variant} kernels: {name}" for name in failed]
+    faults += [
+        f"compute-sanitizer found errors in {name.removeprefix('sanitizer-')}"
+        for name, state in sorted(record["steps"].items())
+        if name.startswith("sanitizer-") and state["exit_code"] == SANITIZER_ERRORS
+    ]
     # A process that hung or crashed left no results behind; 5 is pytest's for a file that is
     # skipped as a whole.
     faults += [

@@ -153,10 +153,12 @@ def test_a_file_whose_process_hung_or_crashed_is_a_fault(
         "plain-test_b": {"exit_code": -11, "seconds": 2.0, "why": ""},
         "plain-test_c": {"exit_code": 5, "seconds": 2.0, "why": ""},
         "sanitizer-memcheck-kernels": {"exit_code": None, "seconds": 0.0, "why": "not there"},
+        "sanitizer-racecheck-kernels": {"exit_code": 9, "seconds": 5.0, "why": ""},
     }
     (folder / "steps.json").write_text(json.dumps(states))
     record = load("write_record", monkeypatch).make_record(folder)
     assert faults_of(record, NOW) == [
+        "compute-sanitizer found errors in racecheck-kernels",
         "default-test_a did not pass: ended after 240 s",
         "plain-test_b did not pass: exit code -11",
     ]
