@@ -11,6 +11,7 @@ from device_runtime.backends.base import Backend
 from device_runtime.package_format.boards import Board
 from device_runtime.package_format.model_config import ModelConfig
 from device_runtime.package_format.package import Package
+from device_runtime.package_format.tensors import linear_shapes
 
 if TYPE_CHECKING:
     from device_runtime.backends.cuda.slices import SliceRate
@@ -57,8 +58,14 @@ class Projection:
 
 def quantized_weights(model: ModelConfig) -> int:
     """Return the number of 4-bit weights that a decode step multiplies."""
-    matrices = model.hidden_size * (model.qkv_size + model.q_size + 3 * model.intermediate_size)
-    return model.num_hidden_layers * matrices
+    shapes = (
+        shape
+        for layer in range(model.num_hidden_layers)
+        for shape in linear_shapes(model, layer)
+        if shape.is_quantized
+    )
+    one_rank = sum(shape.num_inputs * shape.num_outputs for shape in shapes)
+    return model.tensor_para_size * one_rank
 
 
 def project(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 
@@ -160,6 +161,9 @@ def test_a_projection_is_arithmetic_over_the_boards_facts() -> None:
     board = BOARDS["agx-orin-64gb"]
     # 32 x (4096 x 12288 + 4096 x 4096 + 3 x 4096 x 11008) weights
     assert quantized_weights(model) == 6_476_005_376
+    # Without 4096 x 11008 that stay in fp16.
+    mixed = dataclasses.replace(model, fp16_linears=("layers.3.feed_forward.w2",))
+    assert quantized_weights(mixed) == 6_476_005_376 - 4096 * 11008
     found = project(board, model, 3_900_000_000, 65.0)
     assert found.memory_s == pytest.approx(3.9 / (0.8 * 204.8))
     assert found.arithmetic_s == pytest.approx(6_476_005_376 / (65 * 16 * 1300e6))
