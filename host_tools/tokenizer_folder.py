@@ -80,7 +80,7 @@ class SourceTokenizer:
         path = folder / names.TOKENIZER_JSON
         converted = None
         if not path.is_file():
-            converted = _convert(folder)
+            converted = _convert(folder, vocab_size)
             path, tokenizer = converted.path, converted.tokenizer
         else:
             text = read_text(path, MAX_TOKENIZER_BYTES)
@@ -171,13 +171,13 @@ class SourceTokenizer:
         return tuple(dict.fromkeys(token_id for token_id in found if 0 <= token_id <= largest))
 
 
-def _convert(folder: Path) -> ConvertedTokenizer:
+def _convert(folder: Path, vocab_size: int) -> ConvertedTokenizer:
     if original_file(folder) is None:
         raise PackageError(
             f"{folder} has no {names.TOKENIZER_JSON}, save the checkpoint with a fast "
             "tokenizer (AutoTokenizer.save_pretrained) and convert again"
         )
-    return convert_tokenizer(folder)
+    return convert_tokenizer(folder, vocab_size)
 
 
 def _integers(value: object) -> Iterable[int]:

@@ -198,7 +198,7 @@ def package_definition(package: Package) -> str:
     for name in (names.TOKENIZER_JSON, *ORIGINAL_FILES):
         if os.path.lexists(package.tokenizer_dir / name):
             check_file(package.root, names.tokenizer_path(name))
-    return tokenizer_definition(package.tokenizer_dir)
+    return tokenizer_definition(package.tokenizer_dir, package.model.vocab_size)
 
 
 def _build(definition: str) -> FastTokenizer:

@@ -69,6 +69,15 @@ class TokenSettings:
     eos_token: str | None
     adds_bos: bool | None
 
+    def within(self, num_ids: int) -> TokenSettings:
+        """Return the settings without tokens that the embedding has no row for.
+
+        Llama 2 was published with ``<pad>`` as number 32000 of 32000: no text can be given to the
+        model with it.
+        """
+        tokens = tuple(token for token in self.tokens if token.token_id < num_ids)
+        return replace(self, tokens=tokens)
+
     @classmethod
     def read(cls, folder: Path) -> TokenSettings:
         """Read tokenizer_config.json, added_tokens.json and special_tokens_map.json of a folder.

@@ -73,15 +73,19 @@ def original_file(folder: Path) -> Path | None:
     return next((path for path in found if path.is_file()), None)
 
 
-def tokenizer_definition(folder: Path) -> str:
+def tokenizer_definition(folder: Path, num_ids: int | None = None) -> str:
     """Return the text of a folder's tokenizer.json, made in memory where it has none.
+
+    Args:
+        folder: of the tokenizer.
+        num_ids: as for `convert_tokenizer`.
 
     Raises:
         PackageError: there is neither it nor an original, or what there is is damaged.
     """
     path = folder / names.TOKENIZER_JSON
     if not path.is_file() and original_file(folder) is not None:
-        return convert_tokenizer(folder).text
+        return convert_tokenizer(folder, num_ids).text
     if not path.exists():
         raise PackageError(
             f"{path} is missing, and so are {' and '.join(ORIGINAL_FILES)} to make it from; "
@@ -90,12 +94,13 @@ def tokenizer_definition(folder: Path) -> str:
     return read_text(path, MAX_TOKENIZER_BYTES)
 
 
-def convert_tokenizer(folder: Path) -> ConvertedTokenizer:
+def convert_tokenizer(folder: Path, num_ids: int | None = None) -> ConvertedTokenizer:
     """Make a tokenizer from ``tokenizer.model`` or ``qwen.tiktoken`` and the files beside it.
 
     Args:
         folder: also looked through for tokenizer_config.json, added_tokens.json and
             special_tokens_map.json; no code in it is run.
+        num_ids: rows of the model's embedding; added tokens beyond are left out.
 
     Raises:
         PackageError: there is no such file, it is damaged, or it cannot be done exactly.
@@ -105,6 +110,8 @@ def convert_tokenizer(folder: Path) -> ConvertedTokenizer:
         raise PackageError(f"{folder} has no tokenizer, expected {' or '.join(ORIGINAL_FILES)}")
     content = read_bytes(path, MAX_ORIGINAL_BYTES)
     settings = TokenSettings.read(folder)
+    if num_ids is not None:
+        settings = settings.within(num_ids)
     if path.name == names.TOKENIZER_MODEL:
         return _convert_sentencepiece(parse_sentencepiece(content, str(path)), settings, path)
     return _convert_tiktoken(parse_ranks(content, str(path)), settings, path)

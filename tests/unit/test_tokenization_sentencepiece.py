@@ -85,6 +85,17 @@ def test_a_bos_token_that_the_vocabulary_lacks_is_none(tmp_path):
     assert (found.bos_token, found.adds_bos) == (None, False)
 
 
+def test_an_added_token_without_a_row_in_the_embedding_is_left_out(tmp_path):
+    tiny.write_model(tmp_path)
+    last = len(IDS) - 1
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<pad>": last + 1}))
+    assert convert_tokenizer(tmp_path).tokenizer.token_to_id("<pad>") == last + 1
+    tokenizer = convert_tokenizer(tmp_path, last + 1).tokenizer
+    assert tokenizer.token_to_id("<pad>") is None
+    assert max(tokenizer.encode("<pad>").ids) <= last
+    assert "<pad>" not in tokenizer_definition(tmp_path, last + 1)
+
+
 def test_a_bos_token_that_no_template_can_name_is_refused(tmp_path):
     tiny.write_model(tmp_path, [*tiny.PIECES, ("a:b", 0.0, tiny.CONTROL)])
     (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "a:b"}')
