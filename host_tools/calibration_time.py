@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 
+from device_runtime.package_format.amounts import format_duration
 from device_runtime.package_format.model_config import ModelConfig
 from host_tools.calibrate import calibrate_stage
 from host_tools.checkpoint import Checkpoint
 from host_tools.decoder.stream import choose_device
 from host_tools.options import CalibrateOptions
-from host_tools.progress import format_duration
 
 PROBE_S = 0.2
 PROBE_TOKENS = 512

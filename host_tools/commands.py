@@ -7,6 +7,7 @@ import json
 import sys
 from dataclasses import asdict, replace
 
+from device_runtime.package_format.amounts import format_bytes
 from host_tools.fetch.options import FetchOptions
 from host_tools.options import (
     CalibrateOptions,
@@ -22,7 +23,7 @@ from host_tools.package_options import (
     PackOptions,
 )
 from host_tools.printed_tables import plain_summary, print_evaluation, print_summary
-from host_tools.progress import format_bytes, make_progress
+from host_tools.progress import make_progress
 
 
 def run_fetch(args: argparse.Namespace) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from host_tools.progress import format_duration
+from device_runtime.package_format.amounts import format_duration
 
 if TYPE_CHECKING:  # records are read without torch
     import torch
@@ -91,12 +91,12 @@ class PhaseTimes:
         own, beside = shares["seconds"], shares["seconds_beside"]
         total = own.pop(TOTAL)
         listed = ", ".join(
-            f"{name} {_seconds(value)} ({100 * value / total:.0f}%)"
+            f"{name} {format_duration(value)} ({100 * value / total:.0f}%)"
             for name, value in _longest_first(own, total)
         )
         line = f"{title} took {format_duration(total)}: {listed}"
         also = ", ".join(
-            f"{name} {_seconds(value)}" for name, value in _longest_first(beside, total)
+            f"{name} {format_duration(value)}" for name, value in _longest_first(beside, total)
         )
         return f"{line}; beside it {also}" if also else line
 
@@ -105,7 +105,3 @@ def _longest_first(seconds: dict[str, float], total: float) -> list[tuple[str, f
     """Leave out what is below half a percent."""
     shown = [item for item in seconds.items() if item[1] >= total / 200]
     return sorted(shown, key=lambda item: -item[1])
-
-
-def _seconds(value: float) -> str:
-    return f"{value:.1f} s" if value < 10 else format_duration(value)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from host_tools.progress import format_bytes
+from device_runtime.package_format.amounts import format_bytes
 
 if TYPE_CHECKING:
     from host_tools.build import BuildReport

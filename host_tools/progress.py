@@ -25,6 +25,8 @@ from rich.progress import Progress as RichBars
 from rich.progress import Task as RichBar
 from rich.text import Text
 
+from device_runtime.package_format.amounts import format_bytes, format_duration
+
 PLAIN_INTERVAL_S = 5.0
 """Seconds between the first plain lines of one task: a person sees life."""
 
@@ -34,27 +36,6 @@ PLAIN_LINES = 20
 
 BYTES = "bytes"
 """The unit that is shown as MB and MB/s."""
-
-
-def format_duration(seconds: float) -> str:
-    """Return ``"42 s"``, ``"3 min 05 s"`` or ``"2 h 10 min"``."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-
-
-def format_bytes(num_bytes: float) -> str:
-    """Return a size in decimal units: ``"512 B"``, ``"1.5 kB"``, ``"98.2 MB"``, ``"3.74 GB"``."""
-    if num_bytes < 1000:
-        return f"{int(num_bytes)} B"
-    if num_bytes < 1e6:
-        return f"{num_bytes / 1e3:.1f} kB"
-    if num_bytes < 1e9:
-        return f"{num_bytes / 1e6:.1f} MB"
-    return f"{num_bytes / 1e9:.2f} GB"
 
 
 def format_amount(completed: float, total: float | None, unit: str) -> str:

@@ -18,7 +18,7 @@ from device_runtime.apps.bench_load import LoadResult
 from device_runtime.apps.bench_nodes import node_lines, slice_lines
 from device_runtime.apps.bench_project import Projection, projection_lines
 from device_runtime.apps.bench_runs import PERCENTILES, Result, Workload
-from device_runtime.apps.sizes import format_bytes
+from device_runtime.package_format.amounts import format_bytes
 
 if TYPE_CHECKING:
     from device_runtime.backends.cuda.nodes import NodeTime

@@ -27,9 +27,9 @@ from device_runtime.apps.chat_status import (
 )
 from device_runtime.apps.chat_stream import AnswerStream, MarkdownStream, PlainStream
 from device_runtime.apps.chat_view import AnswerView, PlainView
-from device_runtime.apps.sizes import format_bytes
 from device_runtime.backends.memory_plan import MemoryPlan
 from device_runtime.errors import EXIT_INTERRUPTED, RequestError, TurbojetError
+from device_runtime.package_format.amounts import format_bytes
 
 _ROOM_HINT = (
     "/forget drops the oldest turns, /reset starts anew, /save keeps this conversation; "

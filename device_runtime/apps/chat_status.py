@@ -9,9 +9,9 @@ from pathlib import Path
 
 from rich.text import Text
 
-from device_runtime.apps.sizes import format_bytes
 from device_runtime.backends.memory_plan import MemoryPlan
 from device_runtime.engine.generation import FinishReason, Output
+from device_runtime.package_format.amounts import format_bytes
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from device_runtime.apps.install import STANDARD_INPUT, InstallOptions, install
 from device_runtime.apps.model_list import list_releases, to_table
 from device_runtime.apps.places import data_dir
 from device_runtime.apps.progress_bar import byte_progress
-from device_runtime.apps.sizes import format_bytes, format_duration
 from device_runtime.apps.store import Store, find_package
 from device_runtime.apps.verify import Verified, verify_release
 from device_runtime.errors import UsageError
+from device_runtime.package_format.amounts import format_bytes, format_duration
 from device_runtime.package_format.package import verify_package
 
 

@@ -19,10 +19,10 @@ from device_runtime.apps.release import (
     is_model_name,
     manifest_digest,
 )
-from device_runtime.apps.sizes import format_bytes
 from device_runtime.apps.store import Store
 from device_runtime.apps.verify import open_release
 from device_runtime.errors import DeviceError, PackageError, UsageError
+from device_runtime.package_format.amounts import format_bytes
 from device_runtime.package_format.archive_reader import (
     ArchiveProgress,
     ArchiveReader,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from device_runtime.apps.release import Release
-from device_runtime.apps.sizes import format_bytes
 from device_runtime.kernels.cubins import read_record
+from device_runtime.package_format.amounts import format_bytes
 from device_runtime.package_format.kv_page import kv_page_bytes
 from device_runtime.package_format.manifest import Manifest, PlannedMemory
 from device_runtime.package_format.package import Package

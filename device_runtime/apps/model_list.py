@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from device_runtime.apps.release import Release
-from device_runtime.apps.sizes import format_bytes
 from device_runtime.apps.store import Store
 from device_runtime.errors import PackageError
+from device_runtime.package_format.amounts import format_bytes
 from device_runtime.package_format.package import open_package
 
 _HEADINGS = ("NAME", "RELEASE", "WEIGHTS", "SIZE", "INSTALLED", "")

@@ -6,12 +6,12 @@ from contextlib import closing
 from dataclasses import asdict
 
 from device_runtime.apps.model_facts import Line
-from device_runtime.apps.sizes import format_bytes
 from device_runtime.backends.memory_plan import MemoryPlan, plan_memory
 from device_runtime.backends.select import create_backend
 from device_runtime.engine.configure import cache_request
 from device_runtime.engine.options import EngineOptions
 from device_runtime.errors import DeviceError, PackageError
+from device_runtime.package_format.amounts import format_bytes
 from device_runtime.package_format.package import Package
 
 

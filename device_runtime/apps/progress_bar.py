@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
-from device_runtime.apps.sizes import format_bytes, format_duration
+from device_runtime.package_format.amounts import format_bytes, format_duration
 
 PLAIN_INTERVAL_S = 5.0
 """Seconds between two plain lines: a log stays readable, a person sees life."""

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from device_runtime.errors import FetchError, PackageError
 from device_runtime.package_format import names
+from device_runtime.package_format.amounts import format_bytes
 from device_runtime.package_format.durable import write_atomically
 from device_runtime.package_format.rotary import to_halves
 from host_tools.checkpoint_names import CONFIG_JSON
@@ -20,7 +21,7 @@ from host_tools.fetch.gguf_header import GgufHeader, GgufTensor, read_header
 from host_tools.fetch.gguf_metadata import Metadata
 from host_tools.fetch.gguf_model import GgufModel, SourceTensor, describe_model
 from host_tools.fetch.gguf_tokenizer import RebuiltTokenizer, rebuild_tokenizer
-from host_tools.progress import BYTES, Progress, Task, format_bytes
+from host_tools.progress import BYTES, Progress, Task
 from host_tools.shards import TensorPlan, write_shards
 
 PART_VALUES = 1 << 22

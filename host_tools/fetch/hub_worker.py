@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from device_runtime.errors import FetchError, TurbojetError
+from device_runtime.package_format.amounts import format_bytes
 from host_tools.fetch.hub_errors import describe_failure
 from host_tools.fetch.repo_files import RepoFile, select_files
-from host_tools.progress import format_bytes
 
 PAGE_SIZE = 200
 MAX_PAGES = 500

@@ -16,11 +16,12 @@ from pathlib import Path
 
 from device_runtime import errors
 from device_runtime.errors import FetchError, InternalError, TurbojetError, UsageError
+from device_runtime.package_format.amounts import format_bytes
 from device_runtime.package_format.durable import sync_file
 from host_tools.fetch.hub_address import check_reachable, hub_host, unreachable
 from host_tools.fetch.hub_worker import HubRequest
 from host_tools.fetch.options import FetchOptions
-from host_tools.progress import BYTES, Progress, Task, format_bytes
+from host_tools.progress import BYTES, Progress, Task
 from host_tools.stage import RECORD_DIR
 
 TOKEN_VARIABLE = "MODELSCOPE_API_TOKEN"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from device_runtime.package_format.amounts import format_bytes, format_duration
 from host_tools.markup import Markup, element, joined
-from host_tools.progress import format_bytes, format_duration
 from host_tools.report.data import REPORT_JSON, Report
 from host_tools.report.figures import bits_per_weight, median_gain, num_measured
 from host_tools.report.sections import (

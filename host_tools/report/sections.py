@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from device_runtime.package_format.amounts import format_bytes
 from device_runtime.package_format.config_ini import (
     QUANT_POLICY_ONLINE_INT8,
     QUANT_POLICY_STATIC_INT8,
@@ -9,7 +10,6 @@ from device_runtime.package_format.config_ini import (
 from host_tools.costs import NOTABLE_INCREASE
 from host_tools.layer_records import CLIP_STEPS, LINEARS, LinearName, LinearRecord
 from host_tools.markup import Markup, element, table
-from host_tools.progress import format_bytes
 from host_tools.report.data import Report, StageFigures
 from host_tools.report.figures import STEPS, clip_shares, layer_means, relative
 from host_tools.report.plots import (

@@ -125,7 +125,7 @@ def test_the_summary_names_what_ran_beside() -> None:
     thread.start()
     thread.join()
     assert times.summary("quantize") == (
-        "quantize took 4 s: other 4.0 s (100%); beside it packing 4.0 s"
+        "quantize took 4.0 s: other 4.0 s (100%); beside it packing 4.0 s"
     )
 
 

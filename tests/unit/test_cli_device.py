@@ -20,7 +20,6 @@ from device_runtime import __version__, cli
 from device_runtime.apps import commands, progress_bar
 from device_runtime.apps.model_facts import package_facts, package_lines
 from device_runtime.apps.progress_bar import PlainReport, byte_progress
-from device_runtime.apps.sizes import format_bytes, format_duration
 from device_runtime.errors import (
     DeviceError,
     InternalError,
@@ -31,6 +30,7 @@ from device_runtime.errors import (
 )
 from device_runtime.kernels.cubins import SOURCES
 from device_runtime.package_format import names
+from device_runtime.package_format.amounts import format_bytes, format_duration
 from device_runtime.package_format.manifest import Provenance, Quantization
 from device_runtime.package_format.model_config import RopeScaling
 from device_runtime.package_format.package import Package
@@ -467,10 +467,12 @@ def test_sizes_and_times_are_short() -> None:
         "98.2 MB",
         "3.74 GB",
     ]
-    assert [format_duration(s) for s in (0.44, 9.96, 42, 185, 7800)] == [
+    assert [format_duration(s) for s in (0.44, 9.96, 42, 59.4, 185, 3600, 7800)] == [
         "0.4 s",
         "10.0 s",
         "42 s",
+        "59 s",
         "3 min 05 s",
+        "1 h 00 min",
         "2 h 10 min",
     ]

@@ -1,4 +1,4 @@
-"""Sizes and times as a person reads them."""
+"""Sizes and times as a person reads them, on either machine."""
 
 from __future__ import annotations
 
