@@ -25,7 +25,7 @@ from host_tools.checkpoint.packed_format import (
     check_group_order,
     common_group_size,
     finer_groups,
-    group_length,
+    paired_group_length,
     read_scales,
     unpack_columns,
     unpack_rows,
@@ -86,11 +86,7 @@ class CompressedTensors:
             raise PackageError(
                 f"{module}.{SHAPE} says {shape}, config.json means {[outputs, inputs]}"
             )
-        index = f"{module}.{G_IDX}"
-        if index in self.files:
-            found += check_expected(self.files, ((index, (torch.int32,), (inputs,)),))
-            check_group_order(self.files, index, length)
-        return found
+        return found + check_group_order(self.files, f"{module}.{G_IDX}", inputs, length)
 
     def read(self, module: str, bias: torch.Tensor | None) -> QuantizedLinear:
         """Unpack one linear.
@@ -156,18 +152,9 @@ def find_compressed(files: TensorFiles, section: Mapping[str, object]) -> Compre
 
 
 def _length(files: TensorFiles, module: str) -> int:
-    """Return how many inputs of a linear share a scale, by its tensors."""
-    if f"{module}.{SCALE}" not in files or f"{module}.{PACKED}" not in files:
-        missing = SCALE if f"{module}.{PACKED}" in files else PACKED
-        raise PackageError(f"tensor {module}.{missing} is missing, quantize the checkpoint again")
-    _, words = files.facts(f"{module}.{PACKED}")
-    _, scales = files.facts(f"{module}.{SCALE}")
-    if len(words) != 2 or len(scales) != 2 or words[0] != scales[0]:
-        raise PackageError(
-            f"{module} has {PACKED} {list(words)} and {SCALE} {list(scales)}, "
-            f"which is no 4-bit {PACK_QUANTIZED} pair"
-        )
-    return group_length(module, words[1] * CODES_PER_WORD, scales[1])
+    return paired_group_length(
+        files, f"{module}.{PACKED}", f"{module}.{SCALE}", inputs_axis=1, kind=PACK_QUANTIZED
+    )
 
 
 def _check_whole(section: Mapping[str, object]) -> None:

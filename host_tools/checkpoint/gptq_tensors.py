@@ -29,7 +29,7 @@ from host_tools.checkpoint.packed_format import (
     check_group_order,
     common_group_size,
     finer_groups,
-    group_length,
+    paired_group_length,
     read_scales,
     unpack_columns,
     unpack_rows,
@@ -80,11 +80,7 @@ class GptqTensors:
                 (f"{module}.{SCALES}", SCALE_DTYPES, (groups, outputs)),
             ),
         )
-        index = f"{module}.{G_IDX}"
-        if index in self.files:
-            found += check_expected(self.files, ((index, (torch.int32,), (inputs,)),))
-            check_group_order(self.files, index, length)
-        return found
+        return found + check_group_order(self.files, f"{module}.{G_IDX}", inputs, length)
 
     def read(self, module: str, bias: torch.Tensor | None) -> QuantizedLinear:
         """Unpack one linear.
@@ -153,18 +149,9 @@ def find_gptq(files: TensorFiles, section: Mapping[str, object]) -> GptqTensors:
 
 
 def _length(files: TensorFiles, module: str) -> int:
-    """Return how many inputs of a linear share a scale, by its tensors."""
-    if f"{module}.{SCALES}" not in files or f"{module}.{QWEIGHT}" not in files:
-        missing = SCALES if f"{module}.{QWEIGHT}" in files else QWEIGHT
-        raise PackageError(f"tensor {module}.{missing} is missing, quantize the checkpoint again")
-    _, words = files.facts(f"{module}.{QWEIGHT}")
-    _, scales = files.facts(f"{module}.{SCALES}")
-    if len(words) != 2 or len(scales) != 2 or words[1] != scales[1]:
-        raise PackageError(
-            f"{module} has {QWEIGHT} {list(words)} and {SCALES} {list(scales)}, "
-            f"which is no 4-bit GPTQ pair"
-        )
-    return group_length(module, words[0] * CODES_PER_WORD, scales[0])
+    return paired_group_length(
+        files, f"{module}.{QWEIGHT}", f"{module}.{SCALES}", inputs_axis=0, kind="GPTQ"
+    )
 
 
 def _checkpoint_format(section: Mapping[str, object]) -> str:

@@ -109,15 +109,34 @@ def common_group_size(lengths: Iterable[int], stated: object) -> int:
     )
 
 
-def group_length(module: str, inputs: int, groups: int) -> int:
-    """Return how many inputs share a scale.
+def paired_group_length(
+    files: TensorFiles, codes: str, scales: str, *, inputs_axis: int, kind: str
+) -> int:
+    """Return how many inputs of a linear share a scale, by the shapes of its codes and scales.
+
+    Args:
+        files: has both.
+        codes: name of the tensor with eight inputs to a word.
+        scales: name of the tensor with a scale per group.
+        inputs_axis: along which inputs and groups lie; outputs are along the other.
+        kind: what the pair would be, for the error.
 
     Raises:
-        PackageError: there are none, or the groups do not divide the inputs.
+        PackageError: one is missing, their outputs differ, or the groups do not divide the inputs.
     """
-    if inputs < 1 or groups < 1 or inputs % groups:
-        raise PackageError(f"{module} has {inputs} inputs in {groups} groups, quantize it again")
-    return inputs // groups
+    for name in (codes, scales):
+        if name not in files:
+            raise PackageError(f"tensor {name} is missing, quantize the checkpoint again")
+    words, groups = files.facts(codes)[1], files.facts(scales)[1]
+    outputs_axis = 1 - inputs_axis
+    if len(words) != 2 or len(groups) != 2 or words[outputs_axis] != groups[outputs_axis]:
+        raise PackageError(
+            f"{codes} {list(words)} and {scales} {list(groups)} are no 4-bit {kind} pair"
+        )
+    inputs, num_groups = words[inputs_axis] * CODES_PER_WORD, groups[inputs_axis]
+    if inputs < 1 or num_groups < 1 or inputs % num_groups:
+        raise PackageError(f"{codes} has {inputs} inputs in {num_groups} groups, quantize it again")
+    return inputs // num_groups
 
 
 def finer_groups(rows: torch.Tensor, inputs: int, group_size: int) -> torch.Tensor:
@@ -126,14 +145,20 @@ def finer_groups(rows: torch.Tensor, inputs: int, group_size: int) -> torch.Tens
     return rows if factor == 1 else rows.repeat_interleave(factor, dim=0)
 
 
-def check_group_order(files: TensorFiles, name: str, length: int) -> None:
+def check_group_order(files: TensorFiles, name: str, inputs: int, length: int) -> list[str]:
     """Check that a tensor of group indices says what it would be without activation order.
 
+    Returns:
+        Its name; nothing where there is none.
+
     Raises:
-        PackageError: inputs are in another order than their groups.
+        PackageError: inputs are in another order than their groups, or it is no such tensor.
     """
+    if name not in files:
+        return []
+    found = check_expected(files, ((name, (torch.int32,), (inputs,)),))
     index = files.tensor(name)
-    plain = torch.arange(index.numel(), dtype=index.dtype) // length
+    plain = torch.arange(inputs, dtype=index.dtype) // length
     if not torch.equal(index, plain):
         first = int((index != plain).nonzero()[0])
         raise PackageError(
@@ -141,6 +166,7 @@ def check_group_order(files: TensorFiles, name: str, length: int) -> None:
             f"{int(plain[first])}: the checkpoint is quantized with activation order (desc_act), "
             f"which TurboMind's layout cannot hold; quantize it without"
         )
+    return found
 
 
 def unpack_columns(words: NDArray[Any]) -> NDArray[np.uint8]:

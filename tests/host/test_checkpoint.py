@@ -187,7 +187,7 @@ def test_a_stated_quantization_must_agree_with_the_tensors(tmp_path: Path) -> No
         Checkpoint.open(folder)
     for change, complaint in (
         ({"quant_method": "hqq"}, "quantized with hqq, turbojet reads awq, gptq, compressed-ten"),
-        ({"quant_method": "gptq"}, "which is no 4-bit GPTQ pair"),
+        ({"quant_method": "gptq"}, "are no 4-bit GPTQ pair"),
         ({"version": "gemv"}, "awq gemv with 4 bits"),
         ({"w_bit": 8}, "awq gemm with 8 bits"),
     ):
