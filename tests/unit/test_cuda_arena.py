@@ -5,14 +5,9 @@ from __future__ import annotations
 import pytest
 from fake_cuda import FakeCuda, install
 
-from device_runtime.backends.cuda.arena import (
-    ALIGNMENT,
-    CHUNK_BYTES,
-    allocate_arena,
-    arena_bytes,
-    group_regions,
-)
+from device_runtime.backends.cuda.arena import CHUNK_BYTES, allocate_arena
 from device_runtime.backends.cuda.driver import CudaDriver
+from device_runtime.backends.cuda.regions import ALIGNMENT, group_regions, region_bytes
 from device_runtime.errors import DeviceError, OutOfMemoryError
 
 MIB = 1 << 20
@@ -23,7 +18,7 @@ def test_regions_are_aligned_and_do_not_overlap(monkeypatch) -> None:
     with CudaDriver() as driver:
         arena = allocate_arena(driver, [1, 256, 300, 0, 5], "weights")
         # 256 + 256 + 512 + 0 + 256
-        assert arena.num_bytes == arena_bytes([1, 256, 300, 0, 5]) == 1280
+        assert arena.num_bytes == region_bytes([1, 256, 300, 0, 5]) == 1280
         base = arena.addresses[0]
         assert [place - base for place in arena.addresses] == [0, 256, 512, 1024, 1024]
         assert base % ALIGNMENT == 0

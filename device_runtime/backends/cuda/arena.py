@@ -12,12 +12,17 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from ctypes import byref, c_int, c_size_t, c_ulonglong
 from dataclasses import dataclass
-from itertools import accumulate
 
 from device_runtime.backends.cuda.driver import CudaDriver
+from device_runtime.backends.cuda.regions import (
+    ALIGNMENT,
+    aligned,
+    group_regions,
+    region_bytes,
+    region_places,
+)
 from device_runtime.errors import DeviceError, OutOfMemoryError
 
-ALIGNMENT = 256
 CHUNK_BYTES = 512 << 20
 _MIB = 1 << 20
 _ALLOCATION_TYPE_PINNED = 1  # CU_MEM_ALLOCATION_TYPE_PINNED
@@ -67,16 +72,6 @@ class Arena:
         self._free()
 
 
-def aligned(num_bytes: int, alignment: int = ALIGNMENT) -> int:
-    """Return the next multiple of the alignment."""
-    return -(-num_bytes // alignment) * alignment
-
-
-def arena_bytes(sizes: Sequence[int]) -> int:
-    """Return what regions take together."""
-    return sum(aligned(size) for size in sizes)
-
-
 def allocate_arena(driver: CudaDriver, sizes: Sequence[int], what: str) -> Arena:
     """Allocate regions.
 
@@ -88,7 +83,7 @@ def allocate_arena(driver: CudaDriver, sizes: Sequence[int], what: str) -> Arena
     Raises:
         OutOfMemoryError: no way leads to so much memory.
     """
-    total = arena_bytes(sizes)
+    total = region_bytes(sizes)
     failures: list[DeviceError] = []
     for attempt in (_one_block, _chunks, _mapped_chunks):
         try:
@@ -108,9 +103,9 @@ def allocate_arena(driver: CudaDriver, sizes: Sequence[int], what: str) -> Arena
 
 
 def _one_block(driver: CudaDriver, sizes: Sequence[int]) -> Arena:
-    total = arena_bytes(sizes)
+    total = region_bytes(sizes)
     base = driver.allocate(max(total, ALIGNMENT))
-    return Arena(_places(base, sizes), total, "one block", lambda: driver.free(base))
+    return Arena(region_places(base, sizes), total, "one block", lambda: driver.free(base))
 
 
 def _chunks(driver: CudaDriver, sizes: Sequence[int]) -> Arena:
@@ -123,12 +118,12 @@ def _chunks(driver: CudaDriver, sizes: Sequence[int]) -> Arena:
 
     try:
         for group in group_regions(sizes, CHUNK_BYTES):
-            blocks.append(driver.allocate(arena_bytes(group)))
-            addresses.extend(_places(blocks[-1], group))
+            blocks.append(driver.allocate(region_bytes(group)))
+            addresses.extend(region_places(blocks[-1], group))
     except OutOfMemoryError:
         free()
         raise
-    return Arena(tuple(addresses), arena_bytes(sizes), "chunks", free)
+    return Arena(tuple(addresses), region_bytes(sizes), "chunks", free)
 
 
 def _mapped_chunks(driver: CudaDriver, sizes: Sequence[int]) -> Arena:
@@ -136,7 +131,7 @@ def _mapped_chunks(driver: CudaDriver, sizes: Sequence[int]) -> Arena:
     properties = _AllocationProperties(type=_ALLOCATION_TYPE_PINNED, location=location)
     granularity = c_size_t()
     driver.call("cuMemGetAllocationGranularity", byref(granularity), byref(properties), c_int(0))
-    total = aligned(max(1, arena_bytes(sizes)), granularity.value)
+    total = aligned(max(1, region_bytes(sizes)), granularity.value)
     chunk = aligned(CHUNK_BYTES, granularity.value)
     base = c_ulonglong()
     driver.call(
@@ -180,22 +175,4 @@ def _mapped_chunks(driver: CudaDriver, sizes: Sequence[int]) -> Arena:
         with suppress(DeviceError):
             free()
         raise
-    return Arena(_places(base.value, sizes), total, "mapped chunks", free)
-
-
-def group_regions(sizes: Sequence[int], limit: int) -> list[list[int]]:
-    """Return runs of regions of at most ``limit`` bytes each; a larger region stands alone."""
-    groups: list[list[int]] = []
-    room = 0
-    for size in sizes:
-        if not groups or aligned(size) > room:
-            groups.append([])
-            room = limit
-        groups[-1].append(size)
-        room -= aligned(size)
-    return groups
-
-
-def _places(base: int, sizes: Sequence[int]) -> tuple[int, ...]:
-    offsets = accumulate((aligned(size) for size in sizes), initial=0)
-    return tuple(base + offset for offset, _ in zip(offsets, sizes, strict=False))
+    return Arena(region_places(base.value, sizes), total, "mapped chunks", free)

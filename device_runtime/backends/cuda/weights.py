@@ -13,7 +13,7 @@ from itertools import accumulate
 import numpy as np
 from numpy.typing import NDArray
 
-from device_runtime.backends.cuda.arena import aligned
+from device_runtime.backends.cuda.regions import aligned
 from device_runtime.package_format import names
 from device_runtime.package_format.int4 import TILE
 from device_runtime.package_format.model_config import ModelConfig

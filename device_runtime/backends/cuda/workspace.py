@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from device_runtime.backends.cuda.arena import arena_bytes
+from device_runtime.backends.cuda.regions import region_bytes
 from device_runtime.backends.cuda.weights import has_half_matrices, padded_rows
 from device_runtime.kernels.attention_shape import PREFILL_ROWS, SPAN_TOKENS, DecodeAttentionShape
 from device_runtime.kernels.gemm_shape import F16_TILES, W4A16_TILES
@@ -163,7 +163,7 @@ class StepLimits:
     @property
     def num_bytes(self) -> int:
         """Bytes of all buffers."""
-        return arena_bytes(list(self.buffers().values()))
+        return region_bytes(list(self.buffers().values()))
 
     @property
     def _kv_scale_bytes(self) -> int:
