@@ -9,13 +9,13 @@ from numpy.typing import NDArray
 
 from device_runtime.backends.base import Batch
 from device_runtime.backends.cuda.driver import CudaDriver
+from device_runtime.backends.cuda.footprint import BACKEND_NAME, DeviceFigures, package_survey
 from device_runtime.backends.cuda.kernel_set import find_cubins, kernel_folders
 from device_runtime.backends.cuda.runner import Runner
-from device_runtime.backends.cuda.sizes import MAX_STEPS_AHEAD, step_limits, upload_bytes
+from device_runtime.backends.cuda.sizes import MAX_STEPS_AHEAD
 from device_runtime.backends.cuda.state import Awaited
 from device_runtime.backends.cuda.support import check_model, sources_for
-from device_runtime.backends.cuda.survey import LAUNCH_BYTES, OpenDevice, open_device
-from device_runtime.backends.cuda.weights import weight_layout
+from device_runtime.backends.cuda.survey import OpenDevice, open_device
 from device_runtime.backends.kv_format import KvFormat
 from device_runtime.backends.memory_plan import MIB, CacheRequest, MemoryPlan, MemorySurvey
 from device_runtime.backends.reference.backend import available_memory_bytes
@@ -27,7 +27,7 @@ from device_runtime.package_format.package import Package
 class CudaBackend:
     """Runs on one NVIDIA GPU; opens it when it is made."""
 
-    name = "cuda"
+    name = BACKEND_NAME
     max_steps_ahead = MAX_STEPS_AHEAD
 
     def __init__(self) -> None:
@@ -76,29 +76,22 @@ class CudaBackend:
         if request.kv_format is KvFormat.INT8_STATIC:
             read_kv_scales(package)
         device = self._open()
-        num_sms = device.driver.attribute("multiprocessor_count")
-        limits = step_limits(package.model, request, num_sms)
-        workspace = limits.num_bytes + LAUNCH_BYTES
         available = device.free_bytes + device.context_bytes
-        notes = []
-        if device.driver.attribute("integrated"):
-            workspace += upload_bytes(limits) * (MAX_STEPS_AHEAD + 2) + limits.ring_bytes
-        if memory_limit_bytes is not None and memory_limit_bytes < available:
-            available = memory_limit_bytes
-        elif memory_limit_bytes is not None:
-            notes.append(
+        notes: tuple[str, ...] = ()
+        if memory_limit_bytes is not None and memory_limit_bytes > available:
+            notes = (
                 f"the memory limit of {memory_limit_bytes // MIB} MiB is more than the "
-                f"{available // MIB} MiB that are available"
+                f"{available // MIB} MiB that are available",
             )
-        return MemorySurvey(
-            backend=self.name,
+        elif memory_limit_bytes is not None:
+            available = memory_limit_bytes
+        figures = DeviceFigures(
+            num_sms=device.driver.attribute("multiprocessor_count"),
+            is_integrated=bool(device.driver.attribute("integrated")),
             available_bytes=available,
-            weight_bytes=weight_layout(package.model).num_bytes,
-            workspace_bytes=workspace,
             context_bytes=device.context_bytes,
-            is_capped_at_use=True,
-            notes=tuple(notes),
         )
+        return package_survey(package.model, request, figures, notes)
 
     def load(self, package: Package, plan: MemoryPlan) -> None:
         """See `Backend.load`."""

@@ -17,14 +17,13 @@ import numpy as np
 
 from device_runtime.backends.cuda.bf16_weights import to_half
 from device_runtime.backends.cuda.driver import CudaDriver, PinnedMemory
+from device_runtime.backends.cuda.sizes import STAGING_BYTES
 from device_runtime.backends.cuda.weights import Piece
 from device_runtime.errors import PackageError
 from device_runtime.kernels.libcuda import Event, Stream
 from device_runtime.package_format.files import check_file
 from device_runtime.package_format.tensors import BF16_BITS
 
-STAGING_BYTES = 32 << 20
-"""Of each of the two buffers."""
 READ_BYTES = 4 << 20
 """What one thread reads at a time."""
 NUM_READERS = 8

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from device_runtime.backends.cuda.bf16_weights import to_half
 from device_runtime.backends.cuda.driver import CudaDriver
-from device_runtime.backends.cuda.loader import STAGING_BYTES, drop_from_page_cache
+from device_runtime.backends.cuda.loader import drop_from_page_cache
+from device_runtime.backends.cuda.sizes import STAGING_BYTES
 from device_runtime.backends.cuda.weights import GatePair
 from device_runtime.kernels.libcuda import Event, Stream
 from device_runtime.package_format.package import Package

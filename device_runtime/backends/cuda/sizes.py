@@ -1,4 +1,4 @@
-"""The limits of steps, from what is asked for or from the plan."""
+"""The limits of steps, from what is asked for or from the plan, and the sizes of host buffers."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ from device_runtime.package_format.model_config import ModelConfig
 
 MAX_STEPS_AHEAD = 3
 """Steps on their way while the host looks at the tokens of an earlier one."""
+STEPS_IN_FLIGHT = MAX_STEPS_AHEAD + 2
+"""Steps whose state and uploads must not be overwritten: those ahead, the one that the host looks
+at and the one that it prepares."""
+STAGING_BYTES = 32 << 20
+"""Of each of the two buffers that weights go through."""
 WIDTHS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 """Sequences that a decode graph is built for."""
 
@@ -26,7 +31,7 @@ def step_limits(model: ModelConfig, asked: CacheRequest | MemoryPlan, num_sms: i
         layout=KvLayout(asked.kv_format.value, model.head_dim, asked.page_size),
         width=decode_widths(asked.max_batch_size)[-1],
         # Every step may end all sequences and start as many others.
-        num_slots=decode_widths(asked.max_batch_size)[-1] * (MAX_STEPS_AHEAD + 2),
+        num_slots=decode_widths(asked.max_batch_size)[-1] * STEPS_IN_FLIGHT,
         max_tokens=asked.max_tokens_per_step,
         max_pages=-(-asked.session_len // asked.page_size),
         num_sms=num_sms,

@@ -1,17 +1,14 @@
-"""What the device has and what a package takes there, before anything is allocated."""
+"""What the device has, before anything is allocated."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from device_runtime.backends.cuda.driver import CudaDriver, open_driver
-from device_runtime.backends.cuda.loader import STAGING_BYTES
 from device_runtime.backends.cuda.nvml import device_used_bytes
 from device_runtime.backends.reference.backend import available_memory_bytes
 from device_runtime.errors import DeviceError
 
-LAUNCH_BYTES = 48 << 20
-"""What modules and graphs take of the device, measured with all widths of a 32-layer model."""
 CONTEXT_GUESS_BYTES = 384 << 20
 """Taken for the context where nothing can be compared before and after."""
 
@@ -55,11 +52,6 @@ def open_device() -> OpenDevice:
     except BaseException:
         driver.close()
         raise
-
-
-def pinned_bytes(ring_bytes: int, upload_bytes: int) -> int:
-    """Return the host memory that is pinned, which a board shares with the GPU."""
-    return 2 * STAGING_BYTES + ring_bytes + upload_bytes
 
 
 def _host_available() -> int:
