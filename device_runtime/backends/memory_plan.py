@@ -171,6 +171,18 @@ def plan_memory(model: ModelConfig, request: CacheRequest, survey: MemorySurvey)
     )
 
 
+def wanted_pages(cache_max_entry_count: float, free_bytes: int, page_bytes: int) -> int:
+    """Return the pages that a count or a share asks for (spec section 3.2).
+
+    A count may ask for more than fit, a share for none. TurboMind holds the share as fp32 and
+    floors twice.
+    """
+    if cache_max_entry_count >= 1:
+        return int(cache_max_entry_count)
+    share_bytes = int(free_bytes * float(np.float32(cache_max_entry_count)))
+    return share_bytes // page_bytes
+
+
 def _num_pages(
     request: CacheRequest,
     survey: MemorySurvey,
@@ -179,23 +191,21 @@ def _num_pages(
     notes: list[str],
 ) -> int:
     count = request.cache_max_entry_count
+    wanted = wanted_pages(count, survey.free_bytes, page_bytes)
     if count >= 1:
-        wanted = int(count)
         if wanted > fitting:
             notes.append(
                 f"cache_max_entry_count is cut from {wanted} to {fitting} pages of {page_bytes} "
                 f"bytes: {survey.free_bytes // MIB} MiB are left for them"
             )
         return min(wanted, fitting)
-    # TurboMind holds the share as fp32 and floors twice.
-    share_bytes = int(survey.free_bytes * float(np.float32(count)))
-    num_pages = min(share_bytes // page_bytes, fitting)
-    if num_pages < 1:
+    if wanted < 1:
         notes.append(
             f"cache_max_entry_count {count} of {survey.free_bytes // MIB} MiB is less than one "
             f"page of {page_bytes} bytes: one page is taken"
         )
         return 1
+    num_pages = min(wanted, fitting)
     useful = request.max_batch_size * -(-request.session_len // request.page_size)
     if survey.is_capped_at_use and num_pages > useful:
         return useful
