@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,6 @@ from host_tools.statistics import (
     Statistics,
     final_norm_statistics,
     merge,
-    save_whole,
     write_statistics,
 )
 from host_tools.tokenizer_folder import SourceTokenizer
@@ -42,11 +42,6 @@ _FACTS = "calibration"
 VERSION = 1
 """Counted up when the same inputs start to give other statistics."""
 
-SNAPSHOT_INTERVAL_S = 60.0
-"""Work that a kill may cost."""
-
-_PARTS_FILE = "statistics.pt"
-
 
 def calibrate(
     checkpoint_dir: Path, work_dir: Path, options: CalibrateOptions, progress: Progress
@@ -54,7 +49,8 @@ def calibrate(
     """Write the statistics of spec section 4.1 and the calibration's token ids.
 
     One decoder layer, the embedding's rows in use and the activations are in memory; large
-    activations are spilled into ``work_dir``. A killed run goes on where its last snapshot was.
+    activations are spilled into ``work_dir``. A killed run goes on with the layer that it was at,
+    or a few before it where saving the activations takes longer than the layers do.
 
     Args:
         checkpoint_dir: a checkpoint in floating point.
@@ -87,9 +83,8 @@ def calibrate(
         with times.phase(WINDOWS):
             token_ids = _draw_windows(checkpoint, options, work_dir, progress)
         with scratch_folder(work_dir / RECORD_DIR, stage) as scratch:
-            snapshots = Snapshots(scratch, SNAPSHOT_INTERVAL_S)
             device = choose_devices(options.device, options.devices)[0]
-            statistics = _run(checkpoint, token_ids, device, snapshots, times, progress)
+            statistics = _run(checkpoint, token_ids, device, scratch, times, progress)
         with times.phase(DISK):
             outputs = write_statistics(statistics, work_dir)
             outputs.append(_write_tokens(token_ids, options, work_dir))
@@ -153,20 +148,21 @@ def _run(
     checkpoint: Checkpoint,
     token_ids: torch.Tensor,
     device: torch.device,
-    snapshots: Snapshots,
+    scratch: Path,
     times: PhaseTimes,
     progress: Progress,
 ) -> Statistics:
     num_layers = checkpoint.model.num_hidden_layers
-    parts_path = snapshots.folder / _PARTS_FILE
     with times.phase(READING, device):
-        (activations,) = place_activations(checkpoint.model, token_ids, (device,), snapshots.folder)
-        start = snapshots.load([activations])
+        (activations,) = place_activations(checkpoint.model, token_ids, (device,), scratch)
+        snapshots = Snapshots(scratch, [activations])
+        start, notes = snapshots.load()
         if start == 0:
             activations.fill(checkpoint, token_ids)
-    parts: list[Statistics] = torch.load(parts_path, weights_only=True)[:start] if start else []
+    parts = _read_parts(notes) if start else []
     runner = LayerRunner(checkpoint, token_ids.shape[1], device)
     with (
+        snapshots,
         tensor_cores(device),
         progress.task(f"calibrate on {device}", num_layers, "layers") as task,
     ):
@@ -180,13 +176,22 @@ def _run(
             del ready, seen  # else they are there until the next layer has come
             if snapshots.is_due():
                 with times.phase(DISK):
-                    # The parts first: a snapshot without them would be of no use.
-                    save_whole(parts, parts_path)
-                    snapshots.save(index + 1, [activations])
+                    snapshots.save(index + 1, _written_parts(parts))
             task.advance()
     with times.phase(FORWARD, device):
         last = _final_norm(checkpoint, activations, device)
     return merge([*parts, last])
+
+
+def _written_parts(parts: list[Statistics]) -> bytes:
+    stream = io.BytesIO()
+    torch.save(parts, stream)
+    return stream.getvalue()
+
+
+def _read_parts(notes: bytes) -> list[Statistics]:
+    parts: list[Statistics] = torch.load(io.BytesIO(notes), weights_only=True)
+    return parts
 
 
 def _final_norm(

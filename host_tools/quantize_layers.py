@@ -35,9 +35,6 @@ from host_tools.progress import Progress
 from host_tools.spread import Spread
 from host_tools.tap_passes import TapPasses
 
-SNAPSHOT_INTERVAL_S = 60.0
-"""Forward passes that a kill may cost; a finished layer is never searched again."""
-
 
 @dataclass(frozen=True)
 class LayerQuantizer:
@@ -102,10 +99,15 @@ class LayerQuantizer:
         if not unfinished:
             return
         device = self.devices[0]
-        snapshots = Snapshots(self.scratch, SNAPSHOT_INTERVAL_S)
-        streams, start = self._streams(token_ids, snapshots, min(unfinished))
+        with self.times.phase(READING, device):
+            streams = place_activations(
+                self.checkpoint.model, token_ids, self._stream_devices, self.scratch
+            )
+            snapshots = Snapshots(self.scratch, streams)
+            start = self._enter(token_ids, streams, snapshots, min(unfinished))
         indices = range(start, max(unfinished) + 1)
         with (
+            snapshots,
             tensor_cores(device),
             self._writer() as writer,
             Spread(self._search_devices(), self._search_costs()) as spread,
@@ -132,11 +134,11 @@ class LayerQuantizer:
                         stored = self.files.read(index, self.options.group_size)
                     run.pass_by(ready, stored)
                 del ready  # else it is there until the next layer has come
-                if snapshots.is_due():
+                if index < indices[-1] and snapshots.is_due():
                     # No layer before a snapshot is looked at again.
                     writer.drain()
                     with self.times.phase(DISK):
-                        snapshots.save(index + 1, streams)
+                        snapshots.save(index + 1)
                 task.move_to(index + 1)
             writer.drain()
 
@@ -158,21 +160,20 @@ class LayerQuantizer:
     def _place(self) -> str:
         return " and ".join(dict.fromkeys(str(device) for device in self.devices))
 
-    def _streams(
-        self, token_ids: torch.Tensor, snapshots: Snapshots, first_unfinished: int
-    ) -> tuple[list[Activations], int]:
-        """Return the residual streams and the layer that they enter next."""
-        device = self.devices[0]
-        with self.times.phase(READING, device):
-            streams = place_activations(
-                self.checkpoint.model, token_ids, self._stream_devices, self.scratch
-            )
-            start = snapshots.load(streams)
-            if 0 < start <= first_unfinished:
-                return streams, start
-            for stream in streams:
-                stream.fill(self.checkpoint, token_ids)
-        return streams, 0
+    def _enter(
+        self,
+        token_ids: torch.Tensor,
+        streams: list[Activations],
+        snapshots: Snapshots,
+        first_unfinished: int,
+    ) -> int:
+        """Fill the residual streams; return the layer that they enter next."""
+        start, _ = snapshots.load()
+        if 0 < start <= first_unfinished:
+            return start
+        for stream in streams:
+            stream.fill(self.checkpoint, token_ids)
+        return 0
 
     @property
     def _stream_devices(self) -> tuple[torch.device, torch.device]:

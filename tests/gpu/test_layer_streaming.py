@@ -130,8 +130,8 @@ def test_activations_in_host_memory_give_the_same_bytes(model, tmp_path, monkeyp
 KILLED_RUN = """
 import sys
 from pathlib import Path
-from host_tools import quantize_layers
 from host_tools.awq.awq_folder import LayerFiles
+from host_tools.decoder import snapshots
 from host_tools.options import QuantizeOptions
 from host_tools.progress import Progress
 from host_tools.quantize import quantize
@@ -142,18 +142,20 @@ def stopping(self, layer, content):
         print("stopped", flush=True)
         sys.stdin.readline()
 LayerFiles.write = stopping
-quantize_layers.SNAPSHOT_INTERVAL_S = float(sys.argv[4])
+snapshots.WORK_PER_WRITE = float(sys.argv[4])
 options = QuantizeOptions(group_size=128, device="cuda")
 quantize(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), options, Progress())
 """
 
 
-@pytest.mark.parametrize("interval_s", [0.0, 60.0])
-def test_a_killed_run_ends_with_the_same_bytes(model, tmp_path: Path, interval_s: float) -> None:
+@pytest.mark.parametrize("work_per_write", [0.0, 1e9])
+def test_a_killed_run_ends_with_the_same_bytes(
+    model, tmp_path: Path, work_per_write: float
+) -> None:
     folder, calibration, whole = model
     work, killed = shutil.copytree(calibration, tmp_path / "work"), tmp_path / "killed"
     process = subprocess.Popen(
-        [sys.executable, "-c", KILLED_RUN, folder, work, killed, str(interval_s)],
+        [sys.executable, "-c", KILLED_RUN, folder, work, killed, str(work_per_write)],
         cwd=REPOSITORY,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -11,8 +18,8 @@ from safetensors.torch import save_file
 from test_checkpoint import internlm2_folder
 from transformers import LlamaForCausalLM
 
-from device_runtime.errors import PackageError, UsageError
-from host_tools import calibrate as calibrate_module
+from device_runtime.errors import DeviceError, PackageError, UsageError
+from device_runtime.package_format import durable
 from host_tools.calibrate import (
     CALIBRATION_TOKENS,
     TOKEN_IDS,
@@ -20,8 +27,9 @@ from host_tools.calibrate import (
     read_calibration_tokens,
 )
 from host_tools.checkpoint import Checkpoint
+from host_tools.decoder import snapshots as snapshots_module
 from host_tools.decoder.snapshots import Snapshots
-from host_tools.decoder.stream import Activations
+from host_tools.decoder.stream import Activations, LayerRunner
 from host_tools.options import CalibrateOptions
 from host_tools.progress import Progress, Task
 from host_tools.statistics import (
@@ -32,6 +40,7 @@ from host_tools.statistics import (
     ChannelStatistics,
 )
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 FILES = (INPUTS_STATS, OUTPUTS_STATS, KEY_STATS, VALUE_STATS, CALIBRATION_TOKENS)
 
 
@@ -132,6 +141,14 @@ def test_channel_statistics_by_hand() -> None:
     assert figures["absmax"].tolist() == [3.0, 65504.0]
 
 
+def wait_until(is_so) -> None:
+    """Give a thread that follows the caller up to ten seconds."""
+    until_s = time.monotonic() + 10
+    while not is_so():
+        assert time.monotonic() < until_s
+        time.sleep(0.001)
+
+
 class Killed(BaseException):
     pass
 
@@ -153,20 +170,80 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in FILES}
 
 
-@pytest.mark.parametrize("interval_s", [0.0, 60.0])
-def test_a_killed_calibration_ends_with_the_same_bytes(
-    tmp_path: Path, checkpoint_dir: Path, options: CalibrateOptions, monkeypatch, interval_s
+@pytest.mark.parametrize("work_per_write", [0.0, 1e9])
+def test_an_interrupted_calibration_ends_with_the_same_bytes(
+    tmp_path: Path, checkpoint_dir: Path, options: CalibrateOptions, monkeypatch, work_per_write
 ) -> None:
     whole = calibrate(checkpoint_dir, tmp_path / "whole", options, Progress())
-    monkeypatch.setattr(calibrate_module, "SNAPSHOT_INTERVAL_S", interval_s)
+    monkeypatch.setattr(snapshots_module, "WORK_PER_WRITE", work_per_write)
     resumed = tmp_path / "resumed"
     with pytest.raises(Killed):
         calibrate(checkpoint_dir, resumed, options, KillingProgress())
     assert not (resumed / INPUTS_STATS).exists()
-    assert len(list(resumed.rglob("before-00001.states"))) == (interval_s == 0.0)
+    assert len(list(resumed.rglob("before-00001.states"))) == (work_per_write == 0.0)
     calibrate(checkpoint_dir, resumed, options, Progress())
     assert contents(resumed) == contents(whole)
     assert not list(resumed.rglob("*.states"))
+
+
+KILLED_RUN = """
+import sys, time
+from pathlib import Path
+from device_runtime.package_format import durable
+from host_tools.calibrate import calibrate
+from host_tools.decoder import snapshots
+from host_tools.decoder.stream import LayerRunner
+from host_tools.options import CalibrateOptions
+from host_tools.progress import Progress
+work, stop_at = Path(sys.argv[2]), int(sys.argv[4])
+advance, calls = LayerRunner.advance, [0]
+def stopping(*args, **kwargs):
+    calls[0] += 1
+    if calls[0] == stop_at:
+        print("stopped", flush=True)
+        sys.stdin.readline()
+    advance(*args, **kwargs)
+    time.sleep(0.2)
+LayerRunner.advance = stopping
+# A layer that takes far longer than saving its states, whatever else the disk has to do.
+snapshots.WORK_PER_WRITE = 0.0
+durable.sync_file = durable.sync_folder = lambda path: None
+options = CalibrateOptions(dataset=sys.argv[3], num_samples=5, seqlen=24, device="cpu")
+calibrate(Path(sys.argv[1]), work, options, Progress())
+"""
+
+
+def test_a_killed_calibration_goes_on_with_the_very_layer(
+    tmp_path: Path, options: CalibrateOptions, monkeypatch
+) -> None:
+    layer = 2
+    folder = tiny.write_llama(tmp_path / "checkpoint", num_hidden_layers=4)
+    tiny.write_tokenizer(folder)
+    work = tmp_path / "work"
+    arguments = [folder, work, options.dataset, str(layer + 1)]
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED_RUN, *arguments],
+        cwd=REPOSITORY,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "stopped\n"
+    wait_until(lambda: list(work.rglob(f"before-{layer:05d}.states")))
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    layers: list[int] = []
+    advance = LayerRunner.advance
+
+    def counted(*args, **kwargs) -> None:
+        layers.append(len(layers))
+        advance(*args, **kwargs)
+
+    monkeypatch.setattr(LayerRunner, "advance", counted)
+    calibrate(folder, work, options, Progress())
+    assert len(layers) == 4 - layer
+    whole = calibrate(folder, tmp_path / "whole", options, Progress())
+    assert contents(work) == contents(whole)
 
 
 def test_a_finished_calibration_is_not_run_again(
@@ -208,29 +285,81 @@ def test_missing_or_strange_calibration_tokens_are_refused(tmp_path: Path) -> No
         read_calibration_tokens(tmp_path)
 
 
-def test_a_slow_disk_is_asked_less_often(tmp_path: Path) -> None:
-    now = iter([0.0, 100.0, 130.0, 429.0, 430.0])
-    snapshots = Snapshots(tmp_path, 60.0, lambda: next(now))
-    snapshots.save(1, [Activations(torch.randn(2, 3, 4))])  # 100 to 130
-    assert not snapshots.is_due()
-    assert snapshots.is_due()  # 300 s later
+def streams(seed: int = 0) -> list[Activations]:
+    """Two, of 24 and 8 values: 128 bytes."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        Activations(torch.randn(shape, generator=generator)) for shape in ((2, 3, 4), (1, 2, 4))
+    ]
 
 
-def test_snapshots_are_due_after_the_interval_and_keep_the_latest(tmp_path: Path) -> None:
+def test_snapshots_wait_for_twenty_times_what_writing_takes(tmp_path: Path) -> None:
     now = [0.0]
-    snapshots = Snapshots(tmp_path, 60.0, lambda: now[0])
-    assert not snapshots.is_due()
-    now[0] = 60.0
-    assert snapshots.is_due()
-    streams = [Activations(torch.randn(2, 3, 4)), Activations(torch.randn(1, 2, 4))]
-    snapshots.save(3, streams)
-    snapshots.save(7, streams)
-    assert not snapshots.is_due()
+    with Snapshots(tmp_path, streams(), lambda: now[0]) as snapshots:
+        # 128 bytes at 1 GB/s are 128 ns, of which 20 times is 2.56 us.
+        assert not snapshots.is_due()
+        now[0] = 3e-6
+        assert snapshots.is_due()
+        writing = torch.Tensor.cpu
+
+        def slow(tensor: torch.Tensor) -> torch.Tensor:
+            now[0] += 1.0
+            return writing(tensor)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.Tensor, "cpu", slow)
+            snapshots.save(1)  # two samples and one: 3 s
+        wait_until((tmp_path / "before-00001.states").is_file)
+        now[0] += 59.0
+        assert not snapshots.is_due()
+        now[0] += 1.5
+        wait_until(snapshots.is_due)
+
+
+def test_a_slow_disk_has_half_of_its_time_for_others(tmp_path: Path, monkeypatch) -> None:
+    now, may_end = [0.0], threading.Event()
+
+    def slow(path: Path) -> None:
+        assert may_end.wait(10)
+        now[0] += 100.0
+
+    monkeypatch.setattr(durable, "sync_file", slow)
+    with Snapshots(tmp_path, streams(), lambda: now[0]) as snapshots:
+        snapshots.save(1)
+        assert not snapshots.is_due()  # the disk is at it
+        assert [path.name for path in tmp_path.iterdir()] == ["next.states.part"]
+        may_end.set()
+        wait_until((tmp_path / "before-00001.states").is_file)
+        now[0] = 199.0
+        assert not snapshots.is_due()
+        now[0] = 201.0
+        wait_until(snapshots.is_due)
+
+
+def test_the_latest_snapshot_is_kept_with_its_notes(tmp_path: Path) -> None:
+    saved = streams()
+    with Snapshots(tmp_path, saved) as snapshots:
+        assert snapshots.load() == (0, b"")
+        snapshots.save(3, b"older")
+        snapshots.save(7, b"statistics")
     assert [path.name for path in tmp_path.iterdir()] == ["before-00007.states"]
-    loaded = [Activations(torch.zeros(2, 3, 4)), Activations(torch.zeros(1, 2, 4))]
-    assert snapshots.load(loaded) == 7
-    assert all(torch.equal(a.states, b.states) for a, b in zip(loaded, streams, strict=True))
-    assert snapshots.load(loaded[:1]) == 0
+    loaded = streams(seed=1)
+    assert Snapshots(tmp_path, loaded).load() == (7, b"statistics")
+    assert all(torch.equal(a.states, b.states) for a, b in zip(loaded, saved, strict=True))
+    # 96 of the 128 bytes, the others are no notes.
+    assert Snapshots(tmp_path, loaded[:1]).load() == (0, b"")
+
+
+@pytest.mark.parametrize("is_written", [False, True])
+def test_a_full_disk_is_said_in_one_sentence(tmp_path: Path, monkeypatch, is_written) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with Snapshots(tmp_path, streams()) as snapshots:
+        monkeypatch.setattr(*((durable, "sync_file", full) if is_written else (Path, "open", full)))
+        with pytest.raises(DeviceError, match=r"cannot write .*before-00001.states: No space left"):
+            snapshots.save(1)
+            wait_until(snapshots.is_due)
 
 
 def test_the_statistics_of_a_checkpoint_name_all_its_modules(

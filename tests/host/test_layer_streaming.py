@@ -130,14 +130,14 @@ def test_compact_activations_run_through_a_layer_as_full_ones_do(checkpoint: Che
 def test_compact_activations_survive_in_a_snapshot(tmp_path: Path) -> None:
     saved = CompactActivations.make((2, 3, 8), CPU)
     saved.store(slice(0, 2), torch.randn(2, 3, 8))
-    snapshots = Snapshots(tmp_path, 0.0)
-    snapshots.save(5, [saved])
-    assert (tmp_path / "before-00005.states").stat().st_size == 2 * 3 * (8 * 2 + 4)
+    with Snapshots(tmp_path, [saved]) as snapshots:
+        snapshots.save(5)
+    assert (tmp_path / "before-00005.states").stat().st_size == 2 * 3 * (8 * 2 + 4) + 8
     loaded = CompactActivations.make((2, 3, 8), CPU)
-    assert snapshots.load([loaded]) == 5
+    assert Snapshots(tmp_path, [loaded]).load() == (5, b"")
     assert torch.equal(loaded.states, saved.states)
     assert torch.equal(loaded.factors, saved.factors)
-    assert snapshots.load([Activations(torch.empty(2, 3, 8))]) == 0
+    assert Snapshots(tmp_path, [Activations(torch.empty(2, 3, 8))]).load() == (0, b"")
 
 
 def test_states_are_handed_out_when_the_gpu_that_sent_them_is_done(monkeypatch) -> None:

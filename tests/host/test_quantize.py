@@ -25,6 +25,7 @@ from host_tools.awq.grid import Grid
 from host_tools.calibrate import CALIBRATION_TOKENS, TOKEN_IDS, calibrate
 from host_tools.checkpoint import Checkpoint, QuantizedLinear
 from host_tools.checkpoint.families import LINEARS
+from host_tools.decoder import snapshots
 from host_tools.decoder.compact import CompactActivations
 from host_tools.layer_records import read_quantize_record
 from host_tools.layer_run import LayerRun
@@ -154,7 +155,7 @@ def test_awq_is_nearer_to_the_original_than_rounding(
 KILLED_RUN = """
 import sys, threading
 from pathlib import Path
-from host_tools import quantize_layers
+from host_tools.decoder import snapshots
 from host_tools.options import QuantizeOptions
 from host_tools.progress import Progress
 from host_tools.quantize import quantize
@@ -179,19 +180,19 @@ elif where == "packed":
 else:
     from host_tools.awq.layer_solver import LayerSolver as solver
     solver.solve = stopping(solver.solve, False)
-quantize_layers.SNAPSHOT_INTERVAL_S = float(sys.argv[7])
+snapshots.WORK_PER_WRITE = float(sys.argv[7])
 options = QuantizeOptions(group_size=32, device="cpu", devices=("cpu",) * devices)
 quantize(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), options, Progress())
 """
 
 
 @pytest.mark.parametrize(
-    ("where", "stop_at", "num_devices", "snapshot_s"),
+    ("where", "stop_at", "num_devices", "work_per_write"),
     [
-        ("written", 2, 0, 60.0),
+        ("written", 2, 0, 1e9),
         ("packed", 2, 0, 0.0),
         # The eleventh tap is the third of the third layer.
-        ("searched", 11, 0, 60.0),
+        ("searched", 11, 0, 1e9),
         ("searched", 11, 2, 0.0),
     ],
 )
@@ -202,11 +203,11 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
     where: str,
     stop_at: int,
     num_devices: int,
-    snapshot_s: float,
+    work_per_write: float,
 ) -> None:
     folder, calibrated_dir, whole = four_layers
     work, killed = shutil.copytree(calibrated_dir, tmp_path / "work"), tmp_path / "killed"
-    arguments = [folder, work, killed, where, str(stop_at), str(num_devices), str(snapshot_s)]
+    arguments = [folder, work, killed, where, str(stop_at), str(num_devices), str(work_per_write)]
     process = subprocess.Popen(
         [sys.executable, "-c", KILLED_RUN, *arguments],
         cwd=REPOSITORY,
@@ -273,7 +274,7 @@ def test_a_snapshot_beyond_a_layer_that_is_missing_is_not_used(
 ) -> None:
     folder, calibration, whole = four_layers
     work = shutil.copytree(calibration, tmp_path / "work")
-    monkeypatch.setattr(quantize_layers, "SNAPSHOT_INTERVAL_S", 0.0)
+    monkeypatch.setattr(snapshots, "WORK_PER_WRITE", 0.0)
     write = LayerFiles.write
 
     def failing(self, layer: int, content: bytes) -> None:
@@ -303,6 +304,7 @@ def test_finished_layers_are_passed_as_they_were_searched_where_states_are_round
         return [CompactActivations.make(shape, device) for device in devices]
 
     monkeypatch.setattr(quantize_layers, "place_activations", compact)
+    monkeypatch.setattr(snapshots, "WORK_PER_WRITE", 1e9)
     seen: dict[str, list[bytes]] = {"whole": [], "resumed": []}
     follow, pass_by = TapPasses.follow, LayerRun.pass_by
 
