@@ -25,6 +25,9 @@ from device_runtime.package_format.package import Package
 class Batch:
     """One step: new tokens of several sequences, packed without padding.
 
+    What there is one of for each token is an array; the rest, one for each sequence, is Python's
+    own, which a decode step makes and reads faster than small arrays.
+
     Sequence i owns tokens ``query_start[i]:query_start[i + 1]``. A decode row has one token; when
     ``is_chained[i]`` the backend takes that token from the sequence's newest sampled token, which
     the host may not have seen yet, and ``token_ids`` holds 0 there.
@@ -33,15 +36,15 @@ class Batch:
         sequence_ids: one per sequence; a backend keys its sampling state by it.
         token_ids: ``[num_tokens]`` int32.
         positions: ``[num_tokens]`` int32, absolute.
-        query_start: ``[num_sequences + 1]`` int32, first 0, last num_tokens.
-        num_cached: ``[num_sequences]`` int32, tokens of the sequence already in its pages.
-        page_table: ``[num_sequences, max_pages]`` int32; unused entries are 0.
-        rope_theta: ``[num_sequences]`` fp64, the rotary base of each sequence; they differ only
-            under dynamic NTK scaling (spec section 3).
+        query_start: num_sequences + 1 of them, first 0, last num_tokens.
+        num_cached: tokens of each sequence already in its pages.
+        pages: of each sequence, in order; enough for its tokens after the step.
+        rope_theta: the rotary base of each sequence; they differ only under dynamic NTK scaling
+            (spec section 3).
         sampling: how to draw the next token of each sequence. Its noise is that of the absolute
             position which the drawn token will have, one more than the last of the row.
-        is_sampled: ``[num_sequences]`` bool; false for a prompt chunk that is not the last.
-        is_chained: ``[num_sequences]`` bool.
+        is_sampled: for each sequence; false for a prompt chunk that is not the last.
+        is_chained: for each sequence.
         history: for a sequence that is new to the backend all of its token ids up to the end of
             this step's chunk (the repetition penalty counts them), else empty; each int32. A
             backend adds the rows' tokens of the sequences it knows, and what it draws, itself.
@@ -50,13 +53,13 @@ class Batch:
     sequence_ids: tuple[int, ...]
     token_ids: NDArray[np.int32]
     positions: NDArray[np.int32]
-    query_start: NDArray[np.int32]
-    num_cached: NDArray[np.int32]
-    page_table: NDArray[np.int32]
-    rope_theta: NDArray[np.float64]
+    query_start: tuple[int, ...]
+    num_cached: tuple[int, ...]
+    pages: tuple[tuple[int, ...], ...]
+    rope_theta: tuple[float, ...]
     sampling: tuple[SamplingParams, ...]
-    is_sampled: NDArray[np.bool_]
-    is_chained: NDArray[np.bool_]
+    is_sampled: tuple[bool, ...]
+    is_chained: tuple[bool, ...]
     history: tuple[NDArray[np.int32], ...]
 
     @property

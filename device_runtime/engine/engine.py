@@ -209,7 +209,7 @@ class Engine:
                 self._tidy()
                 if not rows:
                     break
-                self._backend.submit(build_batch(rows, self.plan.max_pages_per_sequence))
+                self._backend.submit(build_batch(rows))
                 self._in_flight.append(rows)
             if self._in_flight:
                 outputs += self._collect(self._in_flight.popleft())

@@ -69,9 +69,9 @@ class FakeBackend:
         if batch.is_chained[row]:
             assert tokens.tolist() == [0]
             tokens = np.array([self.newest[sequence_id]])
-        first = int(batch.num_cached[row])
+        first = batch.num_cached[row]
         assert positions.tolist() == list(range(first, first + len(tokens)))
-        pages = batch.page_table[row]
+        pages = np.array(batch.pages[row])
         size = self.plan.page_size
         self.memory[pages[positions // size], positions % size] = tokens
         seen = np.arange(first + len(tokens))

@@ -458,7 +458,7 @@ def test_synthetic_models_are_known_by_name() -> None:
 
 
 def test_slots_are_given_lowest_first_and_taken_back() -> None:
-    slots = Slots(3, 2)
+    slots = Slots(3)
     taken = [slots.take(i, GREEDY, 1e4) for i in (10, 11, 12)]
     assert [slot.index for slot in taken] == [0, 1, 2]
     with pytest.raises(InternalError, match="all 3 slots of the device are taken"):
@@ -470,16 +470,16 @@ def test_slots_are_given_lowest_first_and_taken_back() -> None:
 
 
 def test_moves_bring_decoding_slots_inside_and_others_out() -> None:
-    slots = Slots(6, 2)
+    slots = Slots(6)
     a, b, c, d = (slots.take(i, GREEDY, 1e4) for i in range(4))
-    slots.positions[:4] = (5, 6, 7, 8)
+    slots.positions[:4] = [5, 6, 7, 8]
     # c and d decode in a graph of two: a and b make way for them.
     moves = slots.plan_moves([c, d], 2)
     assert [(slot.index, place) for slot, place in moves] == [(0, 4), (2, 0), (1, 5), (3, 1)]
     for slot, place in moves:
         slots.move(slot, place)
     assert [s.index for s in (a, b, c, d)] == [4, 5, 0, 1]
-    assert slots.positions.tolist()[:2] == [7, 8]
+    assert slots.positions[:2] == [7, 8]
     assert IDLE == -1
 
 

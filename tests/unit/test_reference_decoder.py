@@ -252,7 +252,7 @@ def test_a_backend_without_a_package_and_chained_rows_are_our_mistake() -> None:
     with pytest.raises(InternalError, match="has no package loaded"):
         backend.submit(batch)
     with pytest.raises(InternalError, match="no token outstanding to chain to"):
-        backend.submit(dataclasses.replace(batch, is_chained=np.ones(1, bool)))
+        backend.submit(dataclasses.replace(batch, is_chained=(True,)))
 
 
 def test_weights_that_overflow_are_noticed_not_sampled(tmp_path) -> None:

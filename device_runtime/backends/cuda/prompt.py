@@ -52,7 +52,7 @@ class PromptRunner:
         model = self._limits.model
         tiles = prefill_tiles(start, positions, model.num_attention_heads // model.num_kv_heads)
         spans = store_spans(start, positions)
-        pages = batch.page_table[row]
+        pages = np.array(batch.pages[row], np.int32)
         for name, values in (
             ("prompt_tokens", tokens),
             ("prompt_positions", positions),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack, suppress
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,12 +69,12 @@ class Runner:
         """Enqueue a step; return what tokens it will choose, in the batch's order."""
         self._uploads.begin()
         slots = [self._slot(batch, row) for row in range(batch.num_sequences)]
-        lengths = np.diff(batch.query_start)
-        last = batch.positions[batch.query_start[1:] - 1]
+        chosen = self.state.slots.chosen
+        bounds = pairwise(batch.query_start)
         decoding, prompts = [], []
-        for row, slot in enumerate(slots):
-            is_ready = self.state.slots.chosen[slot.index] == last[row]
-            if batch.is_sampled[row] and lengths[row] == 1 and is_ready:
+        for row, (slot, (start, end)) in enumerate(zip(slots, bounds, strict=True)):
+            is_ready = chosen[slot.index] == batch.num_cached[row]
+            if batch.is_sampled[row] and end - start == 1 and is_ready:
                 decoding.append(row)
             elif batch.is_chained[row]:
                 raise InternalError("a row is chained to a token that the device did not choose")
@@ -130,9 +131,7 @@ class Runner:
         sequence_id = batch.sequence_ids[row]
         slot = self.state.slots.get(sequence_id)
         if slot is None:
-            slot = self.state.open_slot(
-                sequence_id, batch.sampling[row], float(batch.rope_theta[row])
-            )
+            slot = self.state.open_slot(sequence_id, batch.sampling[row], batch.rope_theta[row])
             if slot.sampling.repetition_penalty != 1.0:
                 self._prompts.mark(slot.index, batch.history[row])
         return slot
@@ -143,14 +142,13 @@ class Runner:
         for slot, place in state.slots.plan_moves([slots[row] for row in rows], width):
             state.move(slot, place)
         active = {slots[row].index for row in rows}
-        for index in np.flatnonzero(state.slots.positions[:width] != IDLE):
-            if int(index) not in active:
-                state.set_position(int(index), IDLE)
+        for index in range(width):
+            if index not in active:
+                state.set_position(index, IDLE)
         awaited = {}
         for row in rows:
-            slot = slots[row]
-            position = int(batch.positions[batch.query_start[row]])
-            state.set_pages(slot, batch.page_table[row])
+            slot, position = slots[row], batch.num_cached[row]
+            state.set_pages(slot, batch.pages[row])
             state.set_position(slot.index, position)
             awaited[row] = state.expect(batch.sequence_ids[row], slot.index, position + 1)
         is_greedy = all(slots[row].sampling.temperature == 0.0 for row in rows)
@@ -158,10 +156,10 @@ class Runner:
         return awaited
 
     def _choose_first(self, batch: Batch, row: int, slot: Slot) -> Awaited:
-        last = int(batch.positions[batch.query_start[row + 1] - 1])
+        num_tokens = batch.query_start[row + 1] - batch.query_start[row]
+        last = batch.num_cached[row] + num_tokens - 1
         self.state.set_position(slot.index, last)
         awaited = self.state.expect(batch.sequence_ids[row], slot.index, last + 1)
-        num_tokens = int(batch.query_start[row + 1] - batch.query_start[row])
         is_greedy = slot.sampling.temperature == 0.0
         self._prompts.sample(num_tokens - 1, slot.index, is_greedy=is_greedy)
         return awaited

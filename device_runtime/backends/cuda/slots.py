@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from device_runtime.backends.sampling_params import SamplingParams
 from device_runtime.errors import InternalError
 
@@ -36,16 +34,16 @@ class Slots:
     """The books: a free row for a new sequence, the lowest first.
 
     Attributes:
-        positions: ``[num_slots]``, what the device holds after all that was enqueued.
-        chosen: ``[num_slots]``, position of the newest token that the device chose for a row and
-            will feed next; `IDLE` where there is none.
-        pages: ``[num_slots, max_pages]`` int32, the device's page table.
+        positions: what the device holds for each row after all that was enqueued.
+        chosen: position of the newest token that the device chose for each row and will feed next;
+            `IDLE` where there is none.
+        pages: how the device's page table begins, for each row.
     """
 
-    def __init__(self, num_slots: int, max_pages: int) -> None:
-        self.positions = np.full(num_slots, IDLE, np.int64)
-        self.chosen = np.full(num_slots, IDLE, np.int64)
-        self.pages = np.zeros((num_slots, max_pages), np.int32)
+    def __init__(self, num_slots: int) -> None:
+        self.positions = [IDLE] * num_slots
+        self.chosen = [IDLE] * num_slots
+        self.pages: list[tuple[int, ...]] = [()] * num_slots
         self._free = list(range(num_slots - 1, -1, -1))
         self._by_sequence: dict[int, Slot] = {}
 
@@ -78,6 +76,8 @@ class Slots:
 
         A narrow graph serves them then. Who does not decode makes way to a free row beyond.
         """
+        if all(slot.index < width for slot in decoding):
+            return []
         inside = {slot.index for slot in decoding if slot.index < width}
         places = (index for index in range(width) if index not in inside)
         taken = {slot.index: slot for slot in self._by_sequence.values()}
@@ -97,9 +97,15 @@ class Slots:
         self._free.remove(place)
         self._free.append(slot.index)
         self._free.sort(reverse=True)
-        for books in (self.positions, self.chosen, self.pages):
-            books[place] = books[slot.index]
+        self.positions[place] = self.positions[slot.index]
+        self.chosen[place] = self.chosen[slot.index]
+        self.pages[place] = self.pages[slot.index]
         slot.index = place
+
+    def stop_all(self) -> None:
+        """Note that every row is idle."""
+        self.positions = [IDLE] * len(self.positions)
+        self.chosen = [IDLE] * len(self.chosen)
 
     @property
     def num_taken(self) -> int:

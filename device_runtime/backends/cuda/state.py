@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from ctypes import c_size_t, c_uint, c_ulonglong
 from dataclasses import dataclass
+from itertools import takewhile
 
 import numpy as np
-from numpy.typing import NDArray
 
 from device_runtime.backends.cuda.driver import CudaDriver, PinnedMemory
 from device_runtime.backends.cuda.slots import IDLE, Slot, Slots
@@ -20,7 +20,7 @@ from device_runtime.kernels.libcuda import Stream
 from device_runtime.kernels.reference.embedding import turns
 from device_runtime.kernels.sampling_row import SAMPLING_ROW, sampling_row
 
-_EMPTY = np.uint64(2**64 - 1)
+_EMPTY = 2**64 - 1
 _NO_TOKEN = 0xFFFFFFFF
 """What the sampler writes where the logits are not finite."""
 _NEVER = 1 << 30
@@ -63,13 +63,12 @@ class StepState:
         self._limits = limits
         self._buffers = buffers
         self._uploads = uploads
-        self.slots = Slots(limits.num_slots, limits.max_pages)
+        self.slots = Slots(limits.num_slots)
         self._ring_memory: PinnedMemory = driver.allocate_pinned(limits.ring_bytes)
-        self._ring: NDArray[np.uint64] = self._ring_memory.bytes.view(np.uint64).reshape(
-            limits.num_slots, RING_SIZE
-        )
-        self._ring[:] = _EMPTY
-        self._awaited: dict[tuple[int, int], Awaited] = {}
+        self._ring_memory.bytes[:] = 0xFF  # every entry is _EMPTY
+        # Entries are read and written as Python's numbers, which numpy's scalars are slow for.
+        self._ring = memoryview(self._ring_memory.bytes.view(np.uint64))  # type: ignore[arg-type]
+        self._awaited: dict[int, Awaited] = {}
         self._fill(buffers["positions"], IDLE, limits.num_slots)
         self._fill(buffers["last_positions"], _NEVER, limits.num_slots)
         self._fill(buffers["stop_ids"], -1, 8 * limits.num_slots)
@@ -98,20 +97,19 @@ class StepState:
             self._fill(self._buffers["seen"] + 4 * words * slot.index, 0, words)
         return slot
 
-    def set_pages(self, slot: Slot, pages: NDArray[np.int32]) -> None:
-        """Write the entries of a row's page table that differ."""
-        row = self.slots.pages[slot.index]
-        width = len(pages)
-        different = np.flatnonzero(row[:width] != pages)
-        if not len(different):
+    def set_pages(self, slot: Slot, pages: tuple[int, ...]) -> None:
+        """Write the entries of a row's page table from the first that differs."""
+        known = self.slots.pages[slot.index]
+        if known == pages:
             return
+        self.slots.pages[slot.index] = pages
+        same = takewhile(lambda pair: pair[0] == pair[1], zip(known, pages, strict=False))
+        first = sum(1 for _ in same)
         base = self._buffers["page_table"] + 4 * self._limits.max_pages * slot.index
-        first, end = int(different[0]), int(different[-1]) + 1
-        if end - first == 1:
-            self._fill(base + 4 * first, int(pages[first]), 1)
+        if len(pages) - first == 1:
+            self._fill(base + 4 * first, pages[first], 1)
         else:
-            self._uploads.put(base + 4 * first, pages[first:end])
-        row[:width] = pages
+            self._uploads.put(base + 4 * first, np.array(pages[first:], np.int32))
 
     def set_position(self, slot: int, position: int) -> None:
         """Let a row stand at a position, or be idle."""
@@ -121,7 +119,7 @@ class StepState:
 
     def expect(self, sequence_id: int, slot: int, position: int) -> Awaited:
         """Prepare the ring for the token that a step will choose for a position."""
-        place = (slot, position % RING_SIZE)
+        place = RING_SIZE * slot + position % RING_SIZE
         earlier = self._awaited.get(place)
         if earlier is not None:  # of another sequence that had the row: read it before it is gone
             self.take_token(earlier)
@@ -152,7 +150,7 @@ class StepState:
     def reset(self) -> None:
         """Make every row idle after a failure."""
         self._fill(self._buffers["positions"], IDLE, self._limits.num_slots)
-        self.slots.positions[:] = self.slots.chosen[:] = IDLE
+        self.slots.stop_all()
         self._awaited.clear()
 
     def take_token(self, awaited: Awaited) -> int:
@@ -165,10 +163,10 @@ class StepState:
         if awaited.token_id is not None:
             return awaited.token_id
         position = awaited.position
-        place = (awaited.slot, position % RING_SIZE)
+        place = RING_SIZE * awaited.slot + position % RING_SIZE
         num_waits = 0
         while True:
-            word = int(self._ring[place])
+            word = self._ring[place]
             if word >> 32 == position:
                 break
             num_waits += 1
@@ -176,7 +174,7 @@ class StepState:
                 time.sleep(_NAP_S)
             if num_waits % _CHECK_EVERY == 0:
                 is_done = self._driver.check(self._stream)
-                if is_done and int(self._ring[place]) >> 32 != position:
+                if is_done and self._ring[place] >> 32 != position:
                     raise InternalError(f"the device chose no token for position {position}")
         del self._awaited[place]
         token_id = word & _NO_TOKEN
@@ -190,6 +188,7 @@ class StepState:
 
     def close(self) -> None:
         """Free the ring; the stream must be idle."""
+        self._ring.release()
         self._driver.free_pinned(self._ring_memory)
 
     def _fill(self, address: int, value: int, num_words: int) -> None:

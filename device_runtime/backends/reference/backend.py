@@ -101,13 +101,13 @@ class ReferenceBackend:
             InternalError: nothing is loaded, or a row is chained.
             PackageError: the weights give numbers that are not finite.
         """
-        if batch.is_chained.any():
+        if any(batch.is_chained):
             raise InternalError("the reference backend has no token outstanding to chain to")
         decoder, weights = self._loaded()
         self._learn(batch)
         hidden = decoder.run(batch)
         rows = np.flatnonzero(batch.is_sampled)
-        last = batch.query_start[rows + 1] - 1
+        last = np.array(batch.query_start)[rows + 1] - 1
         logits = weights.logits(hidden[last])
         drawn = []
         for row, token, scores in zip(rows, last, logits, strict=True):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -38,7 +40,8 @@ class Decoder:
         hidden = self._weights.embed(batch.token_ids)
         rotated = rotations(self._model, batch)
         scale = attention_scale(self._model, batch.positions)
-        pages, offsets = self._slots(batch)
+        tables = [np.array(pages, np.int32) for pages in batch.pages]
+        pages, offsets = self._slots(batch, tables)
         self._threads.begin()
         for index in range(self._model.num_hidden_layers):
             layer = self._weights.layer(index)
@@ -48,7 +51,7 @@ class Decoder:
             if scale is not None:
                 queries *= scale[:, None, None]
             self._cache.store(index, pages, offsets, kv)
-            mixed = self._attend(index, batch, queries) @ layer.wo.T
+            mixed = self._attend(index, batch, tables, queries) @ layer.wo.T
             if layer.wo_bias is not None:
                 mixed += layer.wo_bias
             hidden += mixed
@@ -57,11 +60,16 @@ class Decoder:
             self._threads.mark()
         return rms_norm(hidden, self._weights.final_norm, self._model.rms_norm_eps)
 
-    def _slots(self, batch: Batch) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    def _slots(
+        self, batch: Batch, tables: list[NDArray[np.int32]]
+    ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Return the page of each token and its place in it."""
-        rows = np.repeat(np.arange(batch.num_sequences), np.diff(batch.query_start))
-        pages, offsets = np.divmod(batch.positions, np.int32(self._page_size))
-        return batch.page_table[rows, pages], offsets
+        numbers, offsets = np.divmod(batch.positions, np.int32(self._page_size))
+        bounds = pairwise(batch.query_start)
+        pages = [
+            table[numbers[start:end]] for table, (start, end) in zip(tables, bounds, strict=True)
+        ]
+        return np.concatenate(pages), offsets
 
     def _project(
         self, layer: LayerWeights, normed: Activations, rotation: NDArray[np.complex64] | None
@@ -84,13 +92,14 @@ class Decoder:
             queries, keys = rotate(queries, rotation), rotate(keys, rotation)
         return queries, np.stack([keys, values])
 
-    def _attend(self, index: int, batch: Batch, queries: Activations) -> Activations:
+    def _attend(
+        self, index: int, batch: Batch, tables: list[NDArray[np.int32]], queries: Activations
+    ) -> Activations:
         mixed = np.empty((len(queries), self._model.q_size), np.float32)
-        for i in range(batch.num_sequences):
-            start, end = int(batch.query_start[i]), int(batch.query_start[i + 1])
-            num_cached = int(batch.num_cached[i])
+        for row, (start, end) in enumerate(pairwise(batch.query_start)):
+            num_cached = batch.num_cached[row]
             num_tokens = num_cached + end - start
-            pages = batch.page_table[i, : -(-num_tokens // self._page_size)]
+            pages = tables[row][: -(-num_tokens // self._page_size)]
             kv = self._cache.load(index, pages, num_tokens)
             mixed[start:end] = attend(queries[start:end], kv, num_cached)
         return mixed
@@ -108,9 +117,9 @@ def rotations(model: ModelConfig, batch: Batch) -> NDArray[np.complex64]:
     counts = np.diff(batch.query_start)
     turns = np.empty((batch.num_tokens, model.head_dim // 2), np.complex64)
     token_theta = np.repeat(batch.rope_theta, counts)
-    for theta in np.unique(batch.rope_theta):
+    for theta in set(batch.rope_theta):
         chosen = token_theta == theta
-        angles = np.outer(batch.positions[chosen], inverse_frequencies(model, float(theta)))
+        angles = np.outer(batch.positions[chosen], inverse_frequencies(model, theta))
         turns[chosen] = np.cos(angles) + 1j * np.sin(angles)
     return turns
 
