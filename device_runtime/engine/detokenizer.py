@@ -10,7 +10,7 @@ MAX_HELD_TOKENS = 12
 this many, a multiple of all sizes of a character, is no character and goes out as it is."""
 _CONTEXT_TOKENS = 6
 _MAX_CONTEXT_TOKENS = 24
-_WINDOW_TOKENS = 32
+_WINDOW_TOKENS = 16
 
 Decode = Callable[[Sequence[int]], str]
 

@@ -31,6 +31,7 @@ class Scheduler:
         self._waiting: list[Sequence] = []
         self._idle: OrderedDict[int, Session] = OrderedDict()
         self._dropped: list[Sequence] = []
+        self._num_left = 0  # tokens that the step being planned can still take
 
     @property
     def num_running(self) -> int:
@@ -50,10 +51,14 @@ class Scheduler:
         """Plan one step and count its tokens as planned; empty when nothing can run now."""
         rows: list[Row] = []
         before = self.num_preemptions
-        for sequence in [s for s in self._running if s.num_to_feed == 1]:
-            self._plan(sequence, rows)
-        for sequence in [s for s in self._running if s.num_to_feed > 1]:
-            self._plan(sequence, rows)
+        self._num_left = self.max_tokens_per_step
+        counts = [(sequence, sequence.num_to_feed) for sequence in self._running]
+        for sequence, count in counts:
+            if count == 1:
+                self._plan(sequence, rows)
+        for sequence, count in counts:
+            if count > 1:
+                self._plan(sequence, rows)
         if self.num_preemptions == before:  # else what was just taken away would come right back
             self._admit(rows)
         for row in rows:
@@ -131,6 +136,8 @@ class Scheduler:
 
     def take_forgettable(self) -> list[int]:
         """Return ids of sequences that lost their place and have no step outstanding."""
+        if not self._dropped:
+            return []
         ready = [s.sequence_id for s in self._dropped if not s.num_in_flight and s.is_known]
         for sequence in self._dropped:
             if not sequence.num_in_flight:
@@ -162,13 +169,13 @@ class Scheduler:
 
     def _plan(self, sequence: Sequence, rows: list[Row]) -> None:
         """Add the sequence's next tokens to the step, if there is room and there are pages."""
-        left = self.max_tokens_per_step - sum(row.num_tokens for row in rows)
-        count = min(sequence.num_to_feed, left)
+        count = min(sequence.num_to_feed, self._num_left)
         if sequence not in self._running or count == 0:
             return
         end = sequence.num_planned + count
         if not self._reserve(sequence, end, rows):
             return
+        self._num_left -= count
         rows.append(
             Row(
                 sequence,
@@ -201,6 +208,7 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence, rows: list[Row]) -> None:
         self.num_preemptions += 1
+        self._num_left += sum(row.num_tokens for row in rows if row.sequence is sequence)
         rows[:] = [row for row in rows if row.sequence is not sequence]
         self._running.remove(sequence)
         self._release(sequence)
@@ -219,10 +227,9 @@ class Scheduler:
         """Start waiting sequences, in order, while places, tokens and pages last."""
         while self._waiting and len(self._running) < self.max_batch_size:
             sequence = self._waiting[0]
-            used = sum(row.num_tokens for row in rows)
             # After a preemption its last tokens may not be known yet, or its state not dropped.
             is_settled = not sequence.num_in_flight and sequence not in self._dropped
-            if used >= self.max_tokens_per_step or not is_settled:
+            if not self._num_left or not is_settled:
                 return
             self._claim(sequence)
             if not self._has_room(sequence):

@@ -60,16 +60,12 @@ class Sequence:
         return len(self.token_ids) + self.num_pending
 
     @property
-    def num_generated(self) -> int:
-        """Tokens drawn after the prompt, seen or not."""
-        return self.num_tokens - self.num_prompt_tokens
-
-    @property
     def num_to_feed(self) -> int:
         """Tokens a step could feed next: 1 in decode, more in prefill, 0 when none is wanted."""
-        if self.is_finished or self.num_generated >= self.max_tokens:
+        num_tokens = len(self.token_ids) + self.num_pending
+        if self.is_finished or num_tokens - self.num_prompt_tokens >= self.max_tokens:
             return 0
-        return self.num_tokens - self.num_planned
+        return num_tokens - self.num_planned
 
 
 @dataclass(frozen=True)

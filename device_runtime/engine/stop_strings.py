@@ -22,6 +22,8 @@ class StopStrings:
         if self.found is not None:
             return ""
         buffer = self._held + text
+        if not self._stops:
+            return buffer
         complete = [
             (place + len(stop), place, stop)
             for stop in self._stops
@@ -45,7 +47,9 @@ class StopStrings:
 
 def _overlap(text: str, stop: str) -> int:
     """Return the length of the longest end of ``text`` that only starts ``stop``."""
-    for length in range(min(len(text), len(stop) - 1), 0, -1):
-        if text.endswith(stop[:length]):
-            return length
+    start = text.find(stop[0], max(0, len(text) - len(stop) + 1))
+    while start >= 0:
+        if stop.startswith(text[start:]):
+            return len(text) - start
+        start = text.find(stop[0], start + 1)
     return 0
