@@ -98,9 +98,10 @@ class Driver:
             OutOfMemoryError: the driver reports that memory ran out.
             DeviceError: any other failure, or the driver has no such function.
         """
-        if not self.has(function):
+        action = getattr(self._lib, function, None)
+        if action is None:
             raise DeviceError(f"the CUDA driver has no {function}; update JetPack or the driver")
-        code = int(getattr(self._lib, function)(*arguments))
+        code = int(action(*arguments))
         if code:
             text = c_char_p()
             self._lib.cuGetErrorString(c_int(code), byref(text))
