@@ -35,6 +35,7 @@ from host_tools.statistics import (
     write_statistics,
 )
 from host_tools.tokenizer_folder import SourceTokenizer
+from host_tools.unfinished import computed_on, keep_finished
 
 CALIBRATION_TOKENS = "calibration_tokens.safetensors"
 TOKEN_IDS = "token_ids"
@@ -84,6 +85,7 @@ def calibrate(
             token_ids = _draw_windows(checkpoint, options, work_dir, progress)
         with scratch_folder(work_dir / RECORD_DIR, stage) as scratch:
             device = choose_devices(options.device, options.devices)[0]
+            keep_finished(scratch, computed_on([device]), "calibrate", progress)
             statistics = _run(checkpoint, token_ids, device, scratch, times, progress)
         with times.phase(DISK):
             outputs = write_statistics(statistics, work_dir)

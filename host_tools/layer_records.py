@@ -110,7 +110,7 @@ class QuantizeRecord:
         fingerprint: of the stage; tells whether the record is that of the folder in use.
         method: awq, rtn and the like.
         group_size: of the codes.
-        device: what computed, in words ("NVIDIA H200", "cpu").
+        device: what computed, in words ("NVIDIA H200, torch 2.9.1, searched by Triton kernels").
         layers: in order.
     """
 

@@ -9,6 +9,7 @@ from device_runtime.errors import PackageError, UsageError
 from device_runtime.package_format.manifest import Calibration
 from device_runtime.package_format.model_config import ModelConfig
 from host_tools.awq.awq_folder import write_awq_folder
+from host_tools.awq.fused_blocks import is_fused
 from host_tools.calibrate import CALIBRATION_TOKENS, CalibrationTokens, read_calibration_tokens
 from host_tools.checkpoint import Checkpoint
 from host_tools.checkpoint.mixed import kept_linears
@@ -21,6 +22,7 @@ from host_tools.phase_times import DISK, HASHING, PhaseTimes
 from host_tools.progress import Progress
 from host_tools.quantize_layers import LayerQuantizer
 from host_tools.stage import RECORD_DIR, Stage, exclusive
+from host_tools.unfinished import computed_on, keep_finished
 
 VERSION = 3
 """Counted up when the same inputs start to give other codes."""
@@ -38,8 +40,9 @@ def quantize(
     The layers are streamed once, tap by tap: what the original's activations and those of the
     quantized model so far bring to a linear is summed up in second moments; these give scales and
     codes, and are gone before the next. Several devices search linears with common inputs at the
-    same time. A killed run goes on with the layers that it had not finished and ends
-    with the same bytes. Where the time went is noted in the stage's record and told at the end.
+    same time. A killed run goes on with the layers that it had not finished and ends with the same
+    bytes; on another kind of processor it begins again. Where the time went is noted in the stage's
+    record and told at the end.
 
     Args:
         checkpoint_dir: a checkpoint in floating point.
@@ -75,6 +78,10 @@ def quantize(
         tokens = None if options.method == "rtn" else read_calibration_tokens(work_dir)
         with scratch_folder(work_dir / RECORD_DIR, stage) as scratch:
             devices = choose_devices(options.device, options.devices)
+            place = computed_on(devices)
+            if tokens is not None and any(is_fused(device) for device in devices):
+                place += ", searched by Triton kernels"
+            keep_finished(scratch, place, "quantize", progress)
             quantizer = LayerQuantizer(checkpoint, scratch, options, kept, devices, times)
             if tokens is None:
                 quantizer.round(progress)
@@ -87,7 +94,7 @@ def quantize(
                 write_awq_folder(part, checkpoint, quantizer.files, options.group_size)
             _write_origin(checkpoint_dir, part, tokens)
             stage.record([part], part, times)
-            write_quantize_record(work_dir, quantizer.record(stage.fingerprint))
+            write_quantize_record(work_dir, quantizer.record(stage.fingerprint, place))
             replace_folder(part, output_dir)
     progress.note(times.summary("quantize"))
     return output_dir

@@ -142,13 +142,18 @@ class LayerQuantizer:
                 task.move_to(index + 1)
             writer.drain()
 
-    def record(self, fingerprint: str) -> QuantizeRecord:
-        """Return what was noted about every layer, those of earlier runs included."""
+    def record(self, fingerprint: str, device: str) -> QuantizeRecord:
+        """Return what was noted about every layer, those of earlier runs included.
+
+        Args:
+            fingerprint: of the stage.
+            device: what computed, in words.
+        """
         return QuantizeRecord(
             fingerprint=fingerprint,
             method=self.options.method,
             group_size=self.options.group_size,
-            device=" + ".join(_device_name(device) for device in self.devices),
+            device=device,
             layers=tuple(self._layer_record(index) for index in range(self._num_layers)),
         )
 
@@ -217,7 +222,3 @@ class LayerQuantizer:
             return read_layer_record(self._record_path(index))
         except PackageError:
             return LayerRecord(index, ())
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -62,7 +62,8 @@ def error_section(report: Report) -> Markup:
     return _section(
         title,
         "Mean squared change of what the linears of a layer give, as a share of what they give, "
-        "on the calibration's tokens. Lower is better; the scale is logarithmic.",
+        "on the calibration's tokens. Lower is better; the scale is logarithmic. "
+        f"Computed on: {record.device}.",
         line_plot(known, _percent, "error of each layer before and after the search"),
         legend([(line.name, line.colour) for line in known]),
         element("h3", "What is left, by linear and layer; outlined: fp16, or not measured"),
@@ -180,7 +181,7 @@ def memory_section(report: Report) -> Markup | None:
         left = max(0, plan.usable_bytes - plan.weight_bytes - plan.workspace_bytes - kv_bytes)
         amounts = (
             ("weights", plan.weight_bytes, "c1"),
-            ("workspace", plan.workspace_bytes, "c2"),
+            ("workspace, process", plan.workspace_bytes, "c2"),
             ("KV pages", kv_bytes, "c3"),
             ("free", left, "c0"),
         )
@@ -200,7 +201,9 @@ def memory_section(report: Report) -> Markup | None:
         f"{facts.cache_max_entry_count:g}. Bars show shares of what a model may use, numbers MiB.",
         stacked_bars(bars, "memory plan of each board"),
         legend([(piece.name, piece.colour) for piece in bars[0][1]]),
-        table(("board", "usable", "weights", "workspace", "KV", "free", "KV tokens"), rows),
+        table(
+            ("board", "usable", "weights", "workspace, process", "KV", "free", "KV tokens"), rows
+        ),
     )
 
 

@@ -19,6 +19,7 @@ from test_checkpoint import internlm2_folder
 
 from device_runtime.errors import PackageError, UsageError
 from device_runtime.package_format import int4
+from host_tools import quantize as quantize_module
 from host_tools import quantize_layers
 from host_tools.awq.awq_folder import LayerFiles
 from host_tools.awq.grid import Grid
@@ -340,6 +341,39 @@ def test_finished_layers_are_passed_as_they_were_searched_where_states_are_round
     assert seen["resumed"] == seen["whole"][:2]
 
 
+def test_layers_that_were_computed_elsewhere_are_computed_again(
+    four_layers: tuple[Path, Path, Path], tmp_path: Path, monkeypatch
+) -> None:
+    """A GPU's kernels give other last bits than torch's operations: no layer of theirs is kept."""
+    folder, calibration, whole = four_layers
+    work = shutil.copytree(calibration, tmp_path / "work")
+    write = LayerFiles.write
+
+    def failing(self, layer: int, content: bytes) -> None:
+        if layer == 2:
+            raise KeyboardInterrupt
+        write(self, layer, content)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LayerFiles, "write", failing)
+        patch.setattr(quantize_module, "is_fused", lambda device: True)
+        with pytest.raises(KeyboardInterrupt):
+            quantize(folder, work, tmp_path / "awq", OPTIONS, Progress())
+    assert len(list(work.rglob("layer-*.safetensors"))) == 2
+    for path in work.rglob("layer-*.safetensors"):
+        path.write_bytes(b"other bits")
+    told: list[str] = []
+    progress = Progress()
+    progress.note = told.append  # type: ignore[method-assign]
+    awq = quantize(folder, work, tmp_path / "awq", OPTIONS, progress)
+    place = read_quantize_record(work).device
+    assert told[0] == (
+        f"quantize: an earlier run computed on {place}, searched by Triton kernels, this one "
+        f"computes on {place}, whose last bits differ; it begins again"
+    )
+    assert contents(awq) == contents(whole)
+
+
 def test_the_times_are_told_and_kept(four_layers: tuple[Path, Path, Path], tmp_path: Path) -> None:
     folder, calibration, _ = four_layers
     work = shutil.copytree(calibration, tmp_path / "work")
@@ -355,7 +389,9 @@ def test_the_times_are_told_and_kept(four_layers: tuple[Path, Path, Path], tmp_p
     total = seconds.pop("total")
     assert sum(seconds.values()) == pytest.approx(total, abs=0.01)  # rounded to 1 ms each
     layers = read_quantize_record(work)
-    assert (layers.method, layers.group_size, layers.device) == ("awq", 32, "cpu")
+    assert (layers.method, layers.group_size) == ("awq", 32)
+    capability = torch.backends.cpu.get_cpu_capability()
+    assert layers.device == f"cpu ({capability}), torch {torch.__version__}"
     assert all(record.seconds.search_s > 0 for record in layers.layers)
     searched = sum(record.seconds.search_s for record in layers.layers)
     assert searched == pytest.approx(seconds["search"], abs=0.01)

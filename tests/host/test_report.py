@@ -154,6 +154,10 @@ def test_the_page_stands_alone(page, work):
     assert (work / "report.html").stat().st_size < 200_000
 
 
+def test_the_page_says_what_computed(page):
+    assert any("Computed on: cpu." in text for text in page.texts)
+
+
 def test_hostile_names_are_text(page, work):
     shown = visible(HOSTILE)
     assert shown.endswith("'s' \ufffd\ufffd")
@@ -232,7 +236,7 @@ def test_each_target_board_has_its_plan(page):
     assert [row[0] for row in boards] == ["orin-nano-8gb", "agx-orin-64gb"]
     for row in boards:
         usable, weights, workspace, kv, free = map(int, row[1:6])
-        assert workspace == 512
+        assert 128 < workspace < 512  # context, Python, staging; unit/test_board_plan.py adds it up
         assert abs(usable - weights - workspace - kv - free) <= 3  # each is rounded down
 
 
