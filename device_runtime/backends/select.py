@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from device_runtime.backends.base import Backend
 from device_runtime.errors import DeviceError, UsageError
+from device_runtime.kernels.libcuda import NoDeviceError
 from device_runtime.package_format.package import Package
 
 BACKEND_NAMES = ("auto", "reference", "cuda")
@@ -31,10 +32,12 @@ def create_backend(name: str, package: Package) -> Backend:
 
     try:
         backend = CudaBackend()
-    except DeviceError:  # no GPU here, which is nothing to speak of
+    except DeviceError as error:
         if name == "cuda":
             raise
-        return ReferenceBackend()
+        if isinstance(error, NoDeviceError):  # which is nothing to speak of
+            return ReferenceBackend()
+        return ReferenceBackend(note=f"the GPU is not used: {error}")
     try:
         backend.check(package)
     except DeviceError as error:

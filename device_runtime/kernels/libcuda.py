@@ -7,12 +7,14 @@ Nothing here touches the default stream.
 from __future__ import annotations
 
 import ctypes
+import os
 from ctypes import byref, c_char_p, c_float, c_int, c_size_t, c_uint, c_ulonglong, c_void_p
 from types import TracebackType
 
 from device_runtime.errors import DeviceError, OutOfMemoryError
 
 _ERROR_OUT_OF_MEMORY = 2
+_ERROR_NO_DEVICE = 100
 _ERRORS_OF_A_LOST_DEVICE = frozenset((214, 220, 700, 702, 710, 714, 715, 716, 717, 718, 719, 999))
 """ECC, link and kernel failures (cuda.h): the context takes no call after them."""
 _STREAM_NON_BLOCKING = 1
@@ -31,6 +33,16 @@ DEVICE_ATTRIBUTES = {
 }
 """Names of the CUdevice_attribute values in use (cuda.h)."""
 
+_BOARD_DEVICE = "/dev/nvmap"
+"""Every process that uses the GPU of a Jetson opens it; only the group video may."""
+
+
+class NoDeviceError(DeviceError):
+    """This machine has no GPU, or no driver for one, and is no board."""
+
+
+_KINDS = {_ERROR_OUT_OF_MEMORY: OutOfMemoryError, _ERROR_NO_DEVICE: NoDeviceError}
+
 
 def _load() -> ctypes.CDLL:
     for name in ("libcuda.so.1", "libcuda.so"):
@@ -38,7 +50,23 @@ def _load() -> ctypes.CDLL:
             return ctypes.CDLL(name)
         except OSError:
             continue
-    raise DeviceError("no CUDA driver was found (libcuda.so.1); use the reference backend")
+    raise NoDeviceError("no CUDA driver was found (libcuda.so.1); use the reference backend")
+
+
+def _check_board(error: DeviceError) -> None:
+    """Say what keeps a board's GPU, which must be there, from being opened.
+
+    Raises:
+        DeviceError: this is a board.
+    """
+    if not os.path.exists(_BOARD_DEVICE):
+        return
+    if os.access(_BOARD_DEVICE, os.R_OK | os.W_OK):
+        raise DeviceError(str(error)) from error
+    raise DeviceError(
+        f"{error}; this user may not open {_BOARD_DEVICE}: "
+        "`sudo usermod -aG video,render $USER`, then log in again"
+    ) from error
 
 
 class Driver:
@@ -52,11 +80,16 @@ class Driver:
         """Open the library and the device's primary context.
 
         Raises:
-            DeviceError: there is no driver or no such device.
+            NoDeviceError: there is no driver or no device, and none is to be expected.
+            DeviceError: there is no such device, or it cannot be opened.
         """
-        self._lib = _load()
         self._context: c_void_p | None = None
-        self.call("cuInit", c_uint(0))
+        try:
+            self._lib = _load()
+            self.call("cuInit", c_uint(0))
+        except DeviceError as error:
+            _check_board(error)
+            raise
         self._device = c_int()
         self.call("cuDeviceGet", byref(self._device), c_int(device))
         name = ctypes.create_string_buffer(128)
@@ -106,7 +139,7 @@ class Driver:
             text = c_char_p()
             self._lib.cuGetErrorString(c_int(code), byref(text))
             reason = text.value.decode() if text.value else "unknown error"
-            kind = OutOfMemoryError if code == _ERROR_OUT_OF_MEMORY else DeviceError
+            kind = _KINDS.get(code, DeviceError)
             remedy = ""
             if code in _ERRORS_OF_A_LOST_DEVICE:
                 remedy = "; start again, and if it comes back see what `turbojet selftest` says"

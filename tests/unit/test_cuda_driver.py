@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from fake_cuda import FakeCuda, install
+from tiny_package import make_package
 
 from device_runtime.backends.cuda.driver import PycudaDriver, open_driver
+from device_runtime.engine.engine import Engine
+from device_runtime.engine.options import EngineOptions
 from device_runtime.errors import DeviceError, OutOfMemoryError
 from device_runtime.kernels import libcuda
+from device_runtime.kernels.libcuda import NoDeviceError
 
 
 class FakePycuda:
@@ -93,6 +98,45 @@ def test_no_driver_is_a_sentence(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "pycuda.driver", None)
     with pytest.raises(DeviceError, match=r"no CUDA driver was found .*reference backend"):
         open_driver()
+
+
+def test_a_machine_without_a_gpu_takes_the_reference_in_silence(monkeypatch, tmp_path) -> None:
+    root = make_package(tmp_path / "tiny").root
+    install(monkeypatch, FakeCuda(failing={"cuInit": 100}))
+    monkeypatch.setattr(libcuda, "_BOARD_DEVICE", str(tmp_path / "nvmap"))
+    with Engine.open(root) as engine:
+        assert (engine.backend_name, engine.plan.notes) == ("reference", ())
+    with pytest.raises(NoDeviceError, match=r"cuInit failed: some failure \(CUDA error 100\)$"):
+        Engine.open(root, EngineOptions(backend="cuda"))
+
+
+@pytest.mark.parametrize(
+    ("code", "is_mine", "reason"),
+    [
+        (100, True, "cuInit failed: some failure (CUDA error 100)"),
+        (801, True, "cuInit failed: some failure (CUDA error 801)"),
+        (
+            801,
+            False,
+            "cuInit failed: some failure (CUDA error 801); this user may not open {device}: "
+            "`sudo usermod -aG video,render $USER`, then log in again",
+        ),
+    ],
+)
+def test_a_board_says_why_its_gpu_is_not_used(
+    monkeypatch, tmp_path, code: int, is_mine: bool, reason: str
+) -> None:
+    root = make_package(tmp_path / "tiny").root
+    install(monkeypatch, FakeCuda(failing={"cuInit": code}))
+    device = tmp_path / "nvmap"
+    device.touch()
+    monkeypatch.setattr(libcuda, "_BOARD_DEVICE", str(device))
+    monkeypatch.setattr("os.access", lambda path, mode: is_mine)  # root may open everything
+    reason = reason.format(device=device)
+    with Engine.open(root) as engine:
+        assert engine.plan.notes == (f"the GPU is not used: {reason}",)
+    with pytest.raises(DeviceError, match=f"^{re.escape(reason)}$"):
+        Engine.open(root, EngineOptions(backend="cuda"))
 
 
 def test_a_failing_call_names_the_call_and_cudas_reason(monkeypatch) -> None:

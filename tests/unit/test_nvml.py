@@ -12,11 +12,15 @@ from device_runtime.backends.cuda import nvml
 class FakeNvml:
     """Stands for the library object that ctypes makes."""
 
-    def __init__(self, failing: str = "") -> None:
+    def __init__(self, failing: str = "", missing: str = "") -> None:
         self.failing = failing
+        self.missing = missing
         self.is_open = False
 
     def __getattr__(self, name: str):
+        if name == self.missing:
+            raise AttributeError(name)
+
         def call(*arguments) -> int:
             if name == self.failing:
                 return 3
@@ -76,3 +80,12 @@ def test_a_question_that_is_refused_has_no_answer(monkeypatch) -> None:
     assert nvml.sm_clock_mhz() == 0
     install(monkeypatch, FakeNvml("nvmlSystemGetDriverVersion"))
     assert nvml.driver_version() == ""
+
+
+@pytest.mark.parametrize(
+    "missing",
+    ["nvmlInit_v2", "nvmlDeviceGetHandleByIndex_v2", "nvmlDeviceGetMemoryInfo", "nvmlShutdown"],
+)
+def test_a_library_of_a_board_may_lack_functions(monkeypatch, missing) -> None:
+    install(monkeypatch, FakeNvml(missing=missing))
+    assert nvml.device_used_bytes() == (40 if missing == "nvmlShutdown" else None)

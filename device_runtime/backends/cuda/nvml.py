@@ -1,4 +1,7 @@
-"""What the driver's management library says of the first device; boards have none."""
+"""What the driver's management library says of the first device.
+
+Boards have none (JetPack 5), or one that lacks functions or refuses them (JetPack 6 and later).
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ def device_used_bytes() -> int | None:
     """Return what all processes use of the device; None where nothing says."""
     with _device() as (library, handle):
         memory = (ctypes.c_ulonglong * 3)()  # nvmlMemory_t: total, free, used
-        if library is None or library.nvmlDeviceGetMemoryInfo(handle, memory):
+        if not _ask(library, "nvmlDeviceGetMemoryInfo", handle, memory):
             return None
         return int(memory[2])
 
@@ -22,9 +25,8 @@ def sm_clock_mhz() -> int:
     """Return the SM clock of this moment; 0 where nothing says."""
     with _device() as (library, handle):
         clock = ctypes.c_uint()
-        if library is None or library.nvmlDeviceGetClockInfo(
-            handle, ctypes.c_uint(_CLOCK_SM), ctypes.byref(clock)
-        ):
+        kind = ctypes.c_uint(_CLOCK_SM)
+        if not _ask(library, "nvmlDeviceGetClockInfo", handle, kind, ctypes.byref(clock)):
             return 0
         return int(clock.value)
 
@@ -33,7 +35,7 @@ def driver_version() -> str:
     """Return the driver's version, such as 580.159; "" where nothing says."""
     with _device() as (library, _):
         text = ctypes.create_string_buffer(96)
-        if library is None or library.nvmlSystemGetDriverVersion(text, ctypes.c_uint(len(text))):
+        if not _ask(library, "nvmlSystemGetDriverVersion", text, ctypes.c_uint(len(text))):
             return ""
         return text.value.decode()
 
@@ -46,11 +48,18 @@ def _device() -> Iterator[tuple[ctypes.CDLL | None, ctypes.c_void_p]]:
     except OSError:
         yield None, handle
         return
-    if library.nvmlInit_v2():
+    if not _ask(library, "nvmlInit_v2"):
         yield None, handle
         return
     try:
-        is_missing = library.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(0), ctypes.byref(handle))
-        yield (None if is_missing else library), handle
+        first = ctypes.c_uint(0), ctypes.byref(handle)
+        is_there = _ask(library, "nvmlDeviceGetHandleByIndex_v2", *first)
+        yield (library if is_there else None), handle
     finally:
-        library.nvmlShutdown()
+        _ask(library, "nvmlShutdown")
+
+
+def _ask(library: ctypes.CDLL | None, function: str, *arguments: object) -> bool:
+    """Call a function; return whether it is there and gave an answer."""
+    action = getattr(library, function, None)
+    return action is not None and action(*arguments) == 0
