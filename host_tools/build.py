@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from device_runtime.engine.configure import cache_request
+from device_runtime.engine.options import EngineOptions
 from device_runtime.errors import PackageError, UsageError
 from device_runtime.package_format.boards import Board, parse_targets
 from device_runtime.package_format.config_ini import QUANT_POLICY_STATIC_INT8
@@ -34,7 +36,7 @@ from host_tools.package_options import (
     ConvertOptions,
     PackOptions,
 )
-from host_tools.plan import plan_config
+from host_tools.plan import LongestSession, longest_sessions, plan_config
 from host_tools.precision_cost import measure_costs
 from host_tools.progress import Progress
 from host_tools.quantize import quantize
@@ -74,6 +76,7 @@ class BuildReport:
         name: the package's name.
         stages: in order.
         memory: the arithmetic for each target board.
+        longest: how long conversations can be there.
         page: the report, report.html of the work folder; None where a record of it is damaged.
     """
 
@@ -81,6 +84,7 @@ class BuildReport:
     name: str
     stages: tuple[StageReport, ...]
     memory: tuple[PlannedMemory, ...]
+    longest: tuple[LongestSession, ...]
     page: Path | None
 
 
@@ -163,9 +167,20 @@ class _Build:
         self._stage(
             "pack", work, lambda: pack_once(workspace, self._output, work, packer, progress)
         )
-        manifest = planned_manifest(open_package(workspace), packer, Progress())
-        page = self._write_report()
-        return BuildReport(self._output, manifest.name, tuple(self._reports), manifest.memory, page)
+        package = open_package(workspace)
+        manifest = planned_manifest(package, packer, Progress())
+        return BuildReport(
+            archive=self._output,
+            name=manifest.name,
+            stages=tuple(self._reports),
+            memory=manifest.memory,
+            longest=longest_sessions(
+                package.model,
+                cache_request(package, EngineOptions()),
+                [board for board in boards if board.name in manifest.target_boards],
+            ),
+            page=self._write_report(),
+        )
 
     def _write_report(self) -> Path | None:
         """Note what the stages took and draw the report; the archive counts without it too."""

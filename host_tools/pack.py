@@ -22,7 +22,13 @@ from device_runtime.package_format.package import Package, open_package
 from host_tools.kernel_sets import kernels_fingerprint, write_package_kernels
 from host_tools.kernels import KernelCache
 from host_tools.package_options import ALL_TARGETS, PackOptions
-from host_tools.plan import MemoryNeeds, choose_boards, describe_plan, plan_boards
+from host_tools.plan import (
+    choose_boards,
+    describe_longest,
+    describe_plan,
+    longest_sessions,
+    plan_boards,
+)
 from host_tools.progress import BYTES, Progress
 from host_tools.stage import RECORD_DIR, Stage
 
@@ -121,19 +127,20 @@ def planned_manifest(package: Package, options: PackOptions, progress: Progress)
             "tar, or convert the checkpoint with turbojet-host"
         )
     boards = parse_targets(options.target)
-    cache_request(package, EngineOptions())  # refuses what the device would
-    config = package.config.resolved()
-    needs = MemoryNeeds.of(package.model, config.cache_block_seq_len, config.quant_policy)
-    boards, left_out = choose_boards(needs, boards, is_all=options.target == ALL_TARGETS)
+    request = cache_request(package, EngineOptions())  # refuses what the device would
+    boards, left_out = choose_boards(
+        package.model, request, boards, is_all=options.target == ALL_TARGETS
+    )
     for sentence in left_out:
         progress.note(sentence)
-    memory = plan_boards(package.model, package.config, boards)
-    for plan in memory:
-        progress.note(describe_plan(plan, config.cache_block_seq_len))
-        if plan.session_len < config.session_len:
+    memory = plan_boards(package.model, request, boards)
+    longest = longest_sessions(package.model, request, boards)
+    for plan, sessions in zip(memory, longest, strict=True):
+        progress.note(f"{describe_plan(plan, request.page_size)}; {describe_longest(sessions)}")
+        if plan.session_len < request.session_len:
             progress.note(
                 f"warning: {plan.board} holds sessions of {plan.session_len} tokens, config.ini "
-                f"says {config.session_len}; the device will use the smaller number"
+                f"says {request.session_len}; the device will use the smaller number"
             )
     return replace(
         manifest, target_boards=tuple(board.name for board in boards), memory=memory, files=()

@@ -1,4 +1,8 @@
-"""Plans a package for its target boards: what fits, and the values that config.ini gets."""
+"""Plans a package for its target boards: what fits, and the values that config.ini gets.
+
+The memory of a board is shared out by the plan that the CUDA engine makes there
+(`engine.board_plan`); nothing is allocated and no GPU is needed.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +10,26 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from device_runtime.engine.board_plan import (
+    CacheRequest,
+    KvFormat,
+    MemorySurvey,
+    board_survey,
+    fitting_tokens,
+    kernels_refusal,
+    longest_session,
+    plan_on_board,
+)
+from device_runtime.engine.options import DEFAULT_TOKENS_PER_STEP
 from device_runtime.errors import UsageError
 from device_runtime.package_format.boards import Board
-from device_runtime.package_format.config_ini import QUANT_POLICY_ONLINE_INT8, TurboMindConfig
+from device_runtime.package_format.config_ini import QUANT_POLICY_ONLINE_INT8
 from device_runtime.package_format.kv_page import kv_page_bytes
 from device_runtime.package_format.manifest import PlannedMemory
 from device_runtime.package_format.model_config import ModelConfig
-from device_runtime.package_format.tensors import tensor_specs
 from host_tools.package_options import ConfigValues
 
 MIB = 1 << 20
-WORKSPACE_BYTES = 512 * MIB
-"""CUDA context, activations and Python beside weights and KV, the budget of the CUDA engine."""
-
 PAGE_SIZE = 64
 MAX_BATCH_SIZE = 8
 """Sequences that one pass of the 4-bit GEMV takes; more would not decode faster on a board."""
@@ -39,63 +50,39 @@ MIN_SESSION = 512
 
 
 @dataclass(frozen=True)
-class MemoryNeeds:
-    """What a model takes on a device.
+class LongestSession:
+    """Tokens of the longest conversation that a board holds when it runs alone.
 
     Attributes:
-        weight_bytes: all weight files, as they lie in memory.
-        page_bytes: one KV page over all layers.
-        page_size: tokens of one page.
-        quant_policy: KV format the pages are counted for.
+        board: name of the board.
+        int8_tokens: with an online int8 KV cache.
+        fp16_tokens: with an fp16 one.
     """
 
-    weight_bytes: int
-    page_bytes: int
-    page_size: int
-    quant_policy: int
-
-    @classmethod
-    def of(cls, model: ModelConfig, page_size: int, quant_policy: int) -> MemoryNeeds:
-        """Return the needs of a model with KV pages of this size and format."""
-        specs = tensor_specs(model, has_kv_scales=False)
-        return cls(
-            weight_bytes=sum(spec.size_bytes for spec in specs),
-            page_bytes=kv_page_bytes(model, page_size, quant_policy),
-            page_size=page_size,
-            quant_policy=quant_policy,
-        )
-
-    def pages(self, num_tokens: int) -> int:
-        """Return the pages that hold this many tokens."""
-        return -(-num_tokens // self.page_size)
-
-    def free_bytes(self, board: Board) -> int:
-        """Return what a board has left for KV pages; negative when the weights do not fit."""
-        return board.usable_bytes - self.weight_bytes - WORKSPACE_BYTES
-
-    def fitting_tokens(self, board: Board) -> int:
-        """Return the tokens whose pages fit in the share of a board that KV may take."""
-        pages = int(max(0, self.free_bytes(board)) * MAX_KV_SHARE) // self.page_bytes
-        return pages * self.page_size
+    board: str
+    int8_tokens: int
+    fp16_tokens: int
 
 
 def choose_boards(
-    model_needs: MemoryNeeds, boards: Sequence[Board], *, is_all: bool
+    model: ModelConfig, request: CacheRequest, boards: Sequence[Board], *, is_all: bool
 ) -> tuple[tuple[Board, ...], tuple[str, ...]]:
     """Return the boards that can hold the model, and a sentence for each that cannot.
 
     Args:
-        model_needs: weights and page size.
+        model: as it is in the workspace.
+        request: what the engine will ask for.
         boards: the targets asked for.
         is_all: whether all boards were asked for; then those that are too small are left out.
 
     Raises:
         UsageError: a board that was named is too small, or no board is large enough.
     """
-    small = [board for board in boards if model_needs.fitting_tokens(board) < MIN_SESSION]
-    sentences = [_too_small(model_needs, board) for board in small]
+    widest = replace(request, cache_max_entry_count=MAX_KV_SHARE)
+    small = [board for board in boards if fitting_tokens(model, widest, board) < MIN_SESSION]
+    sentences = [_too_small(model, request, board) for board in small]
     if small and (not is_all or len(small) == len(boards)):
-        raise UsageError(f"{sentences[-1]}; choose a smaller model or group, or a larger board")
+        raise UsageError(f"{sentences[-1]}; {_remedy(model)}")
     fitting = tuple(board for board in boards if board not in small)
     return fitting, tuple(f"left out: {sentence}" for sentence in sentences)
 
@@ -114,43 +101,53 @@ def plan_config(
         is_all: whether ``boards`` are simply all; those too small are then left out.
 
     Returns:
-        The values, and what to tell the person: boards that were left out, and the arithmetic.
+        The values, and what to tell the person: boards that were left out, what no board's GPU
+        runs, and the arithmetic.
 
     Raises:
-        UsageError: the model or the session asked for does not fit on a board.
+        UsageError: the model, the session or the pages asked for do not fit on a board.
     """
-    page_size = values.cache_block_seq_len or PAGE_SIZE
+    check_session(model, values)
     policy = QUANT_POLICY_ONLINE_INT8 if values.quant_policy is None else values.quant_policy
-    needs = MemoryNeeds.of(model, page_size, policy)
-    boards, left_out = choose_boards(needs, boards, is_all=is_all)
-    board = min(boards, key=lambda candidate: candidate.usable_bytes)
-    fitting = needs.fitting_tokens(board)
-    if values.session_len is not None and needs.pages(values.session_len) * page_size > fitting:
+    request = CacheRequest(
+        cache_max_entry_count=values.cache_max_entry_count or MAX_KV_SHARE,
+        page_size=values.cache_block_seq_len or PAGE_SIZE,
+        session_len=values.session_len or model.context_tokens,
+        max_batch_size=values.max_batch_size or 1,
+        max_tokens_per_step=DEFAULT_TOKENS_PER_STEP,
+        kv_format=KvFormat(policy),
+    )
+    boards, left_out = choose_boards(model, request, boards, is_all=is_all)
+    board = min(boards, key=lambda candidate: fitting_tokens(model, request, candidate))
+    _check_pages(model, request, board)
+    fitting = fitting_tokens(model, request, board)
+    if values.session_len is None:
+        request = replace(request, session_len=min(request.session_len, fitting))
+    elif -(-values.session_len // request.page_size) * request.page_size > fitting:
         raise UsageError(
             f"session-len {values.session_len} does not fit on {board.name}: "
-            f"{arithmetic(needs, board)}, which hold {fitting} tokens; use a shorter one"
+            f"{arithmetic(model, request, board)}, which hold {fitting} tokens; use a shorter one"
         )
-    check_session(model, values)
-    session_len = values.session_len or min(model.context_tokens, fitting)
-    batch = values.max_batch_size or max(
-        1, min(MAX_BATCH_SIZE, fitting // min(session_len, SHORT_SESSION))
-    )
-    tokens = max(session_len, batch * min(session_len, SHORT_SESSION))
-    share = _share(needs.pages(tokens) * needs.page_bytes, needs.free_bytes(board))
+    if values.max_batch_size is None:
+        request = replace(request, max_batch_size=_batch_size(model, request, board))
+    if values.cache_max_entry_count is None:
+        request = replace(request, cache_max_entry_count=_share(model, request, board))
     planned = replace(
         values,
         quant_policy=policy,
-        cache_max_entry_count=values.cache_max_entry_count or share,
-        cache_block_seq_len=page_size,
-        session_len=session_len,
-        max_batch_size=batch,
+        cache_max_entry_count=request.cache_max_entry_count,
+        cache_block_seq_len=request.page_size,
+        session_len=request.session_len,
+        max_batch_size=request.max_batch_size,
     )
     sentence = (
-        f"plan for {board.name}: {arithmetic(needs, board)}; quant_policy {policy}, session_len "
-        f"{session_len}, max_batch_size {batch}, cache_max_entry_count "
-        f"{planned.cache_max_entry_count:g}"
+        f"plan for {board.name}: {arithmetic(model, request, board)}; quant_policy {policy}, "
+        f"session_len {request.session_len}, max_batch_size {request.max_batch_size}, "
+        f"cache_max_entry_count {request.cache_max_entry_count:g}"
     )
-    return planned, (*left_out, sentence)
+    refusal = kernels_refusal(model)
+    warnings = (f"warning: no board runs this model on its GPU: {refusal}",) if refusal else ()
+    return planned, (*left_out, *warnings, sentence)
 
 
 def check_session(model: ModelConfig, values: ConfigValues) -> None:
@@ -168,44 +165,60 @@ def check_session(model: ModelConfig, values: ConfigValues) -> None:
 
 
 def plan_boards(
-    model: ModelConfig, config: TurboMindConfig, boards: Sequence[Board]
+    model: ModelConfig, request: CacheRequest, boards: Sequence[Board]
 ) -> tuple[PlannedMemory, ...]:
-    """Return the arithmetic for each board with the values that config.ini has.
+    """Return the plan of each board that `choose_boards` found large enough.
 
-    A share of the memory and a number of pages both mean what TurboMind v0.2.3 means by them
-    (spec section 3.2); ``session_len`` is what the pages then hold.
+    Args:
+        model: as it is in the workspace.
+        request: what config.ini asks for.
+        boards: the targets.
     """
-    values = config.resolved()
-    needs = MemoryNeeds.of(model, values.cache_block_seq_len, values.quant_policy)
     plans = []
     for board in boards:
-        fitting = max(0, needs.free_bytes(board)) // needs.page_bytes
-        count = values.cache_max_entry_count
-        pages = (
-            int(count) if count >= 1 else int(needs.free_bytes(board) * count) // needs.page_bytes
-        )
-        pages = min(max(1, pages), fitting)
+        plan = plan_on_board(model, request, board)
         plans.append(
             PlannedMemory(
                 board=board.name,
-                usable_bytes=board.usable_bytes,
-                weight_bytes=needs.weight_bytes,
-                workspace_bytes=WORKSPACE_BYTES,
-                page_bytes=needs.page_bytes,
-                num_pages=pages,
-                session_len=min(values.session_len, pages * needs.page_size),
-                quant_policy=needs.quant_policy,
+                usable_bytes=plan.available_bytes,
+                weight_bytes=plan.weight_bytes,
+                workspace_bytes=plan.workspace_bytes + plan.context_bytes,
+                page_bytes=plan.page_bytes,
+                num_pages=plan.num_pages,
+                session_len=plan.session_len,
+                quant_policy=plan.kv_format.value,
             )
         )
     return tuple(plans)
 
 
-def arithmetic(needs: MemoryNeeds, board: Board) -> str:
+def longest_sessions(
+    model: ModelConfig, request: CacheRequest, boards: Sequence[Board]
+) -> tuple[LongestSession, ...]:
+    """Return how long conversations can be on each board with either KV format.
+
+    KV pages take `MAX_KV_SHARE` of what is free there, whatever ``request`` asks for.
+    """
+    widest = replace(request, cache_max_entry_count=MAX_KV_SHARE)
+    int8 = replace(widest, kv_format=KvFormat.INT8_ONLINE)
+    fp16 = replace(widest, kv_format=KvFormat.FP16)
+    return tuple(
+        LongestSession(
+            board.name, longest_session(model, int8, board), longest_session(model, fp16, board)
+        )
+        for board in boards
+    )
+
+
+def arithmetic(model: ModelConfig, request: CacheRequest, board: Board) -> str:
     """Return how a board's memory is shared out, in one line."""
+    survey = board_survey(model, request, board)
+    page_bytes = kv_page_bytes(model, request.page_size, request.kv_format.value)
+    count = request.cache_max_entry_count
+    part = f"{count:.0%} for KV" if count < 1 else f"{int(count)} KV"
     return (
-        f"{board.usable_bytes // MIB} MiB usable - weights {needs.weight_bytes // MIB} MiB - "
-        f"workspace {WORKSPACE_BYTES // MIB} MiB = {needs.free_bytes(board) // MIB} MiB, of which "
-        f"{MAX_KV_SHARE:.0%} for KV pages of {needs.page_bytes / MIB:.2f} MiB"
+        f"{survey.available_bytes // MIB} MiB usable - {_taken(survey, ' - ')} = "
+        f"{survey.free_bytes // MIB} MiB, of which {part} pages of {page_bytes / MIB:.2f} MiB"
     )
 
 
@@ -215,23 +228,78 @@ def describe_plan(plan: PlannedMemory, page_size: int) -> str:
     total = plan.weight_bytes + plan.workspace_bytes + kv_bytes
     pages = f"KV {plan.num_pages} pages x {plan.page_bytes / MIB:.2f} MiB"
     return (
-        f"{plan.board}: weights {plan.weight_bytes // MIB} MiB + workspace "
+        f"{plan.board}: weights {plan.weight_bytes // MIB} MiB + workspace and process "
         f"{plan.workspace_bytes // MIB} MiB + {pages} = {total // MIB} of "
         f"{plan.usable_bytes // MIB} MiB usable; "
         f"{plan.num_pages * page_size} tokens in all, session_len {plan.session_len}"
     )
 
 
-def _share(needed_bytes: int, free_bytes: int) -> float:
+def describe_longest(longest: LongestSession) -> str:
+    """Return how long conversations can be on a board, in a few words."""
+    return (
+        f"alone a conversation can have {longest.int8_tokens} tokens with int8 KV, "
+        f"{longest.fp16_tokens} with fp16"
+    )
+
+
+def _taken(survey: MemorySurvey, sign: str) -> str:
+    parts = (
+        ("weights", survey.weight_bytes),
+        ("workspace", survey.workspace_bytes),
+        ("context and process", survey.context_bytes),
+    )
+    return sign.join(f"{name} {size // MIB} MiB" for name, size in parts)
+
+
+def _check_pages(model: ModelConfig, request: CacheRequest, board: Board) -> None:
+    """Refuse a number of pages that is more than a board holds."""
+    count = request.cache_max_entry_count
+    pages = fitting_tokens(model, request, board) // request.page_size
+    if count >= 1 and int(count) > pages:
+        raise UsageError(
+            f"cache-max-entry-count {count:g} does not fit on {board.name}: "
+            f"{arithmetic(model, request, board)}, and {pages} pages fit; ask for fewer, or for a "
+            "share below 1"
+        )
+
+
+def _batch_size(model: ModelConfig, request: CacheRequest, board: Board) -> int:
+    """Return how many short conversations fit beside each other, or one long one."""
+    short = min(request.session_len, SHORT_SESSION)
+    for batch in range(MAX_BATCH_SIZE, 1, -1):
+        wanted = max(request.session_len, batch * short)
+        if fitting_tokens(model, replace(request, max_batch_size=batch), board) >= wanted:
+            return batch
+    return 1
+
+
+def _share(model: ModelConfig, request: CacheRequest, board: Board) -> float:
     """Return the share of the free memory to write, in steps of 0.05 so that it reads well."""
-    wanted = needed_bytes * KV_HEADROOM / free_bytes
+    short = min(request.session_len, SHORT_SESSION)
+    tokens = max(request.session_len, request.max_batch_size * short)
+    page_bytes = kv_page_bytes(model, request.page_size, request.kv_format.value)
+    needed = -(-tokens // request.page_size) * page_bytes
+    wanted = needed * KV_HEADROOM / board_survey(model, request, board).free_bytes
     return min(MAX_KV_SHARE, math.ceil(wanted * SHARE_STEPS) / SHARE_STEPS)
 
 
-def _too_small(needs: MemoryNeeds, board: Board) -> str:
+def _too_small(model: ModelConfig, request: CacheRequest, board: Board) -> str:
+    survey = board_survey(model, request, board)
+    page_bytes = kv_page_bytes(model, request.page_size, request.kv_format.value)
+    needed = -(-MIN_SESSION // request.page_size) * page_bytes
+    free = survey.free_bytes
+    share = f", {MAX_KV_SHARE:.0%} of it for KV" if free > 0 else ""
     return (
-        f"{board.name} is too small: weights {needs.weight_bytes // MIB} MiB + workspace "
-        f"{WORKSPACE_BYTES // MIB} MiB leave {needs.free_bytes(board) // MIB} MiB of "
-        f"{board.usable_bytes // MIB} MiB usable, KV for {MIN_SESSION} tokens needs "
-        f"{needs.pages(MIN_SESSION) * needs.page_bytes // MIB} MiB"
+        f"{board.name} is too small: {_taken(survey, ' + ')} leave {free // MIB} MiB of "
+        f"{survey.available_bytes // MIB} MiB usable{share}, and {MIN_SESSION} tokens of KV need "
+        f"{-(-needed // MIB)} MiB"
     )
+
+
+def _remedy(model: ModelConfig) -> str:
+    """Return what to do where a model does not fit."""
+    if model.head_type == "int8" or model.tie_word_embeddings:
+        return "choose a smaller model or a larger board"
+    saved = model.vocab_size * (model.hidden_size - 2)
+    return f"--head int8 takes {saved // MIB} MiB less; or choose a smaller model or a larger board"

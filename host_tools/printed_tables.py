@@ -11,6 +11,8 @@ from rich.table import Table
 
 from device_runtime.package_format.amounts import format_bytes
 
+MIB = 1 << 20
+
 if TYPE_CHECKING:
     from host_tools.build import BuildReport
     from host_tools.evaluate import EvaluationReport
@@ -27,7 +29,7 @@ def plain_summary(report: BuildReport) -> dict[str, object]:
 
 
 def print_summary(report: BuildReport) -> None:
-    """Print what each stage of a build took."""
+    """Print what each stage of a build took, and what the package takes on each board."""
     table = Table(title=f"build of {report.name}", title_justify="left")
     table.add_column("stage")
     for title in ("seconds", "peak memory", "size"):
@@ -41,7 +43,30 @@ def print_summary(report: BuildReport) -> None:
             format_bytes(stage.size_bytes),
             "kept" if stage.is_kept else "",
         )
-    Console(file=sys.stdout, highlight=False).print(table)
+    console = Console(file=sys.stdout, highlight=False)
+    console.print(table)
+    console.print(_boards_table(report))
+
+
+def _boards_table(report: BuildReport) -> Table:
+    """Return the memory plan of each board; MiB, and tokens of one conversation."""
+    table = Table(
+        title="memory on the boards in MiB; longest conversation in tokens, by KV format",
+        title_justify="left",
+    )
+    table.add_column("board", no_wrap=True)
+    for title in ("weights", "beside", "KV", "usable", "int8", "fp16"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for plan, longest in zip(report.memory, report.longest, strict=True):
+        sizes = (
+            plan.weight_bytes,
+            plan.workspace_bytes,
+            plan.num_pages * plan.page_bytes,
+            plan.usable_bytes,
+        )
+        tokens = (longest.int8_tokens, longest.fp16_tokens)
+        table.add_row(plan.board, *(str(size // MIB) for size in sizes), *map(str, tokens))
+    return table
 
 
 def print_evaluation(report: EvaluationReport) -> None:

@@ -189,7 +189,7 @@ class PlannedMemory:
         board: name of the board.
         usable_bytes: what a model may take there.
         weight_bytes: weights as they lie in memory.
-        workspace_bytes: activations and the like.
+        workspace_bytes: all else: activations, staging, kernels, CUDA context and Python.
         page_bytes: one KV page over all layers.
         num_pages: pages that fit.
         session_len: tokens of one conversation that the pages hold.

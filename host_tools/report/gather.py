@@ -20,7 +20,7 @@ from host_tools.layer_records import QuantizeRecord, read_quantize_record
 from host_tools.origin import tool_versions
 from host_tools.package_options import ALL_TARGETS
 from host_tools.package_parts import linear_bytes, num_linear_weights, package_parts
-from host_tools.plan import MemoryNeeds, choose_boards, plan_boards
+from host_tools.plan import choose_boards, plan_boards
 from host_tools.report.data import (
     REPORT_HTML,
     REPORT_JSON,
@@ -103,12 +103,13 @@ def _package(work_dir: Path) -> Package | None:
 
 
 def _package_facts(package: Package, manifest: Manifest, build: BuildRecord | None) -> PackageFacts:
-    cache_request(package, EngineOptions())  # refuses what no device runs
+    request = cache_request(package, EngineOptions())  # refuses what no device runs
     model, config = package.model, package.config.resolved()
     target = build.target if build else ALL_TARGETS
-    needs = MemoryNeeds.of(model, config.cache_block_seq_len, config.quant_policy)
     try:
-        boards, _ = choose_boards(needs, parse_targets(target), is_all=target == ALL_TARGETS)
+        boards, _ = choose_boards(
+            model, request, parse_targets(target), is_all=target == ALL_TARGETS
+        )
     except UsageError:  # config.ini was edited, or no board is large enough
         boards = ()
     return PackageFacts(
@@ -124,7 +125,7 @@ def _package_facts(package: Package, manifest: Manifest, build: BuildRecord | No
         num_linear_weights=num_linear_weights(package),
         linear_bytes=linear_bytes(package),
         parts=package_parts(package),
-        memory=plan_boards(model, package.config, boards),
+        memory=plan_boards(model, request, boards),
     )
 
 

@@ -6,6 +6,7 @@ import pytest
 from test_build import source  # noqa: F401  the fixture
 from tiny_tokenizer import VOCAB_SIZE
 
+from device_runtime.package_format.boards import BOARDS
 from device_runtime.package_format.package import open_package
 from host_tools import cli
 
@@ -107,6 +108,10 @@ def test_build_prints_a_table_and_the_archive_last(made, capsys):
     for word in ("stage", "seconds", "peak memory", "size", "quantize", "convert", "pack", "MB"):
         assert word in table
     assert "kept" not in table
+    # The checkpoint was made for 256 tokens, which fit a Thor in both formats.
+    board = next(line.replace("│", " ").split() for line in out if "thor" in line)
+    assert board[-2:] == ["256", "256"]
+    assert int(board[4]) == BOARDS["thor"].usable_bytes >> 20
     assert (folder / "b.work").is_dir()
 
     out, _ = run(capsys, *argv, "--json")
@@ -121,6 +126,7 @@ def test_build_prints_a_table_and_the_archive_last(made, capsys):
     }  # fmt: skip
     assert stages["pack"]["size_bytes"] == (folder / "b.tgz").stat().st_size
     assert report["memory"][0]["board"] == "thor"
+    assert report["longest"] == [{"board": "thor", "int8_tokens": 256, "fp16_tokens": 256}]
 
 
 def test_a_build_of_something_unknown_names_it(made, capsys):

@@ -7,13 +7,13 @@ from test_convert_bytes import GQA_64, int4_tensors
 from tiny_checkpoints import write_checkpoint
 from tiny_tokenizer import write_tokenizer
 
+from device_runtime.backends.cuda.weights import weight_layout
 from device_runtime.engine.engine import Engine, EngineOptions
 from device_runtime.errors import PackageError, UsageError
 from device_runtime.package_format.package import open_package
 from host_tools.convert import convert
 from host_tools.int8_head import dequantize_rows, quantize_rows
 from host_tools.package_options import BuildOptions, ConvertOptions
-from host_tools.plan import MemoryNeeds
 from host_tools.progress import Progress
 
 
@@ -77,7 +77,9 @@ def test_a_package_has_an_int8_head_of_its_own(tmp_path, is_tied):
     rows, columns = codes.shape
     saved = rows * (columns - 2) if not is_tied else -rows * (columns + 2)
     assert half.weight_bytes - int8.weight_bytes == saved
-    assert MemoryNeeds.of(int8.model, 64, 8).weight_bytes == int8.weight_bytes
+    # On the device every tensor starts at 256 bytes and a bias that ranks share lies once.
+    planned = weight_layout(int8.model).num_bytes - int8.weight_bytes
+    assert abs(planned) < 256 * len(int8.specs)
 
 
 def test_the_engine_gives_the_logits_of_the_rounded_head(tmp_path):

@@ -7,6 +7,7 @@ from test_convert_bytes import GQA_64, int4_tensors
 from tiny_checkpoints import add_biases, llama_tensors, write_checkpoint
 from tiny_tokenizer import write_tokenizer
 
+from device_runtime.backends.cuda.weights import weight_layout
 from device_runtime.engine.engine import Engine, EngineOptions
 from device_runtime.errors import UsageError
 from device_runtime.package_format import names
@@ -17,7 +18,6 @@ from host_tools.convert import convert
 from host_tools.evaluation_targets import CheckpointTarget
 from host_tools.options import EvaluateOptions
 from host_tools.package_options import ConvertOptions
-from host_tools.plan import MemoryNeeds
 from host_tools.progress import Progress
 
 CPU = EvaluateOptions(seqlen=32, device="cpu")
@@ -129,7 +129,9 @@ def test_each_linear_lies_as_in_a_package_of_its_own_kind(tmp_path, tp):
 def test_the_memory_plan_counts_fp16_linears_whole(tmp_path):
     write_sources(tmp_path)
     package = open_package(converted(tmp_path, "mixed"))
-    assert MemoryNeeds.of(package.model, 64, 8).weight_bytes == package.weight_bytes
+    # On the device every tensor starts at 256 bytes and a bias that ranks share lies once.
+    planned = weight_layout(package.model).num_bytes - package.weight_bytes
+    assert abs(planned) < 256 * len(package.specs)
 
 
 @pytest.mark.parametrize("tp", [1, 2])
