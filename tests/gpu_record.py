@@ -12,7 +12,14 @@ FORMAT_VERSION = 1
 VARIANTS = ("default", "plain")
 SANITIZER_ERRORS = 9
 """What compute-sanitizer is told to exit with; any other failure means that it could not look."""
+PLAN = "plan.json"
+"""Names of all steps of a run, those included that were left."""
 REFRESH = "run scripts/test-gpu on a machine with a GPU and commit tests/gpu/record.json"
+
+
+def results_file(step: str) -> str:
+    """Return the name of the file where a step's tests tell their outcomes."""
+    return f"results-{step}.jsonl"
 
 
 def read_record(path: Path = RECORD) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """What every test here needs: a GPU, and cubins for it in the folder TURBOJET_KERNELS.
 
 Where TURBOJET_GPU_RESULTS names a file, the outcome of each test and the figures that it noted go
-there as JSON, for tests/gpu/write_record.py.
+there as a line of JSON when it ends, and its name when it starts, for tests/gpu/write_record.py.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Generator
-from pathlib import Path
 
 import figures
 import pytest
@@ -17,7 +16,15 @@ import pytest
 from device_runtime.errors import DeviceError
 
 RESULTS_VARIABLE = "TURBOJET_GPU_RESULTS"
-_RESULTS: list[dict[str, object]] = []
+REASON_CHARACTERS = 400
+
+
+def _write(row: dict[str, object]) -> None:
+    """Add a line, which stays whatever becomes of this process."""
+    path = os.environ.get(RESULTS_VARIABLE)
+    if path:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
 
 
 def _missing() -> str:
@@ -47,30 +54,28 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
     item.user_properties += list(figures.take().items())
 
 
+def pytest_runtest_logstart(nodeid: str) -> None:
+    _write({"test": nodeid, "outcome": "started"})
+
+
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    # A test that passed or failed reports its call; one that was skipped or broke, its setup.
-    if report.when == "call" or (report.when == "setup" and report.outcome != "passed"):
-        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else ""
-        _RESULTS.append(
-            {
-                "test": report.nodeid,
-                "outcome": report.outcome,
-                "reason": reason,
-                "figures": dict(report.user_properties),
-            }
-        )
+    # A test that passed or failed reports its call; one that was skipped or broke, its setup; one
+    # that left something broken, its teardown.
+    if report.when == "call" or report.outcome != "passed":
+        _write_outcome(report, dict(report.user_properties))
 
 
 def pytest_collectreport(report: pytest.CollectReport) -> None:
     # A file that cannot be imported, or that is skipped as a whole, has no tests that could tell.
     if report.outcome != "passed":
-        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else ""
-        _RESULTS.append(
-            {"test": report.nodeid, "outcome": report.outcome, "reason": reason, "figures": {}}
-        )
+        _write_outcome(report, {})
 
 
-def pytest_sessionfinish() -> None:
-    path = os.environ.get(RESULTS_VARIABLE)
-    if path:
-        Path(path).write_text(json.dumps(_RESULTS, indent=1), encoding="utf-8")
+def _write_outcome(
+    report: pytest.TestReport | pytest.CollectReport, noted: dict[str, object]
+) -> None:
+    told = report.longrepr
+    crash = getattr(told, "reprcrash", None)
+    reason = told[2] if isinstance(told, tuple) else crash.message if crash else str(told or "")
+    row = {"test": report.nodeid, "outcome": report.outcome, "reason": reason[:REASON_CHARACTERS]}
+    _write({**row, "figures": noted})

@@ -2,7 +2,8 @@
 
 Correctness first, several processes at once: each file of tests/gpu with both variants of the
 kernels, the self test, compute-sanitizer. Then, alone on the device, the real model and the
-benchmarks. A step that fails or runs out of time is told in the record and stops nothing.
+benchmarks. A step that fails or runs out of time is told in the record and stops nothing; a run
+that is cut off goes on with --continue.
 """
 
 from __future__ import annotations
@@ -15,16 +16,21 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
+from fnmatch import fnmatch
 from pathlib import Path
+from types import FrameType
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-sys.path[:0] = [str(ROOT), str(HERE.parent)]
+sys.path[:0] = [str(ROOT), str(HERE.parent), str(HERE)]
 
-from gpu_record import SANITIZER_ERRORS  # noqa: E402
+import bench  # noqa: E402
+import emulated  # noqa: E402
+from gpu_record import PLAN, RECORD, SANITIZER_ERRORS, results_file  # noqa: E402
+from steps import STATES, Runner, Step, read_states  # noqa: E402
+from write_record import commit, write  # noqa: E402
 
 PLAIN = {"TURBOJET_PLAIN_KERNELS": "1"}
 VARIANTS: dict[str, dict[str, str]] = {"default": {}, "plain": PLAIN}
@@ -33,121 +39,78 @@ ALONE = ("test_process_end.py", "test_real_model.py")
 WITHOUT_KERNELS = ("test_fused_blocks.py", "test_layer_streaming.py")
 """Of quantization on a GPU: there are no variants of it."""
 CLI = [sys.executable, "-m", "device_runtime.cli"]
-PASSED = (0, 5)
-"""Exit codes of a step that did; 5 is pytest's for a file that is skipped as a whole."""
 PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "--tb=short"]
+QUANTIZED = {"internlm2-1.8b": (80, 240), "llama-2-7b": (200, 400), "internlm2-20b": (400, 570)}
+"""Seconds that scripts/measure-quantize is expected to take, and may."""
+_STARTED_LATE_S = 5
 
 
-@dataclass(frozen=True)
-class Step:
-    """A command whose output goes to NAME.out and NAME.err.
-
-    Attributes:
-        name: of the step.
-        command: what runs, in the repository's root.
-        environment: added to this process's.
-        timeout_s: after which it is ended.
-    """
-
-    name: str
-    command: list[str]
-    environment: dict[str, str]
-    timeout_s: float
-
-
-@dataclass(frozen=True)
-class State:
-    """How a step ended; ``why`` is empty when it ran to its end."""
-
-    exit_code: int | None
-    seconds: float
-    why: str = ""
-
-    @property
-    def is_passed(self) -> bool:
-        """Whether nothing failed."""
-        return self.exit_code in PASSED
-
-
-def run_step(step: Step, folder: Path) -> State:
-    """Run a step and tell it in a line."""
-    start = time.monotonic()
-    environment = os.environ | {"OMP_NUM_THREADS": "4", "OPENBLAS_NUM_THREADS": "4"}
-    with (
-        (folder / f"{step.name}.out").open("wb") as out,
-        (folder / f"{step.name}.err").open("wb") as err,
-    ):
-        try:
-            process = subprocess.Popen(
-                step.command,
-                cwd=ROOT,
-                env=environment | step.environment,
-                stdout=out,
-                stderr=err,
-                start_new_session=True,
-            )
-            code = process.wait(step.timeout_s)
-            state = State(code, round(time.monotonic() - start, 1))
-        except subprocess.TimeoutExpired:
-            # With what it has started, which would hold the device against the steps after it.
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            why = f"ended after {step.timeout_s:.0f} s"
-            state = State(None, round(time.monotonic() - start, 1), why)
-        except OSError as error:
-            state = State(None, 0.0, str(error))
-    word = state.why or f"exit code {state.exit_code}"
-    sys.stdout.write(f"{state.seconds:6.1f} s  {step.name}: {word}\n")
-    sys.stdout.flush()
-    return state
-
-
-def run_steps(steps: Iterable[Step], folder: Path, num_workers: int) -> dict[str, State]:
-    """Run steps, several at once, the first ones first."""
-    listed = list(steps)
-    with ThreadPoolExecutor(max(1, num_workers)) as pool:
-        states = pool.map(lambda step: run_step(step, folder), listed)
-        return {step.name: state for step, state in zip(listed, states, strict=True)}
-
-
-def test_step(file: str, variant: str, folder: Path, timeout_s: float) -> Step:
+def test_step(folder: Path, file: str, variant: str) -> Step:
     """Return the run of one file with one variant of the kernels."""
     name = f"{variant}-{Path(file).stem}"
-    results = {"TURBOJET_GPU_RESULTS": str(folder / f"results-{name}.json")}
-    return Step(name, [*PYTEST, f"tests/gpu/{file}"], VARIANTS[variant] | results, timeout_s)
+    command = [*PYTEST, f"tests/gpu/{file}", *emulated.selection(file)]
+    results = {"TURBOJET_GPU_RESULTS": str(folder / results_file(name))}
+    return Step(name, command, VARIANTS[variant] | results, 60, 240, (results_file(name),))
 
 
-def correctness_steps(folder: Path, variants: list[str]) -> list[Step]:
+def correctness_steps(folder: Path, variants: Sequence[str]) -> list[Step]:
     """Return what may share the device, the longest first."""
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     steps = []
     for tool in ("memcheck", "racecheck"):
         check = [sanitizer, "--tool", tool, "--error-exitcode", str(SANITIZER_ERRORS)]
-        steps.append(Step(f"sanitizer-{tool}-kernels", [*check, *CLI, "selftest"], {}, 240))
+        steps.append(Step(f"sanitizer-{tool}-kernels", [*check, *CLI, "selftest"], {}, 60, 240))
         # A prompt and decode steps of the whole backend, launched one by one: the tool cannot look
         # into graphs.
         engine = [*check, *PYTEST, "tests/gpu/test_cuda_backend.py", "-k", "greedy_tokens"]
-        steps.append(Step(f"sanitizer-{tool}-engine", engine, {"TURBOJET_EAGER": "1"}, 240))
+        steps.append(Step(f"sanitizer-{tool}-engine", engine, {"TURBOJET_EAGER": "1"}, 60, 240))
     files = sorted(path.name for path in HERE.glob("test_*.py") if path.name not in ALONE)
     for variant in variants:
-        environment = VARIANTS[variant]
         command = [*CLI, "selftest", "--json"]
-        steps.append(Step(f"selftest-{variant}", command, environment, 120))
+        steps.append(Step(f"selftest-{variant}", command, VARIANTS[variant], 20, 120))
         steps += [
-            test_step(file, variant, folder, 240)
+            test_step(folder, file, variant)
             for file in files
             if variant == variants[0] or file not in WITHOUT_KERNELS
         ]
     return steps
 
 
+def alone_steps(folder: Path, variants: Sequence[str]) -> list[Step]:
+    """Return what has the device to itself: what looks at its memory, then what takes times."""
+    steps = [test_step(folder, file, variant) for file in ALONE for variant in variants]
+    for run in bench.RUNS:
+        command = [sys.executable, str(HERE / "bench.py"), str(folder / "bench")]
+        command += ["--no-table", "--only", run.name]
+        limit = 3 * run.expected_s + 30
+        environment = emulated.CLOCK
+        results = (f"bench/{run.name}.json",)
+        name = f"bench-{run.name}"
+        steps.append(Step(name, command, environment, run.expected_s, limit, results))
+    return steps
+
+
+def quantize_steps(folder: Path) -> list[Step]:
+    """Return what times quantization."""
+    command = [sys.executable, "-m", "host_tools.measure_quantize"]
+    command += ["--output", str(folder / "quantize")]
+    return [
+        Step(f"quantize-{model}", [*command, "--model", model], {}, *seconds)
+        for model, seconds in QUANTIZED.items()
+    ]
+
+
 def build_kernels(folder: Path, sm: int) -> list[str]:
     """Compile the kernels for the device into the folder; return the variants that it has."""
     from device_runtime.kernels.cubins import read_record
 
-    command = [sys.executable, "-m", "host_tools.cli", "kernels", "--sm", str(sm)]
-    subprocess.run([*command, "--output", str(folder / "kernels")], cwd=ROOT, check=True)
-    kinds = {cubin.is_plain for cubin in read_record(folder / "kernels")}
+    kernels = folder / "kernels"
+    if emulated.IS_ON:
+        emulated.write_cubins(kernels)
+    else:
+        command = [sys.executable, "-m", "host_tools.cli", "kernels", "--sm", str(sm)]
+        subprocess.run([*command, "--output", str(kernels)], cwd=ROOT, check=True)
+    kinds = {cubin.is_plain for cubin in read_record(kernels)}
     return [variant for variant in VARIANTS if (variant == "plain") in kinds]
 
 
@@ -162,48 +125,105 @@ def describe_machine() -> dict[str, object]:
     return facts | {"driver_version": driver_version(), "python": sys.version.split()[0]}
 
 
-def main() -> int:
-    """Run everything; return 1 where a step failed."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def prepare(folder: Path) -> list[str]:
+    """Describe the machine, compile the kernels, drop what ran with others; return the variants."""
+    from device_runtime.kernels.cubins import read_record
+
+    machine = describe_machine()
+    facts = machine | {"commit": commit()}
+    (folder / "machine.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    os.environ.setdefault("TURBOJET_CACHE_DIR", str(ROOT / ".cache"))
+    os.environ["TURBOJET_KERNELS"] = str(folder / "kernels")
+    before = {cubin.source: cubin.sources_sha256 for cubin in read_record(folder / "kernels")}
+    variants = build_kernels(folder, int(str(machine["sm"])))
+    now = {cubin.source: cubin.sources_sha256 for cubin in read_record(folder / "kernels")}
+    if now != before:
+        for name in (STATES, "bench", "quantize"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        for path in folder.glob("results-*"):
+            path.unlink()
+    return variants
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = argparse.ArgumentParser(
+        prog="scripts/test-gpu", description=__doc__.partition("\n")[0]
+    )
     parser.add_argument("folder", nargs="?", default="build/test-gpu", help="for logs and cubins")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes at once")
-    parser.add_argument("--record", help="where the record goes (tests/gpu/record.json)")
+    parser.add_argument(
+        "--record", type=Path, default=RECORD, help="where it goes (tests/gpu/record.json)"
+    )
     parser.add_argument("--no-bench", action="store_true", help="leave the benchmarks out")
     parser.add_argument(
         "--quantize", action="store_true", help="also time quantization, which takes minutes more"
     )
-    args = parser.parse_args()
+    parser.add_argument(
+        "--steps", nargs="+", metavar="PATTERN", help="only steps with such names, as bench-*"
+    )
+    parser.add_argument(
+        "--continue", dest="is_going_on", action="store_true", help="leave out what has passed"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), help="end what runs after so many"
+    )
+    parser.add_argument("--list", action="store_true", help="tell the steps, run nothing")
+    return parser
+
+
+def main() -> int:
+    """Run everything; return 1 where a step failed or is left."""
+    end = time.monotonic()
+    args = build_parser().parse_args()
+    end += args.seconds - _STARTED_LATE_S
     folder = Path(args.folder).resolve()
+    if args.list:
+        shared, alone = correctness_steps(folder, [*VARIANTS]), alone_steps(folder, [*VARIANTS])
+        for step in [*shared, *alone, *quantize_steps(folder)]:
+            print(f"{step.expected_s:4.0f} s of at most {step.timeout_s:3.0f}  {step.name}")
+        return 0
     folder.mkdir(parents=True, exist_ok=True)
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)
 
-    machine = describe_machine()
-    (folder / "machine.json").write_text(json.dumps(machine, indent=1), encoding="utf-8")
-    os.environ.setdefault("TURBOJET_CACHE_DIR", str(ROOT / ".cache"))
-    variants = build_kernels(folder, int(str(machine["sm"])))
-    os.environ["TURBOJET_KERNELS"] = str(folder / "kernels")
-    states = run_steps(correctness_steps(folder, variants), folder, args.jobs)
-    alone = [test_step(file, variant, folder, 240) for variant in variants for file in ALONE]
-    if not args.no_bench:
-        bench = {"PYTHON": sys.executable}
-        alone.append(Step("bench", ["scripts/bench", str(folder / "bench")], bench, 420))
+    variants = prepare(folder)
+    shared, alone = correctness_steps(folder, variants), alone_steps(folder, variants)
+    if args.no_bench:
+        alone = [step for step in alone if not step.name.startswith("bench-")]
     if args.quantize:
-        command = ["scripts/measure-quantize", "--output", str(folder / "quantize")]
-        alone.append(Step("quantize", command, {"PYTHON": sys.executable}, 900))
-    states |= run_steps(alone, folder, 1)
-    facts = {name: asdict(state) for name, state in states.items()}
-    (folder / "steps.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
-    command = [sys.executable, str(HERE / "write_record.py"), str(folder)]
-    subprocess.run([*command, *([args.record] if args.record else [])], cwd=ROOT, check=True)
+        alone += quantize_steps(folder)
+    plan = [step.name for step in (*shared, *alone)]
+    (folder / PLAN).write_text(json.dumps(plan), encoding="utf-8")
+    states = read_states(folder)
+    runner = Runner(folder, end)
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        runner.stop(f"ended by {signal.Signals(number).name}")
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    for steps, num_workers in ((shared, args.jobs), (alone, 1)):
+        wanted = [
+            step
+            for step in steps
+            if (not args.steps or any(fnmatch(step.name, pattern) for pattern in args.steps))
+            and not (args.is_going_on and step.name in states and states[step.name].is_passed)
+        ]
+        runner.run_all(wanted, num_workers)
+    write([folder], args.record)
+    states = read_states(folder)
     # A sanitizer that is missing or cannot attach is told in the record and fails nothing.
+    missing = [name for name in plan if name not in states]
+    if missing:
+        print(f"left for a run with --continue: {', '.join(missing)}")
     failed = [
         name
         for name, state in states.items()
         if not state.is_passed
         and (not name.startswith("sanitizer-") or state.exit_code == SANITIZER_ERRORS)
     ]
-    return int(bool(failed))
+    return int(bool(failed or missing))
 
 
 if __name__ == "__main__":

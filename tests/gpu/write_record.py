@@ -1,23 +1,44 @@
-"""Writes tests/gpu/record.json from the files that tests/gpu/run.py left in a folder."""
+"""Writes tests/gpu/record.json from the files that tests/gpu/run.py left in one or more folders.
+
+    python3 tests/gpu/write_record.py FOLDER... [--record FILE]
+
+Of a step that several folders have, the last one counts; they must have run the same kernels.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "gpu")]
 
-from gpu_record import FORMAT_VERSION, RECORD, VARIANTS  # noqa: E402
+from bench_table import read_folder, table_lines  # noqa: E402
+from gpu_record import (  # noqa: E402
+    FORMAT_VERSION,
+    PLAN,
+    RECORD,
+    VARIANTS,
+    faults_of,
+    results_file,
+)
+from steps import State, read_states  # noqa: E402
 
-from device_runtime.kernels.cubins import SOURCES, read_record  # noqa: E402
+from device_runtime.kernels.cubins import SOURCES, Cubin, read_record  # noqa: E402
+from host_tools.kernels import sources_sha256  # noqa: E402
 
+NOT_RUN = State(None, 0.0, "it was not run")
+Places = Mapping[str, Path]
+"""The folder that counts for each step that ran."""
 _CASE = re.compile(r"\[.*\]$")
 _SANITIZER_ERRORS = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (.*)")
 _KEPT_RESULTS = (
@@ -38,24 +59,31 @@ _KEPT_RESULTS = (
 )
 
 
-def variant_facts(folder: Path, variant: str) -> dict[str, Any]:
+def variant_facts(places: Places, variant: str) -> dict[str, Any]:
     """Return what passed with one variant of the kernels, by file and test, and its figures."""
-    rows = []
-    for path in sorted(folder.glob(f"results-{variant}-*.json")):
-        rows += json.loads(path.read_text(encoding="utf-8"))
+    rows: dict[str, dict[str, Any]] = {}
     figures: dict[str, float] = {}
-    for row in rows:
-        for name, value in row["figures"].items():
-            figures[name] = max(value, figures.get(name, value))
-    passed = Counter(_CASE.sub("", row["test"]) for row in rows if row["outcome"] == "passed")
+    for step, folder in sorted(places.items()):
+        if not step.startswith(f"{variant}-"):
+            continue
+        for row in read_lines(folder / results_file(step)):
+            rows[row["test"]] = row
+            for name, value in row.get("figures", {}).items():
+                figures[name] = max(value, figures.get(name, value))
+    passed = Counter(_CASE.sub("", test) for test in rows if rows[test]["outcome"] == "passed")
     tests: dict[str, dict[str, int]] = {}
     for test, count in sorted(passed.items()):
         file, _, name = test.partition("::")
         tests.setdefault(file, {})[name] = count
-    skipped = [row for row in rows if row["outcome"] == "skipped"]
+    skipped = [row for row in rows.values() if row["outcome"] == "skipped"]
+    failed = {
+        test: row.get("reason", "it did not end")
+        for test, row in sorted(rows.items())
+        if row["outcome"] not in ("passed", "skipped")
+    }
     return {
         "num_passed": passed.total(),
-        "failed": sorted(row["test"] for row in rows if row["outcome"] == "failed"),
+        "failed": failed,
         "num_skipped": len(skipped),
         "skipped_because": sorted({row["reason"] for row in skipped}),
         "tests": tests,
@@ -63,12 +91,25 @@ def variant_facts(folder: Path, variant: str) -> dict[str, Any]:
     }
 
 
-def selftest_facts(folder: Path, variant: str) -> dict[str, Any]:
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of JSON of a file; nothing where there is none."""
+    if not path.is_file():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue  # the last one, when its process was ended
+    return rows
+
+
+def selftest_facts(places: Places, variant: str) -> dict[str, Any]:
     """Return what the self test said of one variant."""
-    path = folder / f"selftest-{variant}.out"
+    step = f"selftest-{variant}"
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        facts = json.loads((places[step] / f"{step}.out").read_text(encoding="utf-8"))
+    except (KeyError, OSError, ValueError):
         return {"failed": ["it did not run to its end"]}
     checks = facts["checks"]
     return {
@@ -78,10 +119,10 @@ def selftest_facts(folder: Path, variant: str) -> dict[str, Any]:
     }
 
 
-def sanitizer_facts(folder: Path, states: dict[str, dict[str, Any]]) -> dict[str, str]:
+def sanitizer_facts(places: Places, states: Mapping[str, State]) -> dict[str, str]:
     """Return the last word of each compute-sanitizer run, or why there is none."""
     facts = {}
-    for name, state in sorted(states.items()):
+    for name, folder in sorted(places.items()):
         if not name.startswith("sanitizer-"):
             continue
         text = ""
@@ -91,22 +132,18 @@ def sanitizer_facts(folder: Path, states: dict[str, dict[str, Any]]) -> dict[str
         summaries = _SANITIZER_ERRORS.findall(text)
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         facts[name.removeprefix("sanitizer-")] = (
-            f"{summaries[-1]} (exit code {state['exit_code']})"
+            f"{summaries[-1]} (exit code {states[name].exit_code})"
             if summaries
-            else f"no result: {state['why'] or (lines or ['it said nothing'])[-1]}"
+            else f"no result: {states[name].why or (lines or ['it said nothing'])[-1]}"
         )
     return facts
 
 
-def bench_facts(folder: Path) -> dict[str, Any]:
+def bench_facts(folders: Sequence[Path]) -> dict[str, Any]:
     """Return the figures of each benchmark, without what derives from them."""
     facts = {}
-    for path in sorted(folder.glob("bench/*.json")):
-        try:
-            bench = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            continue  # it failed; its log says why
-        facts[path.stem] = {
+    for name, bench in json_files(folders, "bench").items():
+        facts[name] = {
             "model": bench["model"],
             "machine": bench["machine"],
             "memory": bench["memory"],
@@ -116,33 +153,70 @@ def bench_facts(folder: Path) -> dict[str, Any]:
     return facts
 
 
-def quantize_facts(folder: Path) -> dict[str, Any]:
-    """Return what scripts/measure-quantize wrote, by file."""
-    paths = sorted(folder.glob("quantize/*.json"))
-    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
+def json_files(folders: Sequence[Path], name: str) -> dict[str, Any]:
+    """Return what the JSON files of a folder in each folder hold; the last one of a name counts."""
+    found: dict[str, Any] = {}
+    for folder in folders:
+        found |= read_folder(folder / name)
+    return found
 
 
-def make_record(folder: Path) -> dict[str, Any]:
-    """Return the record of a run."""
-    states = json.loads((folder / "steps.json").read_text(encoding="utf-8"))
-    cubins = read_record(folder / "kernels")
+def make_record(folders: Sequence[Path]) -> dict[str, Any]:
+    """Return the record of the runs that left these folders, in their order.
+
+    Raises:
+        ValueError: they ran on other devices or with other kernels.
+    """
+    states: dict[str, State] = {}
+    places: dict[str, Path] = {}
+    plan: dict[str, None] = {}
+    for folder in folders:
+        plan |= dict.fromkeys(json.loads((folder / PLAN).read_text(encoding="utf-8")))
+        found = read_states(folder)
+        states |= found
+        places |= dict.fromkeys(found, folder)
+    machines = [
+        json.loads((folder / "machine.json").read_text(encoding="utf-8")) for folder in folders
+    ]
+    commits = list(dict.fromkeys(machine.pop("commit", "") or commit() for machine in machines))
+    if len({(machine["name"], machine["sm"]) for machine in machines}) > 1:
+        raise ValueError(
+            f"one record is of one device: {[machine['name'] for machine in machines]}"
+        )
+    cubins = kernels_of(folders)
     return {
         "format_version": FORMAT_VERSION,
         "made": time.strftime("%Y-%m-%d", time.gmtime()),
-        "commit": commit(),
-        "machine": json.loads((folder / "machine.json").read_text(encoding="utf-8")),
+        "commit": ", ".join(commits),
+        "machine": machines[-1],
         "compilers": sorted({f"NVRTC {cubin.cuda}, sm_{cubin.sm}" for cubin in cubins}),
-        "sources": {
-            source: next(c.sources_sha256 for c in cubins if c.source == source)
-            for source in SOURCES
-        },
-        "variants": {variant: variant_facts(folder, variant) for variant in VARIANTS},
-        "selftest": {variant: selftest_facts(folder, variant) for variant in VARIANTS},
-        "sanitizer": sanitizer_facts(folder, states),
-        "bench": bench_facts(folder),
-        "quantize": quantize_facts(folder),
-        "steps": states,
+        "sources": {cubin.source: cubin.sources_sha256 for cubin in cubins},
+        "variants": {variant: variant_facts(places, variant) for variant in VARIANTS},
+        "selftest": {variant: selftest_facts(places, variant) for variant in VARIANTS},
+        "sanitizer": sanitizer_facts(places, states),
+        "bench": bench_facts(folders),
+        "quantize": json_files(folders, "quantize"),
+        "steps": {name: asdict(states.get(name, NOT_RUN)) for name in plan | states},
     }
+
+
+def kernels_of(folders: Sequence[Path]) -> tuple[Cubin, ...]:
+    """Return the cubins that all folders ran.
+
+    Raises:
+        ValueError: they differ.
+    """
+    cubins = [read_record(folder / "kernels") for folder in folders]
+    for folder, other in zip(folders, cubins, strict=True):
+        ran = {cubin.source: cubin.sources_sha256 for cubin in other}
+        first = {cubin.source: cubin.sources_sha256 for cubin in cubins[0]}
+        changed = sorted(source for source in ran | first if ran.get(source) != first.get(source))
+        if changed:
+            raise ValueError(
+                f"{folder} ran another {changed[0]}.cu than {folders[0]}; one record is of one set "
+                "of kernels"
+            )
+    return cubins[0]
 
 
 def commit() -> str:
@@ -155,23 +229,39 @@ def commit() -> str:
     return done.stdout.strip()
 
 
-def main() -> int:
-    """Write the record of the folder that the command line names."""
-    folder = Path(sys.argv[1])
-    target = Path(sys.argv[2]) if len(sys.argv) > 2 else RECORD
-    record = make_record(folder)
-    target.write_text(json.dumps(record, indent=1, sort_keys=False) + "\n", encoding="utf-8")
+def write(folders: Sequence[Path], target: Path) -> None:
+    """Write the record of some folders and tell what is in it and what speaks against it."""
+    record = make_record(folders)
+    target.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     for variant in VARIANTS:
         facts = record["variants"][variant]
         print(
             f"{variant}: {facts['num_passed']} passed, {len(facts['failed'])} failed, "
             f"{facts['num_skipped']} skipped"
         )
-        for test in facts["failed"]:
-            print(f"  FAILED {test}")
+        for test, reason in facts["failed"].items():
+            print(f"  FAILED {test}: {reason}")
     for tool, result in record["sanitizer"].items():
         print(f"{tool}: {result}")
+    if record["bench"]:
+        print("\n".join(table_lines(record["bench"])))
+    for fault in faults_of(record, {source: sources_sha256(source) for source in SOURCES}):
+        if not fault.endswith(NOT_RUN.why):
+            print(f"speaks against the record: {fault}")
     print(f"wrote {target}")
+
+
+def main() -> int:
+    """Write the record of the folders that the command line names."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("folder", nargs="+", type=Path)
+    parser.add_argument("--record", type=Path, default=RECORD, help="where it goes")
+    args = parser.parse_args()
+    try:
+        write(args.folder, args.record)
+    except (OSError, ValueError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -30,12 +31,8 @@ def test_the_record_is_of_these_kernels_and_everything_passed() -> None:
 
 
 def load(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, GPU_TESTS / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, name, module)
-    spec.loader.exec_module(module)
-    return module
+    monkeypatch.syspath_prepend(str(GPU_TESTS))
+    return importlib.import_module(name)
 
 
 def row(test: str, outcome: str = "passed", **figures: float) -> dict[str, Any]:
@@ -47,56 +44,83 @@ def row(test: str, outcome: str = "passed", **figures: float) -> dict[str, Any]:
     }
 
 
+def state(exit_code: int | None = 0, seconds: float = 2.0, why: str = "") -> dict[str, Any]:
+    return {"exit_code": exit_code, "seconds": seconds, "why": why}
+
+
+def write_rows(path: Path, *rows: dict[str, Any]) -> None:
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+
+
+def write_states(folder: Path, states: dict[str, dict[str, Any]]) -> None:
+    (folder / "steps").mkdir(exist_ok=True)
+    for name, facts in states.items():
+        (folder / "steps" / f"{name}.json").write_text(json.dumps(facts))
+
+
+STATES = {
+    "sanitizer-memcheck-kernels": state(0, 9.0),
+    "sanitizer-racecheck-kernels": state(None, 1.0, "ended after 1 s"),
+    "selftest-default": state(),
+    "selftest-plain": state(),
+    "default-test_a": state(),
+    "plain-test_a": state(),
+}
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """What a run leaves behind."""
-    states = {
-        "sanitizer-memcheck-kernels": {"exit_code": 0, "seconds": 9.0, "why": ""},
-        "sanitizer-racecheck-kernels": {
-            "exit_code": None,
-            "seconds": 1.0,
-            "why": "ended after 1 s",
-        },
-        "default-test_a": {"exit_code": 0, "seconds": 2.0, "why": ""},
-    }
-    (tmp_path / "steps.json").write_text(json.dumps(states))
-    (tmp_path / "machine.json").write_text(json.dumps({"name": "A GPU", "sm": 90}))
-    (tmp_path / "sanitizer-memcheck-kernels.out").write_text(
+    return make_folder(tmp_path / "run")
+
+
+def make_folder(folder: Path) -> Path:
+    folder.mkdir()
+    write_states(folder, STATES)
+    (folder / "plan.json").write_text(json.dumps([*STATES]))
+    machine = {"name": "A GPU", "sm": 90, "commit": "abc"}
+    (folder / "machine.json").write_text(json.dumps(machine))
+    (folder / "sanitizer-memcheck-kernels.out").write_text(
         "hm\n========= ERROR SUMMARY: 0 errors\n"
     )
     for variant in ("default", "plain"):
         rows = [row("test_one[1]", error=1e-4), row("test_one[2]", error=3e-4), row("test_two")]
-        (tmp_path / f"results-{variant}-test_a.json").write_text(json.dumps(rows))
+        started = [{"test": made["test"], "outcome": "started"} for made in rows]
+        write_rows(folder / f"results-{variant}-test_a.jsonl", *started, *rows)
         checks = [{"name": "rms_norm_f16", "is_passed": True}]
-        (tmp_path / f"selftest-{variant}.out").write_text(
+        (folder / f"selftest-{variant}.out").write_text(
             json.dumps({"device": "A GPU", "seconds": 2.0, "checks": checks})
         )
-    kernels = tmp_path / "kernels"
-    kernels.mkdir()
-    write_record(
-        kernels,
-        [
-            Cubin(f"{source}.cubin", source, 90, "13.0", 0, False, "", NOW[source], ())
-            for source in SOURCES
-        ],
-    )
+    write_kernels(folder, NOW)
     names = "prompt_tokens completion_tokens concurrency rounds read_bytes_s ttft_s ttft_min_s"
     names += " ttft_max_s token_time_p50_s token_time_p99_s decode_tok_s decode_tok_s_min"
     names += " decode_tok_s_max share_of_read_bandwidth bytes_per_step"
     result = dict.fromkeys(names.split(), 1)
     bench = {"model": "m", "machine": {}, "memory": {}, "results": [result], "load": None}
     bench |= {"nodes": [{"name": "qkv"}], "slices": [], "projections": []}
-    (tmp_path / "bench").mkdir()
-    (tmp_path / "bench" / "a.json").write_text(json.dumps(bench))
-    (tmp_path / "bench" / "failed.json").write_text("")
-    (tmp_path / "quantize").mkdir()
-    (tmp_path / "quantize" / "a.json").write_text('{"seconds": 3}')
-    return tmp_path
+    (folder / "bench").mkdir()
+    (folder / "bench" / "a.json").write_text(json.dumps(bench))
+    (folder / "bench" / "failed.json").write_text("")
+    (folder / "quantize").mkdir()
+    (folder / "quantize" / "a.json").write_text('{"seconds": 3}')
+    return folder
+
+
+def write_kernels(folder: Path, digests: dict[str, str]) -> None:
+    (folder / "kernels").mkdir(exist_ok=True)
+    write_record(
+        folder / "kernels",
+        [
+            Cubin(f"{source}.cubin", source, 90, "13.0", 0, False, "", digest, ())
+            for source, digest in digests.items()
+        ],
+    )
 
 
 def test_a_record_says_what_passed_on_what(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    record = load("write_record", monkeypatch).make_record(folder)
+    record = load("write_record", monkeypatch).make_record([folder])
     assert record["machine"] == {"name": "A GPU", "sm": 90}
+    assert record["commit"] == "abc"
     assert record["compilers"] == ["NVRTC 13.0, sm_90"]
     plain = record["variants"]["plain"]
     assert plain["num_passed"] == 3
@@ -118,22 +142,65 @@ def test_what_failed_or_did_not_run_is_a_fault(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (folder / "selftest-plain.out").unlink()
-    (folder / "results-plain-test_a.json").unlink()
-    rows = [row("test_one[1]", "failed"), row("test_two", "skipped"), row("test_three")]
-    (folder / "results-default-test_a.json").write_text(json.dumps(rows))
-    record = load("write_record", monkeypatch).make_record(folder)
-    assert record["variants"]["default"]["num_skipped"] == 1
+    (folder / "steps" / "plain-test_a.json").unlink()
+    failed = {**row("test_one[1]", "failed"), "reason": "assert 1 == 2"}
+    started = {"test": "tests/gpu/test_a.py::test_four", "outcome": "started"}
+    path = folder / "results-default-test_a.jsonl"
+    write_rows(path, failed, row("test_two", "skipped"), row("test_three"), started)
+    with path.open("a") as file:
+        file.write('{"test": "cut o')  # its process was ended
+    record = load("write_record", monkeypatch).make_record([folder])
+    default = record["variants"]["default"]
+    assert default["num_skipped"] == 1
+    assert [*default["failed"].values()] == ["it did not end", "assert 1 == 2"]
     assert faults_of(record, NOW) == [
+        "tests/gpu/test_a.py::test_four failed with the default kernels",
         "tests/gpu/test_a.py::test_one[1] failed with the default kernels",
         "no test passed with the plain kernels",
         "self test with the plain kernels: it did not run to its end",
+        "plain-test_a did not pass: it was not run",
     ]
+
+
+def test_a_test_that_leaves_something_broken_failed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_rows(folder / "results-plain-test_a.jsonl", row("test_one"), row("test_one", "failed"))
+    record = load("write_record", monkeypatch).make_record([folder])
+    assert list(record["variants"]["plain"]["failed"]) == ["tests/gpu/test_a.py::test_one"]
+    assert record["variants"]["plain"]["num_passed"] == 0
+
+
+def test_a_record_of_several_folders_takes_each_step_from_the_last_that_ran_it(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    later = make_folder(tmp_path / "later")
+    for path in (later / "steps").iterdir():
+        if path.stem != "plain-test_a":
+            path.unlink()
+    write_rows(later / "results-plain-test_a.jsonl", row("test_one[1]"))
+    (later / "bench" / "b.json").write_bytes((later / "bench" / "a.json").read_bytes())
+    (later / "selftest-default.out").write_text("not of a run that counts")
+    write_record = load("write_record", monkeypatch)
+    record = write_record.make_record([folder, later])
+    assert record["variants"]["default"]["num_passed"] == 3
+    assert record["variants"]["plain"]["num_passed"] == 1
+    assert sorted(record["bench"]) == ["a", "b"]
+    assert faults_of(record, NOW) == []
+
+    write_kernels(later, NOW | {"head_f16": "another"})
+    with pytest.raises(ValueError, match=r"later ran another head_f16.cu than .*run; one record"):
+        write_record.make_record([folder, later])
+    write_kernels(later, NOW)
+    (later / "machine.json").write_text('{"name": "Another", "sm": 90}')
+    with pytest.raises(ValueError, match=r"one record is of one device: \['A GPU', 'Another'\]"):
+        write_record.make_record([folder, later])
 
 
 def test_a_kernel_that_changed_came_or_went_is_a_fault(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    record = load("write_record", monkeypatch).make_record(folder)
+    record = load("write_record", monkeypatch).make_record([folder])
     later = NOW | {"head_f16": "another", "new_kernel": "a hash"}
     del later["rms_norm"]
     assert faults_of(record, later) == [
@@ -149,14 +216,14 @@ def test_a_file_whose_process_hung_or_crashed_is_a_fault(
 ) -> None:
     # It leaves no results, so that all that is told of it is its state.
     states = {
-        "default-test_a": {"exit_code": None, "seconds": 240.0, "why": "ended after 240 s"},
-        "plain-test_b": {"exit_code": -11, "seconds": 2.0, "why": ""},
-        "plain-test_c": {"exit_code": 5, "seconds": 2.0, "why": ""},
-        "sanitizer-memcheck-kernels": {"exit_code": None, "seconds": 0.0, "why": "not there"},
-        "sanitizer-racecheck-kernels": {"exit_code": 9, "seconds": 5.0, "why": ""},
+        "default-test_a": state(None, 240.0, "ended after 240 s"),
+        "plain-test_b": state(-11),
+        "plain-test_c": state(5),
+        "sanitizer-memcheck-kernels": state(None, 0.0, "not there"),
+        "sanitizer-racecheck-kernels": state(9, 5.0),
     }
-    (folder / "steps.json").write_text(json.dumps(states))
-    record = load("write_record", monkeypatch).make_record(folder)
+    write_states(folder, states)
+    record = load("write_record", monkeypatch).make_record([folder])
     assert faults_of(record, NOW) == [
         "compute-sanitizer found errors in racecheck-kernels",
         "default-test_a did not pass: ended after 240 s",
@@ -164,40 +231,80 @@ def test_a_file_whose_process_hung_or_crashed_is_a_fault(
     ]
 
 
+def step(
+    steps: ModuleType, name: str, command: list[str], limit_s: float = 60, **facts: Any
+) -> Any:
+    return steps.Step(name, command, facts.pop("environment", {}), 0.1, limit_s, **facts)
+
+
 def test_a_step_that_fails_or_hangs_is_told_and_stops_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = load("run", monkeypatch)
+    steps = load("steps", monkeypatch)
     python = sys.executable
-    steps = [
-        run.Step("good", [python, "-c", "import os; print(os.environ['A'])"], {"A": "b"}, 60),
-        run.Step("bad", [python, "-c", "raise SystemExit(3)"], {}, 60),
-        run.Step("slow", [python, "-c", "import time; time.sleep(60)"], {}, 0.3),
-        run.Step("missing", [str(tmp_path / "nothing")], {}, 60),
+    environment = {"A": "b"}
+    listed = [
+        step(
+            steps,
+            "good",
+            [python, "-c", "import os; print(os.environ['A'])"],
+            environment=environment,
+        ),
+        step(steps, "bad", [python, "-c", "raise SystemExit(3)"]),
+        step(steps, "slow", [python, "-c", "import time; time.sleep(60)"], 0.3),
+        step(steps, "missing", [str(tmp_path / "nothing")]),
     ]
-    states = run.run_steps(steps, tmp_path, 2)
-    assert [states[name].exit_code for name in ("good", "bad", "slow", "missing")] == [
-        *(0, 3),
-        *(None, None),
-    ]
+    steps.Runner(tmp_path).run_all(listed, 2)
+    states = steps.read_states(tmp_path)
+    assert [states[one.name].exit_code for one in listed] == [0, 3, None, None]
     assert states["slow"].why == "ended after 0 s"
     assert "No such file" in states["missing"].why
     assert (tmp_path / "good.out").read_text() == "b\n"
     assert "bad: exit code 3" in capsys.readouterr().out
-    names = [step.name for step in run.correctness_steps(tmp_path, ["default", "plain"])]
-    assert "sanitizer-racecheck-engine" in names and "plain-test_w4a16_gemv" in names
-    assert not any("real_model" in name for name in names)
+
+
+def test_a_step_that_there_is_no_time_for_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps = load("steps", monkeypatch)
+    runner = steps.Runner(tmp_path, time.monotonic() + 0.5)
+    long = steps.Step("long", ["true"], {}, 60.0, 90.0)
+    cut = step(steps, "cut", ["sleep", "60"], results=("old",))
+    (tmp_path / "old").write_text("of an earlier run")
+    runner.run_all([long, cut], 1)
+    states = steps.read_states(tmp_path)
+    assert list(states) == ["cut"]
+    assert states["cut"].exit_code is None and states["cut"].seconds < 30
+    assert not (tmp_path / "old").exists()
+    assert "long: not started, 0 s left of 60 it needs" in capsys.readouterr().out
+
+
+def test_a_runner_that_is_stopped_ends_what_runs_and_starts_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = load("steps", monkeypatch)
+    runner = steps.Runner(tmp_path)
+    script = f"kill -TERM {os.getpid()}; sleep 60"
+    before = signal.signal(signal.SIGTERM, lambda number, frame: runner.stop("ended by SIGTERM"))
+    try:
+        listed = [step(steps, name, ["sh", "-c", script]) for name in ("first", "second")]
+        runner.run_all(listed, 1)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert {name: found.why for name, found in steps.read_states(tmp_path).items()} == {
+        "first": "ended by SIGTERM"
+    }
 
 
 def test_a_step_that_hangs_takes_with_it_what_it_started(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = load("run", monkeypatch)
+    steps = load("steps", monkeypatch)
     started = tmp_path / "pid"
-    # As scripts/bench: the shell waits for a process of its own.
+    # As a benchmark: the process waits for another one.
     script = f"sleep 60 & echo $! >{started}; wait"
-    state = run.run_step(run.Step("hung", ["sh", "-c", script], {}, 1), tmp_path)
-    assert state.why == "ended after 1 s"
+    steps.Runner(tmp_path).run_all([step(steps, "hung", ["sh", "-c", script], 1)], 1)
+    assert steps.read_states(tmp_path)["hung"].why == "ended after 1 s"
     status = Path(f"/proc/{started.read_text().strip()}/stat")
     for _ in range(100):  # whoever adopts it reaps it
         if not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z":
@@ -230,6 +337,6 @@ def test_a_file_that_cannot_be_imported_is_told(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == exit_code, done.stdout + done.stderr
-    (told,) = json.loads(results.read_text())
+    (told,) = map(json.loads, results.read_text().splitlines())
     assert (told["test"], told["outcome"]) == ("test_a.py", outcome)
     assert ("not here" in told["reason"]) == (outcome == "skipped")

@@ -28,7 +28,7 @@ ATTRIBUTES = {16: 132, 18: 0, 13: 1980000, 38: 50 << 20, 75: 9, 76: 0, 81: 228 <
 
 @dataclass
 class Launched:
-    """A kernel launch: arguments as Python numbers, in the table's order."""
+    """A kernel launch: arguments as Python numbers in the table's order; the function's handle."""
 
     name: str
     grid: tuple[int, int, int]
@@ -36,6 +36,7 @@ class Launched:
     shared_bytes: int
     arguments: list[int | float]
     is_programmatic: bool = False
+    function: int = field(default=0, compare=False)
 
 
 @dataclass
@@ -222,7 +223,8 @@ class FakeCuda:
         arguments = [
             types[letter].from_address(values[i]).value for i, letter in enumerate(row.arguments)
         ]
-        launched = Launched(name, grid, block, shared_bytes, arguments, is_programmatic)
+        handle = function.value
+        launched = Launched(name, grid, block, shared_bytes, arguments, is_programmatic, handle)
         if self._capturing is not None:
             self._capturing.append(launched)
         else:
