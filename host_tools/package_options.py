@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import get_args
 
@@ -68,7 +69,7 @@ class ConfigValues:
                 f"quant-policy is {self.quant_policy}, choose 0 (fp16), 4 (static int8) or "
                 "8 (online int8)"
             )
-        if self.cache_max_entry_count is not None and not self.cache_max_entry_count > 0:
+        if self.cache_max_entry_count is not None and not 0 < self.cache_max_entry_count < math.inf:
             raise UsageError(
                 f"cache-max-entry-count is {self.cache_max_entry_count:g}, expected a share of the "
                 "free memory below 1 or a number of pages"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from device_runtime.errors import UsageError
@@ -36,7 +37,7 @@ class EngineOptions:
         """Refuse numbers that mean nothing.
 
         Raises:
-            UsageError: a number is not positive.
+            UsageError: a number is not positive, or not finite.
         """
         for name in (
             "cache_max_entry_count",
@@ -46,5 +47,5 @@ class EngineOptions:
             "memory_limit_bytes",
         ):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise UsageError(f"{name} is {value}, expected more than 0")
+            if value is not None and not 0 < value < math.inf:
+                raise UsageError(f"{name} is {value}, expected more than 0 and less than infinity")

@@ -123,6 +123,12 @@ def test_a_number_of_pages_rules_the_session():
         plan_config(MODEL, [tight], ConfigValues(cache_max_entry_count=32.0))
 
 
+@pytest.mark.parametrize("asked", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_share_or_a_number_of_pages_is_finite(asked):
+    with pytest.raises(UsageError, match="expected a share of the free memory below 1 or a number"):
+        ConfigValues(cache_max_entry_count=asked)
+
+
 def test_a_sliding_window_ends_the_session():
     model = replace(MODEL, sliding_window=2048)
     assert plan_config(model, [LARGE], ConfigValues())[0].session_len == 2048

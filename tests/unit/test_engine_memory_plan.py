@@ -6,6 +6,7 @@ import pytest
 
 from device_runtime.backends.kv_format import KvFormat, kv_format, kv_page_bytes
 from device_runtime.backends.memory_plan import CacheRequest, MemorySurvey, plan_memory
+from device_runtime.engine.options import EngineOptions
 from device_runtime.errors import OutOfMemoryError, PackageError, UsageError
 from device_runtime.package_format.model_config import ModelConfig
 
@@ -151,3 +152,8 @@ def test_a_page_size_that_is_not_made_of_tiles_is_refused() -> None:
 def test_limits_must_be_positive(name) -> None:
     with pytest.raises(UsageError, match=f"{name} is 0, expected more than 0"):
         plan(**{name: 0})
+
+
+def test_an_option_is_finite() -> None:
+    with pytest.raises(UsageError, match="is inf, expected more than 0 and less than infinity"):
+        EngineOptions(cache_max_entry_count=float("inf"))
