@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping, Sequence
-from ctypes import POINTER, byref, c_int, c_uint, c_ulonglong, c_void_p
+from ctypes import POINTER, addressof, byref, c_int, c_uint, c_ulonglong, c_void_p
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TypeAlias
@@ -80,9 +80,7 @@ class Launch:
         self._driver = driver
         self._function = function
         self._arguments = tuple(arguments)
-        self._pointers = (c_void_p * len(arguments))(
-            *(ctypes.cast(ctypes.pointer(value), c_void_p) for value in arguments)
-        )
+        self._pointers = (c_void_p * len(arguments))(*map(addressof, arguments))
         self._grid = tuple(c_uint(size) for size in shape.grid)
         self._block = c_uint(shape.block)
         self._shared_bytes = c_uint(shape.shared_bytes)

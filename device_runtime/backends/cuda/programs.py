@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from device_runtime.backends.cuda.kernel_set import KernelSet
 from device_runtime.backends.cuda.linears import (
+    MAX_GEMV_TOKENS,
     LayerMatrices,
     Linears,
     Matrix,
@@ -327,11 +328,17 @@ class Programs:
 
 
 class PromptPrograms:
-    """Passes over prompts, built when first needed and fitted to each pass."""
+    """Passes over prompts, fitted to each pass.
 
-    def __init__(self, programs: Programs) -> None:
+    Those of GEMMs are built at once, so that no first token waits for it; those of a few tokens,
+    one for each number, when first needed.
+    """
+
+    def __init__(self, programs: Programs, max_tokens: int) -> None:
         self._programs = programs
-        self._built: dict[int, list[Step]] = {}
+        sizes = range(MAX_GEMV_TOKENS + 1, max_tokens + 1)
+        built_for = {programs.program_key(size): size for size in sizes}
+        self._built = {key: programs.prompt(size) for key, size in built_for.items()}
 
     def fitted(self, size: PassSize) -> list[Step]:
         """Return the steps of a pass of this size."""

@@ -38,11 +38,14 @@ class PromptRunner:
         self._stream = stream
         self._limits = limits
         self._programs = programs
-        self._passes = PromptPrograms(programs)
+        self._passes = PromptPrograms(programs, limits.max_tokens)
         self._buffers = buffers
         self._uploads = uploads
-        self._heads: dict[int, list[Launch]] = {}
-        self._samples: dict[bool, list[Launch]] = {}
+        self._heads = {1: programs.head(1)}
+        self._samples = {
+            is_greedy: programs.sample(1, buffers["head_slots"], is_greedy=is_greedy)
+            for is_greedy in (True, False)
+        }
 
     def run(self, batch: Batch, row: int, slot: int) -> None:
         """Enqueue a pass over one row of a batch: keys, values and last hidden states."""
@@ -76,10 +79,6 @@ class PromptRunner:
         """
         self._uploads.put(self._buffers["head_rows"], np.array([token], np.int32))
         self._uploads.put(self._buffers["head_slots"], np.array([slot], np.int32))
-        if is_greedy not in self._samples:
-            self._samples[is_greedy] = self._programs.sample(
-                1, self._buffers["head_slots"], is_greedy=is_greedy
-            )
         for launch in (*self._head(1), *self._samples[is_greedy]):
             launch.enqueue(self._stream)
 
