@@ -27,7 +27,12 @@ _NEVER = 1 << 30
 """A last position that no sequence reaches: the engine itself ends sequences."""
 _SPINS = 200
 _NAP_S = 50e-6
-_CHECK_EVERY = 2000
+_NAPS_OF_A_LENGTH = 16
+_LONGEST_NAP_S = 1e-3
+"""Naps grow to about a fiftieth of the wait: a slow board's core sleeps, a fast one's token does
+not wait long."""
+_CHECK_EVERY = 500
+"""Looks at the ring, about 0.3 s of naps, after which the device is asked whether it still runs."""
 
 
 @dataclass
@@ -171,7 +176,8 @@ class StepState:
                 break
             num_waits += 1
             if num_waits > _SPINS:
-                time.sleep(_NAP_S)
+                num_steps = 1 + (num_waits - _SPINS) // _NAPS_OF_A_LENGTH
+                time.sleep(min(_NAP_S * num_steps, _LONGEST_NAP_S))
             if num_waits % _CHECK_EVERY == 0:
                 is_done = self._driver.check(self._stream)
                 if is_done and self._ring[place] >> 32 != position:
