@@ -207,6 +207,7 @@ def build_packages(
 
 def main(folder: Path) -> None:
     """Build every package into a folder, and keep nothing else."""
+    folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         for name in CASES:
             built = build_packages(name, Path(scratch))

@@ -10,6 +10,7 @@ import importlib.util
 import os
 from pathlib import Path
 
+import figures
 import numpy as np
 import pytest
 
@@ -22,6 +23,8 @@ VARIABLE = "TURBOJET_FAMILIES"
 NUM_TOKENS = 40
 """Of a prompt: beyond the context that dynamic ropes were trained for, within every window."""
 
+NUM_PROMPT = 9
+"""Of them before the greedy tokens."""
 GREEDY = GenerationParams(24, SamplingParams(temperature=0.0), ignore_eos=True)
 
 
@@ -58,18 +61,25 @@ def package(folder: Path, name: str) -> Path:
 def test_the_gpu_gives_the_references_logits_and_tokens(folder: Path, name: str) -> None:
     opened = open_package(package(folder, name))
     ids = np.random.default_rng(1).integers(3, 300, NUM_TOKENS).tolist()
-    found = {}
-    for backend in ("reference", "cuda"):
+    found: dict[str, tuple[np.ndarray, list[int]]] = {}
+    same, after = 0, np.zeros(0)
+    for backend in ("cuda", "reference"):
         options = EngineOptions(backend=backend, quant_policy=0, session_len=NUM_TOKENS)
         with Engine.open(opened, options) as engine:
-            outputs = list(engine.generate(ids[:9], GREEDY))
+            outputs = list(engine.generate(ids[:NUM_PROMPT], GREEDY))
             tokens = [token for output in outputs for token in output.token_ids]
             found[backend] = (engine.logits(ids), tokens)
+            pairs = enumerate(zip(found["cuda"][1], tokens, strict=True))
+            same = next((place for place, (a, b) in pairs if a != b), len(tokens))
+            if same < len(tokens):
+                after = engine.logits(ids[:NUM_PROMPT] + tokens[:same])[-1]
             engine.check_integrity()
-    (want, chosen), (got, tokens) = found["reference"], found["cuda"]
+    (got, chosen), (want, known) = found["cuda"], found["reference"]
     norms = np.linalg.norm(want, axis=1) * np.linalg.norm(got, axis=1)
     cosine = float(((want.astype(np.float64) * got).sum(1) / norms).min())
-    same = sum(a == b for a, b in zip(tokens, chosen, strict=True))
-    print(f"{name}: cosine {cosine:.7f}, {same} of {len(chosen)} greedy tokens")
+    figures.note("families: 1 - lowest cosine", 1 - cosine)
+    figures.note("families: share of greedy tokens after another choice", 1 - same / len(known))
     assert cosine > 0.9999
-    assert same == len(chosen)
+    # Where two tokens are closer than rounding, either may win, and the answers part there.
+    if same < len(known):
+        assert after.max() - after[chosen[same]] < 0.05 * after.std()
