@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from device_runtime.engine.board_plan import LongestSession, longest_sessions
 from device_runtime.engine.configure import cache_request
 from device_runtime.engine.options import EngineOptions
 from device_runtime.errors import PackageError, UsageError
@@ -36,7 +37,7 @@ from host_tools.package_options import (
     ConvertOptions,
     PackOptions,
 )
-from host_tools.plan import LongestSession, longest_sessions, plan_config
+from host_tools.plan import plan_config
 from host_tools.precision_cost import measure_costs
 from host_tools.progress import Progress
 from host_tools.quantize import quantize

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from device_runtime.engine.board_plan import longest_sessions
 from device_runtime.engine.configure import cache_request
 from device_runtime.engine.options import EngineOptions
 from device_runtime.errors import PackageError, UsageError
@@ -22,13 +23,7 @@ from device_runtime.package_format.package import Package, open_package
 from host_tools.kernel_sets import kernels_fingerprint, write_package_kernels
 from host_tools.kernels import KernelCache
 from host_tools.package_options import ALL_TARGETS, PackOptions
-from host_tools.plan import (
-    choose_boards,
-    describe_longest,
-    describe_plan,
-    longest_sessions,
-    plan_boards,
-)
+from host_tools.plan import choose_boards, describe_plan, plan_boards
 from host_tools.progress import BYTES, Progress
 from host_tools.stage import RECORD_DIR, Stage
 
@@ -136,7 +131,7 @@ def planned_manifest(package: Package, options: PackOptions, progress: Progress)
     memory = plan_boards(package.model, request, boards)
     longest = longest_sessions(package.model, request, boards)
     for plan, sessions in zip(memory, longest, strict=True):
-        progress.note(f"{describe_plan(plan, request.page_size)}; {describe_longest(sessions)}")
+        progress.note(f"{describe_plan(plan, request.page_size)}; {sessions.text}")
         if plan.session_len < request.session_len:
             progress.note(
                 f"warning: {plan.board} holds sessions of {plan.session_len} tokens, config.ini "

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from device_runtime.engine.board_plan import (
+    MAX_KV_SHARE,
     CacheRequest,
     KvFormat,
     MemorySurvey,
     board_survey,
     fitting_tokens,
     kernels_refusal,
-    longest_session,
     plan_on_board,
 )
 from device_runtime.engine.options import DEFAULT_TOKENS_PER_STEP
@@ -37,9 +37,6 @@ MAX_BATCH_SIZE = 8
 SHORT_SESSION = 2048
 """Tokens counted for each sequence of a batch: conversations rarely fill their session."""
 
-MAX_KV_SHARE = 0.8
-"""v0.2.3's cache_max_entry_count; the rest stays for the system."""
-
 KV_HEADROOM = 1.5
 """The share covers this many times what is needed: a board's free memory varies."""
 
@@ -47,21 +44,6 @@ SHARE_STEPS = 20
 
 MIN_SESSION = 512
 """A board that cannot hold a conversation of this many tokens is too small for the model."""
-
-
-@dataclass(frozen=True)
-class LongestSession:
-    """Tokens of the longest conversation that a board holds when it runs alone.
-
-    Attributes:
-        board: name of the board.
-        int8_tokens: with an online int8 KV cache.
-        fp16_tokens: with an fp16 one.
-    """
-
-    board: str
-    int8_tokens: int
-    fp16_tokens: int
 
 
 def choose_boards(
@@ -192,24 +174,6 @@ def plan_boards(
     return tuple(plans)
 
 
-def longest_sessions(
-    model: ModelConfig, request: CacheRequest, boards: Sequence[Board]
-) -> tuple[LongestSession, ...]:
-    """Return how long conversations can be on each board with either KV format.
-
-    KV pages take `MAX_KV_SHARE` of what is free there, whatever ``request`` asks for.
-    """
-    widest = replace(request, cache_max_entry_count=MAX_KV_SHARE)
-    int8 = replace(widest, kv_format=KvFormat.INT8_ONLINE)
-    fp16 = replace(widest, kv_format=KvFormat.FP16)
-    return tuple(
-        LongestSession(
-            board.name, longest_session(model, int8, board), longest_session(model, fp16, board)
-        )
-        for board in boards
-    )
-
-
 def arithmetic(model: ModelConfig, request: CacheRequest, board: Board) -> str:
     """Return how a board's memory is shared out, in one line."""
     survey = board_survey(model, request, board)
@@ -232,14 +196,6 @@ def describe_plan(plan: PlannedMemory, page_size: int) -> str:
         f"{plan.workspace_bytes // MIB} MiB + {pages} = {total // MIB} of "
         f"{plan.usable_bytes // MIB} MiB usable; "
         f"{plan.num_pages * page_size} tokens in all, session_len {plan.session_len}"
-    )
-
-
-def describe_longest(longest: LongestSession) -> str:
-    """Return how long conversations can be on a board, in a few words."""
-    return (
-        f"alone a conversation can have {longest.int8_tokens} tokens with int8 KV, "
-        f"{longest.fp16_tokens} with fp16"
     )
 
 

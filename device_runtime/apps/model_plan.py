@@ -34,6 +34,11 @@ def plan_facts(package: Package, options: EngineOptions) -> dict[str, object]:
         plan = plan_here(package, options)
     except (PackageError, DeviceError) as error:
         return {"error": str(error)}
+    return plan_values(plan)
+
+
+def plan_values(plan: MemoryPlan) -> dict[str, object]:
+    """Return a plan as JSON values."""
     return asdict(plan) | {
         "kv_format": plan.kv_format.title,
         "kv_bytes": plan.kv_bytes,
@@ -47,20 +52,26 @@ def plan_lines(package: Package, options: EngineOptions) -> list[Line]:
         plan = plan_here(package, options)
     except (PackageError, DeviceError) as error:
         return [Line("here", str(error))]
-    parts = [("weights", plan.weight_bytes), ("workspace", plan.workspace_bytes)]
-    if plan.context_bytes:
-        parts.append(("context", plan.context_bytes))
-    taken = " + ".join(f"{name} {format_bytes(size)}" for name, size in parts)
     lines = [
-        Line(
-            "here",
-            f"{plan.backend}: {taken} + KV {plan.num_pages} x {format_bytes(plan.page_bytes)} = "
-            f"{format_bytes(plan.total_bytes)} of {format_bytes(plan.available_bytes)} available",
-        ),
+        Line("here", memory_text(plan, context="context")),
         Line(
             "",
             f"{plan.kv_format.title} KV; sessions of {plan.session_len} tokens, up to "
             f"{plan.max_batch_size} at a time",
         ),
     ]
+    if plan.backend != "cuda" and options.backend == "auto":
+        lines.append(Line("", "no GPU is used here; --board NAME shows the plan on a Jetson"))
     return lines + [Line("", note) for note in plan.notes]
+
+
+def memory_text(plan: MemoryPlan, *, context: str) -> str:
+    """Return how a plan shares out memory; ``context`` is what its context_bytes are called."""
+    parts = [("weights", plan.weight_bytes), ("workspace", plan.workspace_bytes)]
+    if plan.context_bytes:
+        parts.append((context, plan.context_bytes))
+    taken = " + ".join(f"{name} {format_bytes(size)}" for name, size in parts)
+    return (
+        f"{plan.backend}: {taken} + KV {plan.num_pages} x {format_bytes(plan.page_bytes)} = "
+        f"{format_bytes(plan.total_bytes)} of {format_bytes(plan.available_bytes)} available"
+    )

@@ -6,7 +6,8 @@ board before it plans, the context and the process, is assumed here (DECISIONS.m
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from device_runtime.backends.cuda.footprint import DeviceFigures, package_survey
 from device_runtime.backends.cuda.support import check_model
@@ -34,6 +35,33 @@ PROCESS_BYTES = 80 * MIB
 """Of Python with engine and chat: 71 MiB measured (x86-64, 32 layers, graphs of four widths)."""
 TOKENIZER_TOKEN_BYTES = 800
 """Of the tokenizer for each token of its vocabulary: 780 bytes measured with 151643 of them."""
+
+MAX_KV_SHARE = 0.8
+"""v0.2.3's cache_max_entry_count, most of what KV pages are planned with; the rest stays for the
+system."""
+
+
+@dataclass(frozen=True)
+class LongestSession:
+    """Tokens of the longest conversation that a board holds when it runs alone.
+
+    Attributes:
+        board: name of the board.
+        int8_tokens: with an online int8 KV cache.
+        fp16_tokens: with an fp16 one.
+    """
+
+    board: str
+    int8_tokens: int
+    fp16_tokens: int
+
+    @property
+    def text(self) -> str:
+        """The same in words."""
+        return (
+            f"alone a conversation can have {self.int8_tokens} tokens with int8 KV, "
+            f"{self.fp16_tokens} with fp16"
+        )
 
 
 def assumed_bytes(model: ModelConfig, board: Board) -> int:
@@ -73,14 +101,30 @@ def fitting_tokens(model: ModelConfig, request: CacheRequest, board: Board) -> i
     return min(wanted, free_bytes // page_bytes) * request.page_size
 
 
-def longest_session(model: ModelConfig, request: CacheRequest, board: Board) -> int:
-    """Return the tokens of the longest conversation that fits on a board when it runs alone.
+def longest_sessions(
+    model: ModelConfig, request: CacheRequest, boards: Sequence[Board]
+) -> tuple[LongestSession, ...]:
+    """Return how long conversations can be on each board; at most what the model was made for.
 
-    At most what the model was made for, 0 where none fits. Of ``request`` session_len and
-    max_batch_size do not count.
+    KV pages take `MAX_KV_SHARE` of what is free there. Of ``request`` only page_size and
+    max_tokens_per_step count.
     """
-    alone = replace(request, session_len=model.context_tokens, max_batch_size=1)
-    return min(model.context_tokens, fitting_tokens(model, alone, board))
+    alone = replace(
+        request,
+        cache_max_entry_count=MAX_KV_SHARE,
+        session_len=model.context_tokens,
+        max_batch_size=1,
+    )
+    int8 = replace(alone, kv_format=KvFormat.INT8_ONLINE)
+    fp16 = replace(alone, kv_format=KvFormat.FP16)
+    return tuple(
+        LongestSession(
+            board.name,
+            min(model.context_tokens, fitting_tokens(model, int8, board)),
+            min(model.context_tokens, fitting_tokens(model, fp16, board)),
+        )
+        for board in boards
+    )
 
 
 def kernels_refusal(model: ModelConfig) -> str:

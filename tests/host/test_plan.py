@@ -4,19 +4,21 @@ from dataclasses import replace
 
 import pytest
 
-from device_runtime.engine.board_plan import CacheRequest, KvFormat, board_survey
+from device_runtime.engine.board_plan import (
+    CacheRequest,
+    KvFormat,
+    board_survey,
+    longest_sessions,
+)
 from device_runtime.errors import UsageError
 from device_runtime.package_format.boards import BOARDS, Board
 from device_runtime.package_format.model_config import ModelConfig
 from host_tools.package_options import ConfigValues
 from host_tools.plan import (
     MIB,
-    LongestSession,
     arithmetic,
     choose_boards,
-    describe_longest,
     describe_plan,
-    longest_sessions,
     plan_boards,
     plan_config,
 )
@@ -215,21 +217,6 @@ def test_the_arithmetic_reads_well():
         "small: weights 640 MiB + workspace and process 400 MiB + KV 43 pages x 2.06 MiB = 1128 "
         "of 2048 MiB usable; 2752 tokens in all, session_len 4096"
     )
-
-
-def test_how_long_conversations_can_be_with_either_kv_format():
-    long = replace(MODEL, max_position_embeddings=1 << 20)
-    asked = replace(REQUEST, session_len=1 << 20)
-    roomy = with_free(900, asked, long)
-    # 80% of 900 MiB are 349 pages of 2.0625 MiB, or 180 of 4 MiB
-    assert longest_sessions(long, replace(REQUEST, cache_max_entry_count=3.0), [roomy]) == (
-        LongestSession("small", 349 * 64, 180 * 64),
-    )
-    assert describe_longest(LongestSession("small", 22336, 11520)) == (
-        "alone a conversation can have 22336 tokens with int8 KV, 11520 with fp16"
-    )
-    # The model ends before the memory does.
-    assert longest_sessions(MODEL, REQUEST, [LARGE]) == (LongestSession("large", 4096, 4096),)
 
 
 def test_internlm2_7b_fits_the_boards_it_should():

@@ -17,11 +17,12 @@ from device_runtime.backends.cuda.sizes import STAGING_BYTES, step_limits
 from device_runtime.backends.kv_format import KvFormat
 from device_runtime.backends.memory_plan import MIB, CacheRequest
 from device_runtime.engine.board_plan import (
+    LongestSession,
     assumed_bytes,
     board_survey,
     fitting_tokens,
     kernels_refusal,
-    longest_session,
+    longest_sessions,
     plan_on_board,
 )
 from device_runtime.engine.configure import cache_request
@@ -170,16 +171,23 @@ def test_what_is_assumed_for_the_process_by_hand() -> None:
 
 def test_a_longest_session_ends_with_the_memory_or_with_the_model() -> None:
     model = tiny_model(num_hidden_layers=32, max_position_embeddings=1 << 20)
-    request = CacheRequest(0.8, 64, 512, 8, 512, KvFormat.FP16)
-    tokens = longest_session(model, request, NANO)
-    # K and V of 32 layers, 2 heads of 32 halves: 8192 bytes a token
+    request = CacheRequest(3.0, 64, 512, 8, 512, KvFormat.FP16)
+    (longest,) = longest_sessions(model, request, [NANO])
     alone = dataclasses.replace(request, session_len=1 << 20, max_batch_size=1)
-    free = board_survey(model, alone, NANO).free_bytes
-    assert tokens == int(free * 0.800000012) // (64 * 8192) * 64
+    share = int(board_survey(model, alone, NANO).free_bytes * 0.800000012)  # 0.8 as fp32
+    # K and V of 32 layers, 2 heads: of 32 halves 8192 bytes a token, of 36 bytes 4608
+    assert longest.fp16_tokens == share // (64 * 8192) * 64
+    assert longest.int8_tokens == share // (64 * 4608) * 64
+    assert longest.text == (
+        f"alone a conversation can have {longest.int8_tokens} tokens with int8 KV, "
+        f"{longest.fp16_tokens} with fp16"
+    )
     short = dataclasses.replace(model, max_position_embeddings=1000)
-    assert longest_session(short, request, NANO) == 1000
-    tiny_board = dataclasses.replace(NANO, usable_bytes=200 * MIB)
-    assert longest_session(model, request, tiny_board) == 0
+    tiny_board = dataclasses.replace(NANO, name="tiny", usable_bytes=200 * MIB)
+    assert longest_sessions(short, request, [NANO, tiny_board]) == (
+        LongestSession(NANO.name, 1000, 1000),
+        LongestSession("tiny", 0, 0),
+    )
 
 
 def test_pages_that_are_asked_for_count_as_far_as_they_fit() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 
 import numpy as np
 import pytest
@@ -14,9 +16,14 @@ from device_runtime.backends.cuda.footprint import LAUNCH_BYTES, pinned_bytes
 from device_runtime.backends.cuda.sizes import step_limits
 from device_runtime.backends.sampling_params import SamplingParams
 from device_runtime.backends.synthetic import SHAPES, synthetic_package
+from device_runtime.engine.board_plan import plan_on_board
 from device_runtime.engine.configure import cache_request
 from device_runtime.engine.engine import Engine, GenerationParams
 from device_runtime.engine.options import EngineOptions
+from device_runtime.errors import DeviceError
+from device_runtime.kernels import libcuda
+from device_runtime.package_format.boards import BOARDS
+from device_runtime.package_format.package import open_package
 
 H200_SMS = 132
 
@@ -93,3 +100,47 @@ def test_info_shows_what_a_small_board_would_have(root, capsys) -> None:
     assert "of 157.3 MB available" in capsys.readouterr().out
     assert cli.main(["info", str(root), "--memory-limit", "20M"]) == 0
     assert "close other programs, raise the memory limit" in capsys.readouterr().out
+
+
+def no_driver():
+    raise DeviceError("no CUDA driver was found")
+
+
+def test_info_shows_the_plan_of_boards_that_are_not_here(root, capsys, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "pycuda.driver", None)
+    monkeypatch.setattr(libcuda, "_load", no_driver)
+    assert cli.main(["info", str(root)]) == 0
+    assert "no GPU is used here; --board NAME shows the plan" in capsys.readouterr().out
+    argv = ["info", str(root), "--board", "orin-nano-4gb,thor", "--session-len", "128"]
+    assert cli.main([*argv, "--json"]) == 0
+    found = {board["board"]: board for board in json.loads(capsys.readouterr().out)["boards"]}
+    assert list(found) == ["orin-nano-4gb", "thor"]
+    package = open_package(root)
+    request = cache_request(package, EngineOptions(session_len=128))
+    for name, facts in found.items():
+        plan = plan_on_board(package.model, request, BOARDS[name])
+        assert facts["total_bytes"] == plan.total_bytes
+        assert facts["available_bytes"] == BOARDS[name].usable_bytes
+        # The model was made for 512 tokens.
+        assert (facts["session_len"], facts["int8_tokens"], facts["fp16_tokens"]) == (128, 512, 512)
+    assert cli.main(argv) == 0
+    lines = capsys.readouterr().out.splitlines()
+    at = next(index for index, line in enumerate(lines) if line.startswith("orin-nano-4gb"))
+    assert re.search(r"cuda: weights .* \+ context and process .* of 2\.15 GB available", lines[at])
+    assert lines[at + 1].endswith(
+        "alone a conversation can have 512 tokens with int8 KV, 512 with fp16"
+    )
+
+
+def test_info_says_why_a_model_does_not_run_on_a_board(root, tmp_path, capsys) -> None:
+    argv = ["info", str(root), "--board", "thor", "--memory-limit", "200M"]
+    assert cli.main(argv) == 0
+    assert re.search(r"thor +weights .* of 200 MiB; one KV page needs", capsys.readouterr().out)
+    assert cli.main([*argv, "--json"]) == 0
+    (thor,) = json.loads(capsys.readouterr().out)["boards"]
+    assert list(thor) == ["board", "error"]
+    odd = make_package(tmp_path / "odd", tiny_model())
+    assert cli.main(["info", str(odd.root), "--board", "thor"]) == 0
+    assert re.search(r"thor +head_dim is 32, the kernels take", capsys.readouterr().out)
+    assert cli.main(["info", str(root), "--board", "thro"]) == 2
+    assert "no board is called 'thro'; did you mean thor" in capsys.readouterr().err
