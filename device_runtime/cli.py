@@ -151,7 +151,9 @@ def _json(parser: argparse.ArgumentParser) -> None:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"{PROGRAM}: {message}", file=sys.stderr)
+    # Names of files and what archives say may hold what a terminal obeys, or a second line.
+    shown = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in message)
+    print(f"{PROGRAM}: {shown}", file=sys.stderr)
     return code
 
 

@@ -22,13 +22,12 @@ from device_runtime.apps.bench_report import (
 from device_runtime.apps.bench_runs import Result, Workload, run_workload
 from device_runtime.apps.chat_view import make_console
 from device_runtime.apps.engine_flags import add_engine_arguments, engine_options
-from device_runtime.apps.places import data_dir
-from device_runtime.apps.store import Store, find_package
+from device_runtime.apps.model import open_installed
 from device_runtime.backends.sampling_params import SamplingParams
 from device_runtime.backends.synthetic import SHAPES, synthetic_package
 from device_runtime.errors import UsageError
 from device_runtime.package_format.boards import parse_targets
-from device_runtime.package_format.package import Package, open_package
+from device_runtime.package_format.package import Package
 
 DEFAULT_PROMPT = "128"
 DEFAULT_COMPLETION = "128"
@@ -156,8 +155,7 @@ def find_target(args: argparse.Namespace, concurrency: int, longest: int) -> tup
         )
         model = package.model
         return package, f"{args.synthetic} (synthetic, W4 g{model.group_size}, {args.head} head)"
-    release = Store(data_dir()).find(args.target, None)
-    package = open_package(release.root if release else find_package(args.target))
+    package = open_installed(args.target)
     return package, package.name
 
 

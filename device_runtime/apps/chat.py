@@ -15,14 +15,14 @@ from device_runtime.apps.chat_once import answer_as_json, answer_as_text, read_p
 from device_runtime.apps.chat_settings import ChatSettings, add_chat_arguments, chat_settings
 from device_runtime.apps.chat_view import make_console
 from device_runtime.apps.engine_flags import add_engine_arguments, engine_options
+from device_runtime.apps.model import open_model
 from device_runtime.apps.places import data_dir
-from device_runtime.apps.store import find_package
 from device_runtime.engine.chat_session import ChatSession
 from device_runtime.engine.configure import package_sampling
 from device_runtime.engine.engine import Engine
 from device_runtime.engine.options import EngineOptions
 from device_runtime.errors import UsageError
-from device_runtime.package_format.package import Package, open_package
+from device_runtime.package_format.package import Package
 
 HISTORY_FILE = "chat_history"
 EPILOG = """\
@@ -39,8 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "target",
         nargs="?",
-        metavar="NAME|FOLDER",
-        help="an installed model or a package folder; may be left out when one model is installed",
+        metavar="NAME|X.tgz|FOLDER",
+        help="an installed model, an archive to install first, or a package folder; may be left "
+        "out when one model is installed",
     )
     parser.add_argument("--prompt", metavar="TEXT", help="answer this and end")
     parser.add_argument("--system", metavar="TEXT", help="system prompt (default: the model's)")
@@ -59,7 +60,7 @@ def run_chat(args: argparse.Namespace) -> int:
     """
     is_conversation = _is_conversation(args)
     options = engine_options(args, os.environ)
-    package = open_package(find_package(args.target))
+    package = open_model(args.target)
     settings = chat_settings(args, os.environ, package_sampling(package))
     prompt = "" if is_conversation else _prompt(args)
     with _open_engine(package, options) as engine:

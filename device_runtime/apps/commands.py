@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import BinaryIO
 
-from device_runtime.apps.install import STANDARD_INPUT, InstallOptions, install
+from device_runtime.apps.end_signals import interruptible
+from device_runtime.apps.install import STANDARD_INPUT, InstallOptions
+from device_runtime.apps.model import install_archive, outcome_sentence, tell
 from device_runtime.apps.model_list import list_releases, to_table
 from device_runtime.apps.places import data_dir
 from device_runtime.apps.progress_bar import byte_progress
@@ -28,10 +26,7 @@ def run_install(args: argparse.Namespace) -> int:
     """Install an archive and say what came of it."""
     options = InstallOptions(args.name, is_activated=not args.no_activate, is_forced=args.force)
     store = Store(data_dir())
-    start_s = time.monotonic()
-    with _interruptible(), byte_progress("install", sys.stderr) as report:
-        done = install(store, _source(args.archive), options, progress=report, tell=_tell)
-    seconds = time.monotonic() - start_s
+    done, seconds = install_archive(store, _source(args.archive), options)
     release = done.release
     if args.json:
         _print_json(
@@ -47,18 +42,11 @@ def run_install(args: argparse.Namespace) -> int:
             }
         )
         return 0
-    what = f"{release.name} release {release.release_id}"
-    size = f"{done.num_files} files, {format_bytes(done.size_bytes)}"
-    if done.outcome == "unchanged":
-        print(f"{what} is already installed, nothing to do")
-    elif done.outcome == "activated":
-        print(f"{what} was already installed and is current again")
-    else:
-        print(f"installed {what}: {size}, verified, in {format_duration(seconds)}")
+    print(outcome_sentence(done, seconds))
     if release.is_current:
-        _tell(f"talk to it: turbojet chat {release.name}")
+        tell(f"talk to it: turbojet chat {release.name}")
     else:
-        _tell(f"make it current: turbojet rollback {release.name} --release {release.release_id}")
+        tell(f"make it current: turbojet rollback {release.name} --release {release.release_id}")
     return 0
 
 
@@ -70,7 +58,7 @@ def run_list(args: argparse.Namespace) -> int:
     elif rows:
         print(to_table(rows))
     else:
-        _tell("no model is installed; `turbojet install X.tgz` installs one")
+        tell("no model is installed; `turbojet install X.tgz` installs one")
     return 0
 
 
@@ -108,7 +96,7 @@ def run_verify(args: argparse.Namespace) -> int:
 def run_remove(args: argparse.Namespace) -> int:
     """Delete a model, one release of it, or all but the current one."""
     store = Store(data_dir())
-    with _interruptible(), store.locked(_tell):
+    with interruptible(), store.locked(tell):
         if args.release:
             release = store.get(args.name, args.release)
             store.remove_release(release)
@@ -128,7 +116,7 @@ def run_remove(args: argparse.Namespace) -> int:
 def run_rollback(args: argparse.Namespace) -> int:
     """Make another release of a model current."""
     store = Store(data_dir())
-    with store.locked(_tell):
+    with store.locked(tell):
         release = store.rollback(args.name, args.release)
     print(f"{release.name} release {release.release_id} is current")
     return 0
@@ -142,28 +130,5 @@ def _source(archive: str) -> Path | BinaryIO:
     return sys.stdin.buffer
 
 
-def _tell(sentence: str) -> None:
-    print(sentence, file=sys.stderr, flush=True)
-
-
 def _print_json(value: object) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False))
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """Clean up on SIGTERM and on a lost connection as on Ctrl-C."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = {}
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        # nohup's choice to ignore a hang-up stands.
-        if signal.getsignal(number) is signal.SIG_DFL:
-            before[number] = signal.signal(number, interrupt)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

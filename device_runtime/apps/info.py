@@ -8,12 +8,12 @@ import os
 
 from device_runtime.apps.board_plans import board_facts, board_lines
 from device_runtime.apps.engine_flags import add_engine_arguments, engine_options
+from device_runtime.apps.model import open_installed
 from device_runtime.apps.model_facts import package_facts, package_lines, to_text
 from device_runtime.apps.model_plan import plan_facts, plan_lines
 from device_runtime.apps.places import data_dir
-from device_runtime.apps.store import Store, find_package
+from device_runtime.apps.store import Store
 from device_runtime.package_format.boards import parse_targets
-from device_runtime.package_format.package import open_package
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +39,7 @@ def run_info(args: argparse.Namespace) -> int:
     """
     options = engine_options(args, os.environ)
     release = Store(data_dir()).find(args.target, args.release)
-    package = open_package(release.root if release else find_package(args.target))
+    package = open_installed(args.target, args.release)
     boards = parse_targets(args.board) if args.board is not None else ()
     if args.json:
         facts = package_facts(package, release) | {"plan": plan_facts(package, options)}

@@ -50,7 +50,8 @@ def to_table(rows: Sequence[ListedRelease]) -> str:
     """Return the rows as aligned columns."""
     cells = [_HEADINGS]
     for row in rows:
-        state = "damaged" if row.damage else "current" if row.is_current else ""
+        facts = (("current", row.is_current), ("damaged", bool(row.damage)))
+        state = ", ".join(word for word, is_so in facts if is_so)
         size = format_bytes(row.size_bytes) if row.size_bytes else "?"
         when = row.installed_at[:16].replace("T", " ") or "?"
         cells.append((row.name, row.release, row.weights or "?", size, when, state))

@@ -107,6 +107,12 @@ class Store:
             return self.get(target, release_id)
         return None
 
+    def release_at(self, root: Path) -> Release | None:
+        """Return the release that has a folder; None for a folder outside the store."""
+        if root.parent.parent != self.models_dir:
+            return None
+        return self.get(root.parent.name, root.name)
+
     @contextmanager
     def locked(self, tell: Callable[[str], None]) -> Iterator[None]:
         """Keep every other writer out, and clean up after those that died.
@@ -299,6 +305,8 @@ def find_package(target: str | None, folder: Path | None = None) -> Path:
         return store.get(target).root
     if os.path.isdir(target):
         return Path(target)
+    if os.path.isfile(target):
+        raise UsageError(f"{target} is a file; `turbojet install {target}` installs an archive")
     if os.sep in target:
         raise UsageError(f"{target} is not a folder")
     return store.get(target).root

@@ -25,7 +25,10 @@ def exclusive(path: Path, tell: Callable[[str], None]) -> Iterator[None]:
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
-        raise DeviceError(f"cannot open the lock {path}: {error.strerror}") from error
+        raise DeviceError(
+            f"cannot open the lock {path}: {error.strerror}; is {path.parent} yours, and not "
+            "read-only or full"
+        ) from error
     try:
         _lock(descriptor, path, tell)
         os.ftruncate(descriptor, 0)

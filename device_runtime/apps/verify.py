@@ -10,6 +10,7 @@ from device_runtime.errors import PackageError
 from device_runtime.package_format import names
 from device_runtime.package_format.checksums import BytesProgress, hash_files
 from device_runtime.package_format.files import list_files
+from device_runtime.package_format.manifest import NewerFormatError
 from device_runtime.package_format.package import Package, open_package, verify_package
 
 
@@ -37,10 +38,17 @@ def verify_release(release: Release, progress: BytesProgress | None = None) -> V
             return Verified(len(package.manifest.files), package.manifest.size_bytes)
         return _verify_files(package, release.record(), progress)
     except PackageError as error:
-        raise PackageError(
-            f"{release.name} is damaged: {error}; `turbojet install --force` of its archive "
-            "repairs it"
-        ) from error
+        raise damage(release, error) from error
+
+
+def damage(release: Release, error: PackageError) -> PackageError:
+    """Return what is wrong with an installed release, and what repairs it on this machine."""
+    if isinstance(error, NewerFormatError):
+        return error
+    what = str(error).partition("; ")[0]  # behind it is what helps whoever made the package
+    return PackageError(
+        f"{release.name} is damaged: {what}; `turbojet install --force` of its archive repairs it"
+    )
 
 
 def open_release(release: Release) -> Package:

@@ -25,6 +25,10 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _BOARD_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,39}")
 
 
+class NewerFormatError(PackageError):
+    """A package of a later turbojet: whole, but not for this one."""
+
+
 @dataclass(frozen=True)
 class FileEntry:
     """One file of the package: path relative to its root, size and lower-case hex SHA-256."""
@@ -294,7 +298,7 @@ def write_manifest(root: Path, manifest: Manifest) -> None:
 
 def _check_version(version: int) -> None:
     if version > FORMAT_VERSION:
-        raise PackageError(
+        raise NewerFormatError(
             f"package format version {version} is newer than {FORMAT_VERSION}, the newest that "
             "this turbojet reads; update turbojet"
         )

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from archive_samples import archive_of
 from tiny_package import make_package
 
 from device_runtime import cli
@@ -161,6 +162,27 @@ def test_the_environment_sets_options(
     monkeypatch.setenv("TURBOJET_SESSION_LEN", "-1")
     assert chat(monkeypatch, [tiny, "--json", "--prompt", "x"], pipe()) == 2
     assert "TURBOJET_SESSION_LEN is '-1', expected a whole number" in capsys.readouterr().err
+
+
+def test_an_archive_is_installed_once_and_talked_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    package = make_package(tmp_path / "tiny", is_sealed=True).root
+    archive = tmp_path / "tiny.tgz"
+    archive_of(package, archive)
+    monkeypatch.setenv("TURBOJET_DATA_DIR", str(tmp_path / "data"))
+    options = ["--prompt", "hello", "--seed", "7", "--max-tokens", "4", "--json"]
+    answers = []
+    for target, told in ((archive, "installed tiny release "), (archive, ""), ("tiny", "")):
+        assert chat(monkeypatch, [target, *options], pipe()) == 0
+        shown = capsys.readouterr()
+        answers.append(json.loads(shown.out)["text"])
+        assert shown.err.startswith(told)
+        assert bool(shown.err) == bool(told)
+    assert len(set(answers)) == 1
+    archive.write_bytes(archive.read_bytes()[:-100])
+    assert chat(monkeypatch, [archive, *options], pipe()) == 3
+    assert "the archive is cut short" in capsys.readouterr().err
 
 
 def test_no_model_and_several_models_are_told_apart(

@@ -295,13 +295,35 @@ def test_a_damaged_model_is_listed_as_such(turbojet, archives, data) -> None:
     release = release_of(turbojet("install", archives[0])[1])
     weight = data / "models" / NAME / release / names.weight_path(names.FINAL_NORM)
     weight.write_bytes(b"")
-    assert turbojet("list")[1].splitlines()[1].endswith("damaged")
-    code, out, err = turbojet("verify", NAME)
-    assert (code, out) == (3, "")
-    assert err.startswith(f"turbojet: {NAME} is damaged: ")
-    assert "`turbojet install --force`" in err
+    assert turbojet("list")[1].splitlines()[1].endswith("  current, damaged")
+    damage = (
+        f"turbojet: {NAME} is damaged: {names.weight_path(names.FINAL_NORM)} has 0 bytes, "
+        "expected 128; `turbojet install --force` of its archive repairs it\n"
+    )
+    for verb in ("verify", "info", "chat", "bench"):
+        assert turbojet(verb, NAME) == (3, "", damage), verb
     assert "installed" in turbojet("install", archives[0])[1]
     assert turbojet("verify", NAME)[0] == 0
+
+
+def test_a_release_of_a_later_format_is_not_called_damaged(turbojet, archives, data) -> None:
+    release = release_of(turbojet("install", archives[0])[1])
+    manifest = data / "models" / NAME / release / names.MANIFEST
+    manifest.write_text(
+        re.sub(r'"format_version": 1\b', '"format_version": 2', manifest.read_text())
+    )
+    for verb in ("info", "verify"):
+        code, _, err = turbojet(verb, NAME)
+        assert code == 3
+        assert "version 2 is newer than 1" in err
+        assert err.endswith("; update turbojet\n")
+
+
+def test_what_a_terminal_obeys_is_shown_and_not_obeyed(turbojet) -> None:
+    code, _, err = turbojet("install", "no\x1b[2J\nsuch\udcff\u4f60.tgz")
+    assert code == 2
+    assert "cannot read no\\x1b[2J\\nsuch\\udcff\u4f60.tgz: " in err
+    assert err.count("\n") == 1
 
 
 def test_a_pipe_is_installed(turbojet, archives, monkeypatch, tmp_path) -> None:

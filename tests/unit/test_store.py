@@ -224,6 +224,8 @@ def test_a_package_is_found_by_name_or_by_folder(store, tmp_path, archives, monk
     (tmp_path / "tiny-1.0").mkdir()
     assert find_package("tiny-1.0", data) == root
     assert find_package("./tiny-1.0", data) == Path("./tiny-1.0")
+    with pytest.raises(UsageError, match=r"0\.tgz is a file; `turbojet install .*0\.tgz` inst"):
+        find_package(str(archives[0]), data)
     with pytest.raises(UsageError, match=r"\./none is not a folder"):
         find_package("./none", data)
     with pytest.raises(UsageError, match="no model is called 'none'"):
