@@ -48,7 +48,7 @@ class LayerRun:
 
     passes: TapPasses
     writer: LayerWriter[SolvedLayer]
-    spread: Spread[LogicalLinear]
+    spread: Spread
     times: PhaseTimes
     group_size: int
 

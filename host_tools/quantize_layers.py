@@ -13,8 +13,6 @@ from device_runtime.errors import PackageError
 from host_tools.awq.awq_folder import LayerFiles
 from host_tools.awq.layer_solver import round_layer
 from host_tools.checkpoint import Checkpoint
-from host_tools.checkpoint.families import LINEARS, LogicalLinear
-from host_tools.checkpoint.linear_weights import linear_shape
 from host_tools.checkpoint.mixed import KeptLinears
 from host_tools.decoder.devices import place_activations, tensor_cores
 from host_tools.decoder.prefetch import ready_layers
@@ -34,6 +32,9 @@ from host_tools.phase_times import DISK, PACKING, READING, SEARCH, PhaseTimes
 from host_tools.progress import Progress
 from host_tools.spread import Spread
 from host_tools.tap_passes import TapPasses
+
+MAX_CPU_SEARCHES = 8
+"""More would wait for Python, which starts thousands of operations of microseconds."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class LayerQuantizer:
             snapshots,
             tensor_cores(device),
             self._writer() as writer,
-            Spread(self._search_devices(), self._search_costs()) as spread,
+            Spread(self._search_devices()) as spread,
             progress.task(f"quantize on {self._place}", self._num_layers, "layers") as task,
         ):
             task.begin_at(start)
@@ -186,14 +187,9 @@ class LayerQuantizer:
         return (self.devices[1 % len(self.devices)], self.devices[0])
 
     def _search_devices(self) -> tuple[torch.device, ...]:
-        """Return where linears are searched: a CPU takes two at once, each on one thread."""
+        """Return where strips are searched: a CPU takes several at once, each on one thread."""
         is_cpu = self.devices == (torch.device("cpu"),)
-        return self.devices * 2 if is_cpu and (os.cpu_count() or 1) > 1 else self.devices
-
-    def _search_costs(self) -> dict[LogicalLinear, float]:
-        """Estimate each linear's search: the product of its weight with a curvature."""
-        shapes = {name: linear_shape(self.checkpoint.model, name) for name in LINEARS}
-        return {name: float(outputs * inputs**2) for name, (outputs, inputs) in shapes.items()}
+        return self.devices * min(MAX_CPU_SEARCHES, os.cpu_count() or 1) if is_cpu else self.devices
 
     def _writer(self) -> LayerWriter[SolvedLayer]:
         is_threaded = self.devices[0].type == "cuda"

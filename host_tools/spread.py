@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
 from types import TracebackType
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -13,8 +14,8 @@ Key = TypeVar("Key")
 Result = TypeVar("Result")
 
 
-class Spread(Generic[Key]):
-    """Devices, and what is done on which.
+class Spread:
+    """Devices that take one job after another, each whenever it has nothing to do.
 
     One device does everything in the caller's thread. Several have a thread each.
 
@@ -22,21 +23,20 @@ class Spread(Generic[Key]):
         devices: that compute; the caller's tensors lie on the first.
     """
 
-    def __init__(self, devices: Sequence[torch.device], costs: Mapping[Key, float]) -> None:
+    def __init__(self, devices: Sequence[torch.device]) -> None:
         """Start the threads.
 
         Args:
-            devices: that compute.
-            costs: of everything that will be asked for, in any unit.
+            devices: that compute; one that comes twice takes two jobs at once.
         """
         self.devices = tuple(devices)
-        self._costs = dict(costs)
-        self._pools = [
-            ThreadPoolExecutor(1, thread_name_prefix=f"search-{device}")
-            for device in (self.devices if len(self.devices) > 1 else ())
-        ]
+        self._idle: SimpleQueue[torch.device] = SimpleQueue()
+        for device in self.devices:
+            self._idle.put(device)
+        is_alone = len(self.devices) == 1
+        self._pool = None if is_alone else ThreadPoolExecutor(len(self.devices), "search")
 
-    def __enter__(self) -> Spread[Key]:
+    def __enter__(self) -> Spread:
         return self
 
     def __exit__(
@@ -45,41 +45,31 @@ class Spread(Generic[Key]):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        for pool in self._pools:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-    def places(self, keys: Iterable[Key]) -> dict[Key, int]:
-        """Return the number of the device for each key: the dearest first, to the idlest device."""
-        loads = [0.0] * len(self.devices)
-        places = {}
-        for key in sorted(keys, key=lambda key: -self._costs[key]):
-            places[key] = loads.index(min(loads))
-            loads[places[key]] += self._costs[key]
-        return places
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
 
     def run(self, jobs: Mapping[Key, Callable[[torch.device], Result]]) -> dict[Key, Result]:
-        """Run every job on its device and return the results in the jobs' order.
+        """Run every job, begun in order, and return the results in the jobs' order.
 
         Raises what a job raised, when no other runs any more.
         """
-        if not self._pools:
+        if self._pool is None:
             return {key: job(self.devices[0]) for key, job in jobs.items()}
-        places = self.places(jobs)
-        futures = {
-            key: self._pools[places[key]].submit(_alone, job, self.devices[places[key]])
-            for key, job in jobs.items()
-        }
+        futures = {key: self._pool.submit(self._run, job) for key, job in jobs.items()}
         failed = [error for future in futures.values() if (error := future.exception())]
         if failed:
             raise failed[0]
         return {key: future.result() for key, future in futures.items()}
 
-
-# Threads do not inherit the caller's mode.
-@torch.no_grad()
-def _alone(job: Callable[[torch.device], Result], device: torch.device) -> Result:
-    result = job(device)
-    if device.type == "cuda":
-        # Whoever takes the result up may do so on another stream.
-        torch.cuda.synchronize(device)
-    return result
+    # Threads do not inherit the caller's mode.
+    @torch.no_grad()
+    def _run(self, job: Callable[[torch.device], Result]) -> Result:
+        device = self._idle.get()
+        try:
+            result = job(device)
+            if device.type == "cuda":
+                # Whoever takes the result up may do so on another stream.
+                torch.cuda.synchronize(device)
+            return result
+        finally:
+            self._idle.put(device)

@@ -18,7 +18,7 @@ from host_tools.awq.layer_solver import QuantizedLayer
 from host_tools.awq.tap_solver import in_fp16
 from host_tools.checkpoint import Checkpoint, DenseLinear, Linear, QuantizedLinear
 from host_tools.checkpoint.awq_tensors import QZEROS, SCALES, AwqTensors, quantization_config
-from host_tools.checkpoint.families import SourceLinear
+from host_tools.checkpoint.families import LogicalLinear, SourceLinear
 from host_tools.checkpoint.linear_weights import LayerWeights, join_qkv_rows
 from host_tools.checkpoint.tensor_files import SafetensorsFile, TensorFiles
 from host_tools.checkpoint_names import CONFIG_JSON, PYTHON, TOKENIZER_FILES
@@ -26,6 +26,14 @@ from host_tools.shards import TensorPlan, write_shards
 
 COPIED_FILES = (*TOKENIZER_FILES, GENERATION_CONFIG)
 """What a folder of weights needs beside them."""
+
+FUSED_ELSEWHERE: dict[str, tuple[LogicalLinear, ...]] = {
+    "qkv_proj": ("q", "k", "v"),
+    "gate_up_proj": ("gate", "up"),
+}
+"""What vLLM and SGLang make one module of. SGLang (0.5.23) and older vLLM look for its name alone:
+without it they expect codes where the folder has weights, which SGLang then passes over in silence.
+"""
 
 ROWS_AT_ONCE = 8192
 
@@ -100,13 +108,21 @@ def write_awq_folder(
 
 
 def _kept_modules(checkpoint: Checkpoint, layers: LayerFiles) -> list[str]:
-    """Return the modules whose weights stay floating-point, by their names in the checkpoint."""
+    """Return the modules whose weights stay floating-point, by their names in the checkpoint.
+
+    Where other engines fuse several of them, the name of that module follows.
+    """
     family = checkpoint.family
     kept = []
     for layer in range(checkpoint.model.num_hidden_layers):
         there = layers.open(layer).names()
-        modules = [family.module(layer, source.module) for source in family.linears]
-        kept += [module for module in modules if f"{module}.{WEIGHT}" in there]
+        modules = {source.parts: family.module(layer, source.module) for source in family.linears}
+        stored = {parts: name for parts, name in modules.items() if f"{name}.{WEIGHT}" in there}
+        kept += stored.values()
+        for fused, parts in FUSED_ELSEWHERE.items():
+            if all((part,) in stored for part in parts):
+                parent, _, _ = stored[parts[:1]].rpartition(".")
+                kept.append(f"{parent}.{fused}")
     return kept
 
 

@@ -1,8 +1,9 @@
-"""Chooses grid and codes of linears with common inputs: aim, clip, compensate, refit, descend."""
+"""Chooses grid and codes of some outputs of a linear: aim, clip, compensate, refit, descend."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -11,7 +12,6 @@ from host_tools.awq.compensation import InputGrids, compensate, descend, refit_s
 from host_tools.awq.curvature import Curvature
 from host_tools.awq.gram import InputMoments
 from host_tools.awq.grid import MIN_SCALE, Grid
-from host_tools.awq.single_thread import single_thread
 
 AIM = 0.5
 """Share of the streams' drift that a linear is asked to make up for; all of it follows the
@@ -23,8 +23,10 @@ NUM_REFITS = 1
 MAX_REFIT = 1.4
 """A refitted step stays within this factor of the searched one; beyond, few tokens speak."""
 
-MAX_ROWS = {"cpu": 1 << 12, "cuda": 1 << 15}
-"""Outputs that are solved at once; they do not depend on each other."""
+MAX_ROWS = {"cpu": 1 << 9, "cuda": 1 << 12}
+"""Outputs that are solved at once. They do not depend on each other, so what is beyond that may be
+solved elsewhere meanwhile. 4096 are 128 programs of `fused_blocks`, one for each multiprocessor of
+a large GPU."""
 
 MAX_SYSTEM_BYTES = 1 << 30
 """Of the linear systems of refitting, groups by groups for each output, on a GPU: small groups of
@@ -32,8 +34,8 @@ many inputs would otherwise take more than all the rest."""
 
 
 @dataclass(frozen=True)
-class SolvedLinear:
-    """A weight on its grid.
+class SolvedRows:
+    """Outputs of a weight on their grids.
 
     Attributes:
         clipped: the grid that the search over ranges chose.
@@ -83,37 +85,40 @@ def aimed_weight(
     return weight + curvature.solve(products).mul_(AIM)
 
 
-def solve_linear(weight: torch.Tensor, curvature: Curvature, group_size: int) -> SolvedLinear:
-    """Quantize a weight so that its output error under the curvature is small.
+def strip_bounds(device: torch.device, num_outputs: int, num_groups: int) -> list[tuple[int, int]]:
+    """Cut a linear's outputs into strips that are solved at once, all about as large.
+
+    The cuts depend on the shape and the kind of device alone, never on how many devices there are:
+    a product may have other last bits with another number of outputs.
 
     Args:
-        weight: ``[out, in]`` fp32, scaled.
-        curvature: of its inputs as they meet this weight.
-        group_size: of the codes.
+        device: that solves.
+        num_outputs: of the linear.
+        num_groups: of each output.
+
+    Returns:
+        The first output of each strip and the one behind its last.
     """
-    with single_thread(weight.device):
-        solved = [
-            _solve_rows(rows, curvature, group_size)
-            for rows in torch.split(
-                weight, rows_at_once(weight.device, weight.shape[1] // group_size)
-            )
-        ]
-    return SolvedLinear(
-        clipped=_stacked([part.clipped for part in solved]),
-        grid=_stacked([part.grid for part in solved]),
-        codes=torch.cat([part.codes for part in solved]),
-    )
+    num_strips = -(-num_outputs // rows_at_once(device, num_groups))
+    return list(pairwise(num_outputs * number // num_strips for number in range(num_strips + 1)))
 
 
 def rows_at_once(device: torch.device, num_groups: int) -> int:
-    """Return how many outputs are solved at once, each with so many groups."""
+    """Return how many outputs are solved at once at most, each with so many groups."""
     limit = MAX_ROWS[device.type]
     if device.type == "cpu":
         return limit
     return max(1, min(limit, MAX_SYSTEM_BYTES // (4 * num_groups**2)))
 
 
-def _solve_rows(weight: torch.Tensor, curvature: Curvature, group_size: int) -> SolvedLinear:
+def solve_rows(weight: torch.Tensor, curvature: Curvature, group_size: int) -> SolvedRows:
+    """Quantize outputs of a weight so that their error under the curvature is small.
+
+    Args:
+        weight: ``[out, in]`` fp32, scaled.
+        curvature: of its inputs as they meet this weight.
+        group_size: of the codes.
+    """
     clipped = grid = search_clipping(weight, curvature.conditional, group_size)
     target = weight.T[curvature.order]
     grids = InputGrids.of(grid, curvature)
@@ -122,7 +127,7 @@ def _solve_rows(weight: torch.Tensor, curvature: Curvature, group_size: int) -> 
         grid = bounded_refit(clipped, refit_steps(codes, target, grids, curvature).T)
         grids = InputGrids.of(grid, curvature)
         codes = descend(codes, target, grids, curvature.form)
-    return SolvedLinear(clipped, grid, codes[curvature.back].T.contiguous())
+    return SolvedRows(clipped, grid, codes[curvature.back].T.contiguous())
 
 
 def bounded_refit(grid: Grid, scales: torch.Tensor) -> Grid:
@@ -130,9 +135,3 @@ def bounded_refit(grid: Grid, scales: torch.Tensor) -> Grid:
     is_near = (scales < grid.scales * MAX_REFIT) & (scales > grid.scales / MAX_REFIT)
     stored = torch.where(is_near, scales, grid.scales).half().float().clamp_(min=MIN_SCALE)
     return Grid(stored, grid.zeros)
-
-
-def _stacked(grids: list[Grid]) -> Grid:
-    return Grid(
-        torch.cat([grid.scales for grid in grids]), torch.cat([grid.zeros for grid in grids])
-    )

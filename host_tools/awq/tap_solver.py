@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,20 +13,32 @@ from device_runtime.errors import PackageError
 from host_tools.awq.curvature import Curvature
 from host_tools.awq.gram import InputMoments
 from host_tools.awq.grid import Grid
-from host_tools.awq.linear_solver import SolvedLinear, aimed_weight, drift_products, solve_linear
+from host_tools.awq.linear_solver import aimed_weight, drift_products, solve_rows, strip_bounds
+from host_tools.awq.output_errors import StripErrors, linear_record
+from host_tools.awq.single_thread import single_thread
 from host_tools.checkpoint.families import LogicalLinear
 from host_tools.checkpoint.linear_weights import DenseLinear, QuantizedLinear
-from host_tools.layer_records import CLIP_STEPS, LinearRecord
-
-ERROR_ROWS = 256
-"""Outputs of a linear, at even distances, on which its errors are measured for the record."""
+from host_tools.layer_records import LinearRecord
 
 
-Solved = tuple[QuantizedLinear, LinearRecord]
-RunJobs = Callable[
-    [Mapping[LogicalLinear, Callable[[torch.device], Solved]]], dict[LogicalLinear, Solved]
-]
-"""Runs the jobs of a tap's linears, each on a device of its choice."""
+@dataclass(frozen=True)
+class Strip:
+    """Outputs of a linear that are solved at once.
+
+    Attributes:
+        name: of the linear.
+        start: the first of them.
+        end: the one behind the last.
+    """
+
+    name: LogicalLinear
+    start: int
+    end: int
+
+
+Solved = tuple[QuantizedLinear, StripErrors]
+RunJobs = Callable[[Mapping[Strip, Callable[[torch.device], Solved]]], dict[Strip, Solved]]
+"""Runs the jobs of a tap's strips, each on a device of its choice."""
 
 
 @dataclass(frozen=True)
@@ -97,78 +110,77 @@ def solve_tap(tap: PreparedTap, run_jobs: RunJobs | None = None) -> TapResult:
 
     Args:
         tap: is not changed.
-        run_jobs: spreads the linears over devices; one after another where they lie if None.
+        run_jobs: spreads strips of the linears over devices; one after another where they lie if
+            None.
 
     Raises:
         PackageError: a value does not fit fp16.
     """
-    jobs = {name: partial(_solve, tap, name) for name in tap.job.linears}
-    device = tap.job.scales.device
+    job, device = tap.job, tap.job.scales.device
+    num_groups = len(job.scales) // job.group_size
+    strips = {
+        name: [
+            Strip(name, *bounds) for bounds in strip_bounds(device, len(linear.weight), num_groups)
+        ]
+        for name, linear in job.linears.items()
+    }
+    copies = _Copies(tap.curvature)
+    jobs = {
+        strip: partial(_solve, tap, copies, strip) for parts in strips.values() for strip in parts
+    }
     if run_jobs is None:
-        found = {name: job(device) for name, job in jobs.items()}
+        found = {strip: solve(device) for strip, solve in jobs.items()}
     else:
         found = run_jobs(jobs)
-    return TapResult(
-        {name: linear for name, (linear, _) in found.items()},
-        {name: record for name, (_, record) in found.items()},
+    linears, records = {}, {}
+    for name, parts in strips.items():
+        linears[name] = _joined([found[strip][0] for strip in parts])
+        shape = (len(job.linears[name].weight), len(job.scales))
+        errors = [found[strip][1] for strip in parts]
+        records[name] = linear_record(name, shape, errors, job.scale_ratio)
+    return TapResult(linears, records)
+
+
+class _Copies:
+    """A curvature on every device that asks for it."""
+
+    def __init__(self, curvature: Curvature) -> None:
+        self._of = {curvature.scales.device: curvature}
+        self._original = curvature
+        self._lock = threading.Lock()
+
+    def on(self, device: torch.device) -> Curvature:
+        with self._lock:
+            if device not in self._of:
+                self._of[device] = self._original.on(device)
+            return self._of[device]
+
+
+def _solve(tap: PreparedTap, copies: _Copies, strip: Strip, device: torch.device) -> Solved:
+    """Quantize one strip on a device."""
+    job, curvature = tap.job, copies.on(device)
+    linear = job.linears[strip.name]
+    rows = slice(strip.start, strip.end)
+    aimed = tap.aimed[strip.name][rows].to(device)
+    with single_thread(device):
+        solved = solve_rows(aimed * curvature.scales, curvature, job.group_size)
+        errors = StripErrors.of(
+            curvature, aimed, solved, first_output=strip.start, num_outputs=len(linear.weight)
+        )
+    bias = None if linear.bias is None else linear.bias[rows]
+    return stored_linear(solved.grid, solved.codes, job.group_size, bias, strip.name), errors
+
+
+def _joined(parts: Sequence[QuantizedLinear]) -> QuantizedLinear:
+    """Return a linear of which these are the outputs, in order."""
+    biases = [part.bias for part in parts if part.bias is not None]
+    return QuantizedLinear(
+        codes=torch.cat([part.codes for part in parts], dim=1),
+        zeros=torch.cat([part.zeros for part in parts], dim=1),
+        scales=torch.cat([part.scales for part in parts], dim=1),
+        group_size=parts[0].group_size,
+        bias=torch.cat(biases) if biases else None,
     )
-
-
-def _solve(tap: PreparedTap, name: LogicalLinear, device: torch.device) -> Solved:
-    """Quantize one linear on a device."""
-    job, curvature, aimed = tap.job, tap.curvature.on(device), tap.aimed[name].to(device)
-    solved = solve_linear(aimed * curvature.scales, curvature, job.group_size)
-    bias = job.linears[name].bias
-    linear = stored_linear(solved.grid, solved.codes, job.group_size, bias, name)
-    return linear, _Report(curvature, aimed, solved, job).record(name)
-
-
-@dataclass(frozen=True)
-class _Report:
-    """What is asked about one linear, on a sample of its outputs."""
-
-    curvature: Curvature
-    aimed: torch.Tensor
-    solved: SolvedLinear
-    job: TapJob
-
-    def record(self, name: LogicalLinear) -> LinearRecord:
-        num_outputs, num_inputs = self.aimed.shape
-        plain = Grid.spanning(self._sample(self.aimed), self.job.group_size)
-        scaled = self._sample(self.aimed) * self.curvature.scales
-        whole = Grid.spanning(scaled, self.job.group_size)
-        clipped, final = (
-            Grid(self._sample(grid.scales), self._sample(grid.zeros))
-            for grid in (self.solved.clipped, self.solved.grid)
-        )
-        rounded = plain.nearest(self._sample(self.aimed)) * self.curvature.scales
-        return LinearRecord(
-            linear=name,
-            num_outputs=num_outputs,
-            num_inputs=num_inputs,
-            w_bits=4,
-            signal=self._cost(scaled),
-            rounded=self._cost(rounded - scaled),
-            scaled=self._cost(whole.nearest(scaled) - scaled),
-            clipped=self._cost(clipped.nearest(scaled) - scaled),
-            compensated=self._cost(final.values(self._sample(self.solved.codes)) - scaled),
-            scale_ratio=self.job.scale_ratio,
-            clip_counts=self._clip_counts(),
-        )
-
-    def _sample(self, rows: torch.Tensor) -> torch.Tensor:
-        return rows[:: -(-len(rows) // ERROR_ROWS)]
-
-    def _cost(self, error: torch.Tensor) -> float:
-        """Return the mean squared output error of all rows."""
-        costs = self.curvature.output_errors(error)
-        return max(0.0, float(costs.mean()) * len(self.aimed))
-
-    def _clip_counts(self) -> tuple[int, ...]:
-        whole = Grid.spanning(self.aimed * self.curvature.scales, self.job.group_size)
-        shares = (self.solved.clipped.scales / whole.scales).clamp_(max=1.0).mul_(CLIP_STEPS)
-        counts = torch.bincount(shares.round_().long().flatten().cpu(), minlength=CLIP_STEPS + 1)
-        return tuple(counts.tolist())
 
 
 def stored_linear(

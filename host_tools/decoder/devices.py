@@ -29,8 +29,8 @@ def choose_devices(device: str, devices: Sequence[str]) -> tuple[torch.device, .
 
     Args:
         device: ``auto``, ``cpu`` or ``cuda``; counts when ``devices`` is empty.
-        devices: GPU numbers, or ``cpu`` several times; one that comes twice searches two linears
-            at once.
+        devices: GPU numbers, or ``cpu`` several times; one that comes twice searches two strips of
+            linears at once.
 
     Raises:
         DeviceError: torch does not see one of them, or they would not give the same bits.

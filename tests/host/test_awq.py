@@ -10,7 +10,7 @@ import tiny_checkpoints as tiny
 import torch
 
 from device_runtime.errors import PackageError
-from host_tools.awq import layer_solver, linear_solver
+from host_tools.awq import layer_solver, linear_solver, output_errors
 from host_tools.awq.channel_scales import (
     HeadSharing,
     centred,
@@ -396,23 +396,50 @@ def test_a_tap_is_not_quantized_twice(layer: DecoderLayer) -> None:
         solver.solve("qkv", lambda: moments)
 
 
-def test_linears_are_solved_alike_wherever_that_is(layer: DecoderLayer) -> None:
+def test_strips_are_solved_alike_wherever_that_is(layer: DecoderLayer, monkeypatch) -> None:
+    """Four devices have something to do in every tap, also where it has one linear."""
     states, asked = randn(8, 32, 64), []
+    monkeypatch.setattr(linear_solver, "MAX_ROWS", {"cpu": 16})
 
     def backwards(jobs):
-        asked.append(tuple(jobs))
-        found = {name: jobs[name](CPU) for name in reversed(jobs)}
-        return {name: found[name] for name in jobs}
+        asked.append([(strip.name, strip.end - strip.start) for strip in jobs])
+        places = [torch.device("cpu", index % 4) for index in range(len(jobs))]
+        found = {
+            strip: jobs[strip](place) for strip, place in zip(reversed(jobs), places, strict=True)
+        }
+        return {strip: found[strip] for strip in jobs}
 
     solver = LayerSolver(layer.weights, layer.model, GROUP, run_jobs=backwards)
     moments = all_moments(layer, states)
     for tap in CONSUMERS:
         solver.solve(tap, lambda tap=tap: moments[tap])
-    assert asked == list(CONSUMERS.values())
+    # 64 outputs of q, 32 of k and of v, in strips of 16; 96 of gate and of up.
+    assert asked == [
+        [("q", 16)] * 4 + [("k", 16)] * 2 + [("v", 16)] * 2,
+        [("o", 16)] * 4,
+        [("gate", 16)] * 6 + [("up", 16)] * 6,
+        [("down", 16)] * 4,
+    ]
     plain = solved_layer(layer, states)
     for name in LINEARS:
         one, two = (found.weights.linear(name) for found in (plain, solver.result()))
-        assert torch.equal(one.codes, two.codes)
+        for part in ("codes", "zeros", "scales"):
+            assert torch.equal(getattr(one, part), getattr(two, part)), (name, part)
+    assert plain.records == solver.result().records
+
+
+def test_the_records_of_strips_are_those_of_the_whole(layer: DecoderLayer, monkeypatch) -> None:
+    states = randn(8, 32, 64)
+    monkeypatch.setattr(output_errors, "ERROR_ROWS", 24)  # every third output of q, and of o
+    whole = solved_layer(layer, states).records
+    monkeypatch.setattr(linear_solver, "MAX_ROWS", {"cpu": 20})  # 21, 21 and 22 outputs of 64
+    parts = solved_layer(layer, states).records
+    for one, two in zip(whole, parts, strict=True):
+        assert one.clip_counts == two.clip_counts
+        assert sum(one.clip_counts) == one.num_outputs * one.num_inputs // GROUP
+        for step in ("signal", "rounded", "scaled", "clipped", "compensated"):
+            # Sums in another order, at most.
+            assert getattr(two, step) == pytest.approx(getattr(one, step), rel=1e-5)
 
 
 def test_rounding_gives_the_plain_codes(layer: DecoderLayer) -> None:

@@ -10,7 +10,13 @@ from host_tools.awq import compensation
 from host_tools.awq.compensation import InputGrids, compensate, descend, refit_steps
 from host_tools.awq.curvature import Curvature
 from host_tools.awq.grid import Grid
-from host_tools.awq.linear_solver import MAX_REFIT, bounded_refit, rows_at_once, solve_linear
+from host_tools.awq.linear_solver import (
+    MAX_REFIT,
+    bounded_refit,
+    rows_at_once,
+    solve_rows,
+    strip_bounds,
+)
 from host_tools.decoder.devices import tensor_cores
 
 GROUP = 32
@@ -211,7 +217,7 @@ def test_no_row_gets_worse_than_clipping_alone(
     curvature: Curvature, scales: torch.Tensor, seed: int
 ) -> None:
     weight = randn(64, 96, seed=seed) * torch.exp(randn(64, 1, seed=9)) * scales
-    solved = solve_linear(weight, curvature, GROUP)
+    solved = solve_rows(weight, curvature, GROUP)
     form = natural_form(curvature)
     clipped = cost(solved.clipped.nearest(weight) - weight, form)
     final = cost(solved.grid.values(solved.codes) - weight, form)
@@ -222,15 +228,22 @@ def test_no_row_gets_worse_than_clipping_alone(
 def test_small_groups_are_refitted_for_fewer_outputs_at_once() -> None:
     cuda = torch.device("cuda", 0)
     # 2^30 bytes of fp32: 86 groups of 128 take 29584 bytes an output, 344 of 32 take 473344.
-    assert rows_at_once(cuda, 32) == 32768
-    assert rows_at_once(cuda, 86) == 32768  # 36294 would fit
+    assert rows_at_once(cuda, 86) == 4096  # 36294 would fit
     assert rows_at_once(cuda, 344) == 2268
-    assert rows_at_once(torch.device("cpu"), 344) == 4096
+    assert rows_at_once(torch.device("cpu"), 344) == 512
 
 
-def test_outputs_do_not_depend_on_each_other(curvature: Curvature, monkeypatch) -> None:
+def test_strips_are_even_and_cover_every_output() -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
+    assert strip_bounds(cpu, 512, 8) == [(0, 512)]
+    # 1300 / 3 is 433.3.
+    assert strip_bounds(cpu, 1300, 8) == [(0, 433), (433, 866), (866, 1300)]
+    # gate of a Llama-2-7B: with two and up four devices are busy two times three strips long.
+    assert strip_bounds(cuda, 11008, 32) == [(0, 3669), (3669, 7338), (7338, 11008)]
+
+
+def test_outputs_do_not_depend_on_each_other(curvature: Curvature) -> None:
     weight = randn(40, 96)
-    whole = solve_linear(weight, curvature, GROUP)
-    monkeypatch.setattr("host_tools.awq.linear_solver.MAX_ROWS", {"cpu": 16})
-    parts = solve_linear(weight, curvature, GROUP)
-    assert torch.equal(whole.codes, parts.codes)
+    whole = solve_rows(weight, curvature, GROUP)
+    parts = [solve_rows(rows, curvature, GROUP) for rows in weight.split(16)]
+    assert torch.equal(whole.codes, torch.cat([part.codes for part in parts]))

@@ -16,35 +16,53 @@ from host_tools.spread import Spread
 CPU = torch.device("cpu")
 
 
-def test_the_most_expensive_comes_first_and_the_idlest_device_takes_it() -> None:
-    with Spread([CPU, CPU], {"o": 1.0, "qkv": 3.0, "gate_up": 5.0, "down": 6.0}) as spread:
-        assert spread.places(["qkv", "o"]) == {"qkv": 0, "o": 1}
-        # down to the first, gate_up to the second, which then has less to do: qkv as well.
-        places = spread.places(["qkv", "o", "gate_up", "down"])
-    assert places == {"down": 0, "gate_up": 1, "qkv": 1, "o": 0}
-
-
 @pytest.mark.parametrize("num_devices", [1, 2, 3])
 def test_jobs_give_their_results_in_the_order_of_the_jobs(num_devices: int) -> None:
-    threads = []
-
     def job(result: int, device: torch.device) -> int:
         assert (device, torch.is_grad_enabled()) == (CPU, False)
-        threads.append(threading.get_ident())
         return result
 
-    costs = {"a": 1.0, "b": 3.0, "c": 2.0}
-    with torch.no_grad(), Spread([CPU] * num_devices, costs) as spread:
+    with torch.no_grad(), Spread([CPU] * num_devices) as spread:
         for _ in range(2):
             found = spread.run({key: partial(job, ord(key)) for key in "acb"})
             assert list(found.items()) == [("a", 97), ("c", 99), ("b", 98)]
-    assert len(set(threads)) == num_devices
 
 
-def test_two_devices_work_side_by_side() -> None:
-    both = threading.Barrier(2, timeout=10)
-    with Spread([CPU, CPU], {"a": 1.0, "b": 1.0}) as spread:
-        assert len(spread.run({key: lambda device: both.wait() for key in "ab"})) == 2
+def test_one_device_computes_in_the_callers_thread() -> None:
+    with Spread([CPU]) as spread:
+        found = spread.run({key: lambda device: threading.get_ident() for key in "ab"})
+    assert set(found.values()) == {threading.get_ident()}
+
+
+@pytest.mark.parametrize("num_devices", [2, 4])
+def test_all_devices_work_side_by_side(num_devices: int) -> None:
+    # torch takes cpu:0 and cpu:1 for two devices.
+    devices = [torch.device("cpu", index) for index in range(num_devices)]
+    all_of_them, busy = threading.Barrier(num_devices, timeout=10), []
+
+    def job(device: torch.device) -> None:
+        busy.append(device)
+        all_of_them.wait()
+
+    with Spread(devices) as spread:
+        spread.run(dict.fromkeys(range(2 * num_devices), job))
+    assert sorted(busy, key=str) == sorted(devices * 2, key=str)
+
+
+def test_a_device_that_is_done_takes_the_next_job() -> None:
+    may_end, others = threading.Event(), []
+
+    def long(device: torch.device) -> None:
+        assert may_end.wait(10)
+
+    def short(device: torch.device) -> None:
+        others.append(device)
+        if len(others) == 3:
+            may_end.set()
+
+    with Spread([CPU, torch.device("cpu", 0)]) as spread:
+        spread.run({"long": long, "a": short, "b": short, "c": short})
+    assert len(set(others)) == 1
 
 
 @pytest.mark.parametrize("num_devices", [1, 2])
@@ -52,10 +70,10 @@ def test_what_a_job_raises_reaches_the_caller(num_devices: int) -> None:
     def fail(device: torch.device) -> None:
         raise PackageError("scales of v reach 1e9")
 
-    with Spread([CPU] * num_devices, {"a": 1.0, "b": 1.0}) as spread:
+    with Spread([CPU] * num_devices) as spread:
         with pytest.raises(PackageError, match="scales of v reach 1e9"):
             spread.run({"a": lambda device: None, "b": fail})
-        assert spread.run({"a": lambda device: 1}) == {"a": 1}
+        assert spread.run({key: lambda device: 1 for key in "abc"}) == {"a": 1, "b": 1, "c": 1}
 
 
 @pytest.mark.parametrize("is_threaded", [False, True])
