@@ -39,8 +39,8 @@ def quantize(
 
     The layers are streamed once, tap by tap: what the original's activations and those of the
     quantized model so far bring to a linear is summed up in second moments; these give scales and
-    codes, and are gone before the next. Several devices search strips of a linear's outputs at
-    the same time. A killed run goes on with the layers that it had not finished and ends with the same
+    codes, and are gone before the next. Several devices search strips of a linear's outputs at the
+    same time. A killed run goes on with the layers that it had not finished and ends with the same
     bytes; on another kind of processor it begins again. Where the time went is noted in the stage's
     record and told at the end.
 
