@@ -113,7 +113,7 @@ def _kept_modules(checkpoint: Checkpoint, layers: LayerFiles) -> list[str]:
     Where other engines fuse several of them, the name of that module follows.
     """
     family = checkpoint.family
-    kept = []
+    kept: list[str] = []
     for layer in range(checkpoint.model.num_hidden_layers):
         there = layers.open(layer).names()
         modules = {source.parts: family.module(layer, source.module) for source in family.linears}

@@ -32,6 +32,7 @@ PATTERNS = ("layers.0.v", "*.down")
 MODULES = [
     *(f"model.layers.0.self_attn.{name}_proj" for name in "qkv"),
     "model.layers.0.mlp.down_proj",
+    "model.layers.0.self_attn.qkv_proj",
     "model.layers.1.mlp.down_proj",
 ]
 
@@ -96,7 +97,15 @@ def test_other_engines_are_told_which_modules_are_fp16(source, tmp_path):
     awq = run(source, tmp_path / "awq", *PATTERNS, method="rtn")
     config = json.loads((awq / "config.json").read_text())["quantization_config"]
     assert config["modules_to_not_convert"] == MODULES
-    # The rule of transformers, which is stricter than vLLM's (a part of the name).
+    # vLLM and SGLang look for parts of names, in the names of their own fused modules.
+    for layer, fused, is_kept in (
+        (0, "self_attn.qkv_proj", True),
+        (1, "self_attn.qkv_proj", False),
+        (0, "mlp.gate_up_proj", False),
+    ):
+        name = f"model.layers.{layer}.{fused}"
+        assert any(module in name for module in config["modules_to_not_convert"]) == is_kept, name
+    # The rule of transformers is stricter.
     tensors = tiny.read_tensors(awq)
     for name in tensors:
         module, _, kind = name.rpartition(".")
@@ -135,6 +144,7 @@ def test_a_fused_module_of_the_checkpoint_stays_whole(tmp_path):
     assert config["modules_to_not_convert"] == [
         "model.layers.0.feed_forward.w1",
         "model.layers.0.feed_forward.w3",
+        "model.layers.0.feed_forward.gate_up_proj",
         "model.layers.1.attention.wqkv",
     ]
     module = "model.layers.1.attention.wqkv.weight"
