@@ -24,7 +24,7 @@ from device_runtime.kernels.libcuda import Event, Stream
 from device_runtime.package_format.files import check_file
 from device_runtime.package_format.tensors import BF16_BITS
 
-READ_BYTES = 4 << 20
+READ_BYTES = 1 << 20
 """What one thread reads at a time."""
 NUM_READERS = 8
 
@@ -101,17 +101,28 @@ def load_weights(
         files = stack.enter_context(_Files(root))
         readers = stack.enter_context(ThreadPoolExecutor(NUM_READERS))  # ends before files close
         forgotten: list[Future[None]] = []
+
+        def send(turn: int, parts: list[Part], jobs: list[Future[None]]) -> None:
+            for job in jobs:
+                job.result()
+            for part in parts:
+                _copy(driver, stream, buffers[turn], part, places)
+            events[turn].record(stream)
+            for part in parts:
+                if part.first_byte + part.num_bytes == part.piece.spec.size_bytes:
+                    forgotten.append(readers.submit(_forget, files.take(part.piece)))
+
+        newest: tuple[int, list[Part], list[Future[None]]] | None = None
         for index, parts in enumerate(plan_fills(pieces)):
             turn = index % 2
             if index >= 2:
                 events[turn].synchronize()
-            _fill(readers, files, buffers[turn], parts)
-            for part in parts:
-                if part.first_byte + part.num_bytes == part.piece.spec.size_bytes:
-                    forgotten.append(readers.submit(_forget, files.take(part.piece)))
-            for part in parts:
-                _copy(driver, stream, buffers[turn], part, places)
-            events[turn].record(stream)
+            jobs = _start_reading(readers, files, buffers[turn], parts)
+            if newest is not None:  # while the readers go on with this fill
+                send(*newest)
+            newest = (turn, parts, jobs)
+        if newest is not None:
+            send(*newest)
         for job in forgotten:
             job.result()
 
@@ -129,9 +140,9 @@ def _forget(descriptor: int) -> None:
         os.close(descriptor)
 
 
-def _fill(
+def _start_reading(
     readers: ThreadPoolExecutor, files: _Files, buffer: PinnedMemory, parts: list[Part]
-) -> None:
+) -> list[Future[None]]:
     view = memoryview(buffer.bytes)  # type: ignore[arg-type]
     jobs = []
     for part in parts:
@@ -140,8 +151,7 @@ def _fill(
             size = min(READ_BYTES, part.num_bytes - start)
             target = view[part.staged + start : part.staged + start + size]
             jobs.append(readers.submit(files.read, part.piece, part.first_byte + start, target))
-    for job in jobs:
-        job.result()
+    return jobs
 
 
 def _copy(

@@ -12,7 +12,7 @@ MAX_STEPS_AHEAD = 3
 STEPS_IN_FLIGHT = MAX_STEPS_AHEAD + 2
 """Steps whose state and uploads must not be overwritten: those ahead, the one that the host looks
 at and the one that it prepares."""
-STAGING_BYTES = 32 << 20
+STAGING_BYTES = 8 << 20
 """Of each of the two buffers that weights go through."""
 WIDTHS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 """Sequences that a decode graph is built for."""
