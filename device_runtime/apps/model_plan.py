@@ -6,8 +6,9 @@ from contextlib import closing
 from dataclasses import asdict
 
 from device_runtime.apps.model_facts import Line
-from device_runtime.backends.memory_plan import MemoryPlan, plan_memory
+from device_runtime.backends.memory_plan import MemoryPlan, cache_tokens, plan_memory
 from device_runtime.backends.select import create_backend
+from device_runtime.engine.board_plan import single_session
 from device_runtime.engine.configure import cache_request
 from device_runtime.engine.options import EngineOptions
 from device_runtime.errors import DeviceError, PackageError
@@ -15,26 +16,32 @@ from device_runtime.package_format.amounts import format_bytes
 from device_runtime.package_format.package import Package
 
 
-def plan_here(package: Package, options: EngineOptions) -> MemoryPlan:
+def plan_here(package: Package, options: EngineOptions) -> tuple[MemoryPlan, int]:
     """Return the plan an engine would start with now; loads and allocates nothing.
+
+    Returns:
+        The plan, and the tokens of the longest conversation that fits when it runs alone.
 
     Raises:
         PackageError: the package asks for a KV format that it or this turbojet does not have.
         DeviceError: the model does not fit, or the backend does not run here.
     """
+    model, limit = package.model, options.memory_limit_bytes
     with closing(create_backend(options.backend, package)) as backend:
         request = cache_request(package, options)
-        survey = backend.survey(package, request, options.memory_limit_bytes)
-        return plan_memory(package.model, request, survey)
+        plan = plan_memory(model, request, backend.survey(package, request, limit))
+        alone = single_session(model, request)
+        fitting = cache_tokens(model, alone, backend.survey(package, alone, limit))
+        return plan, min(fitting, model.context_tokens)
 
 
 def plan_facts(package: Package, options: EngineOptions) -> dict[str, object]:
     """Return the plan as JSON values, or why there is none."""
     try:
-        plan = plan_here(package, options)
+        plan, longest = plan_here(package, options)
     except (PackageError, DeviceError) as error:
         return {"error": str(error)}
-    return plan_values(plan)
+    return {**plan_values(plan), "longest_session_tokens": longest}
 
 
 def plan_values(plan: MemoryPlan) -> dict[str, object]:
@@ -49,7 +56,7 @@ def plan_values(plan: MemoryPlan) -> dict[str, object]:
 def plan_lines(package: Package, options: EngineOptions) -> list[Line]:
     """Return the plan as lines, or why there is none."""
     try:
-        plan = plan_here(package, options)
+        plan, longest = plan_here(package, options)
     except (PackageError, DeviceError) as error:
         return [Line("here", str(error))]
     lines = [
@@ -59,6 +66,7 @@ def plan_lines(package: Package, options: EngineOptions) -> list[Line]:
             f"{plan.kv_format.title} KV; sessions of {plan.session_len} tokens, up to "
             f"{plan.max_batch_size} at a time",
         ),
+        Line("", f"alone a conversation can have {longest} tokens here"),
     ]
     if plan.backend != "cuda" and options.backend == "auto":
         lines.append(Line("", "no GPU is used here; --board NAME shows the plan on a Jetson"))

@@ -183,6 +183,14 @@ def wanted_pages(cache_max_entry_count: float, free_bytes: int, page_bytes: int)
     return share_bytes // page_bytes
 
 
+def cache_tokens(model: ModelConfig, request: CacheRequest, survey: MemorySurvey) -> int:
+    """Return the tokens that the pages asked for hold, as far as they fit; 0 where none does."""
+    page_bytes = kv_page_bytes(model, request.page_size, request.kv_format)
+    free_bytes = max(0, survey.free_bytes)
+    wanted = wanted_pages(request.cache_max_entry_count, free_bytes, page_bytes)
+    return min(wanted, free_bytes // page_bytes) * request.page_size
+
+
 def _num_pages(
     request: CacheRequest,
     survey: MemorySurvey,

@@ -11,14 +11,14 @@ from dataclasses import dataclass, replace
 
 from device_runtime.backends.cuda.footprint import DeviceFigures, package_survey
 from device_runtime.backends.cuda.support import check_model
-from device_runtime.backends.kv_format import KvFormat, kv_page_bytes
+from device_runtime.backends.kv_format import KvFormat
 from device_runtime.backends.memory_plan import (
     MIB,
     CacheRequest,
     MemoryPlan,
     MemorySurvey,
+    cache_tokens,
     plan_memory,
-    wanted_pages,
 )
 from device_runtime.errors import DeviceError
 from device_runtime.package_format.boards import Board
@@ -95,10 +95,17 @@ def plan_on_board(model: ModelConfig, request: CacheRequest, board: Board) -> Me
 
 def fitting_tokens(model: ModelConfig, request: CacheRequest, board: Board) -> int:
     """Return the tokens that the pages asked for hold, as far as they fit; 0 where none does."""
-    free_bytes = max(0, board_survey(model, request, board).free_bytes)
-    page_bytes = kv_page_bytes(model, request.page_size, request.kv_format)
-    wanted = wanted_pages(request.cache_max_entry_count, free_bytes, page_bytes)
-    return min(wanted, free_bytes // page_bytes) * request.page_size
+    return cache_tokens(model, request, board_survey(model, request, board))
+
+
+def single_session(model: ModelConfig, request: CacheRequest) -> CacheRequest:
+    """Return a request for one sequence as long as the model takes, in `MAX_KV_SHARE` of memory."""
+    return replace(
+        request,
+        cache_max_entry_count=MAX_KV_SHARE,
+        session_len=model.context_tokens,
+        max_batch_size=1,
+    )
 
 
 def longest_sessions(
@@ -109,12 +116,7 @@ def longest_sessions(
     KV pages take `MAX_KV_SHARE` of what is free there. Of ``request`` only page_size and
     max_tokens_per_step count.
     """
-    alone = replace(
-        request,
-        cache_max_entry_count=MAX_KV_SHARE,
-        session_len=model.context_tokens,
-        max_batch_size=1,
-    )
+    alone = single_session(model, request)
     int8 = replace(alone, kv_format=KvFormat.INT8_ONLINE)
     fp16 = replace(alone, kv_format=KvFormat.FP16)
     return tuple(

@@ -13,7 +13,7 @@ from tiny_package import make_package, tiny_model
 
 from device_runtime import cli
 from device_runtime.backends.cuda.footprint import LAUNCH_BYTES, pinned_bytes
-from device_runtime.backends.cuda.sizes import step_limits
+from device_runtime.backends.cuda.sizes import STAGING_BYTES, step_limits
 from device_runtime.backends.sampling_params import SamplingParams
 from device_runtime.backends.synthetic import SHAPES, synthetic_package
 from device_runtime.engine.board_plan import plan_on_board
@@ -39,7 +39,7 @@ def test_a_step_takes_little_beside_weights_and_pages(name) -> None:
         assert limits.num_bytes + LAUNCH_BYTES < 0.12e9
     small = step_limits(package.model, request, 16)
     assert small.num_bytes < limits.num_bytes
-    assert pinned_bytes(limits) == 64 << 20  # the staging buffers; all else is smaller
+    assert pinned_bytes(limits) == 2 * STAGING_BYTES  # all else that is pinned takes less
 
 
 @pytest.fixture
@@ -89,6 +89,7 @@ def test_info_prints_the_plan_against_what_is_free(root, capsys) -> None:
     assert plan["available_bytes"] == 1 << 33
     parts = ("weight_bytes", "workspace_bytes", "context_bytes", "kv_bytes")
     assert plan["total_bytes"] == sum(plan[part] for part in parts) < 1 << 33
+    assert plan["longest_session_tokens"] == 512  # what the model was made for
     assert cli.main(["info", str(root)]) == 0
     line = next(line for line in capsys.readouterr().out.splitlines() if "cuda: weights" in line)
     assert "workspace" in line and "KV 32 x" in line
@@ -97,7 +98,9 @@ def test_info_prints_the_plan_against_what_is_free(root, capsys) -> None:
 
 def test_info_shows_what_a_small_board_would_have(root, capsys) -> None:
     assert cli.main(["info", str(root), "--memory-limit", "150M"]) == 0
-    assert "of 157.3 MB available" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "of 157.3 MB available" in out
+    assert "alone a conversation can have 512 tokens here\n" in out
     assert cli.main(["info", str(root), "--memory-limit", "20M"]) == 0
     assert "close other programs, raise the memory limit" in capsys.readouterr().out
 

@@ -5,7 +5,12 @@ import dataclasses
 import pytest
 
 from device_runtime.backends.kv_format import KvFormat, kv_format, kv_page_bytes
-from device_runtime.backends.memory_plan import CacheRequest, MemorySurvey, plan_memory
+from device_runtime.backends.memory_plan import (
+    CacheRequest,
+    MemorySurvey,
+    cache_tokens,
+    plan_memory,
+)
 from device_runtime.engine.options import EngineOptions
 from device_runtime.errors import OutOfMemoryError, PackageError, UsageError
 from device_runtime.package_format.model_config import ModelConfig
@@ -107,6 +112,15 @@ def test_session_len_is_cut_to_what_the_cache_holds_and_said() -> None:
     made = plan(cache_max_entry_count=3.0)
     assert made.session_len == 192
     assert "session_len is cut from 256 to 192 tokens" in made.notes[0]
+
+
+def test_tokens_that_the_pages_hold_end_with_the_memory() -> None:
+    # Half of 1,000,000 bytes are 30 pages of 16,384, all of them 61.
+    for count, num_pages in ((0.5, 30), (7.0, 7), (1000.0, 61)):
+        request = dataclasses.replace(REQUEST, cache_max_entry_count=count)
+        assert cache_tokens(TINY, request, SURVEY) == 64 * num_pages
+    full = dataclasses.replace(SURVEY, weight_bytes=1_000_001)
+    assert cache_tokens(TINY, REQUEST, full) == 0
 
 
 def test_the_batch_never_has_more_rows_than_a_step_has_tokens() -> None:
