@@ -72,8 +72,8 @@ class SharePlaces {
         if (start + i >= count) continue;
         share.add(sums[i], statistics[i].y, exp2_fast(statistics[i].x - top));
         float4* const place = place_ + (start + i) * stride_;
-        place[quad_] = float4{};
-        if (quad_ == 0) place[kQuads] = float4{};
+        store_for_other_block(place + quad_, float4{});
+        if (quad_ == 0) store_for_other_block(place + kQuads, float4{});
       }
     }
   }
