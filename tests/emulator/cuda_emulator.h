@@ -3,7 +3,8 @@
 // block and cluster operations are rendezvous of fibers. Asynchronous copies are done as late as the kernel allows
 // (or as early, TURBOJET_EMULATE_EARLY), so that a missing wait shows. Shared memory starts as NaN.
 // A deadlock, lanes at different warp operations or an out-of-range lane stop the launch with a
-// message. It says nothing about speed, memory ordering between blocks, or races within a barrier.
+// message. It says nothing about speed; what nothing orders is found where TURBOJET_RACE_CHECK is set
+// (race_check.cpp).
 //
 // Included before the kernel source (g++ -include); takes the place of ptx.cuh.
 #pragma once
@@ -19,14 +20,18 @@
 #include <functional>
 #include <vector>
 
+#include "race_check.h"
+
 #define __device__
 #define __global__
 #define __host__
-#define __shared__ static
+#define __shared__ static __attribute__((section("turbojet_shared")))
 #define __constant__ static
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __restrict__
+// What tells the race checker of an access, so that the line that it names is the kernel's.
+#define EMULATED_INLINE __attribute__((always_inline)) inline
 #define TURBOJET_PTX_CUH
 #define TURBOJET_EMULATED 1
 
@@ -43,6 +48,7 @@ namespace emulator {
 constexpr int kLanes = 32;
 constexpr int kMaxThreads = 4096;  // of a cluster
 constexpr size_t kStackBytes = 128 * 1024;
+constexpr int kSyncWarp = 2;  // the operation of lanes that memory is ordered by
 
 struct Copy { void* to; const void* from; int bytes; };
 
@@ -75,6 +81,7 @@ struct Block {
   dim3 index;
   Rendezvous meeting;
   int num_live;
+  int any, any_before;  // of the threads at __syncthreads_or, and at the last one
   char* shared;
 };
 
@@ -109,6 +116,7 @@ inline void resume_next() {
   do next = next + 1 == state.num_threads ? 0 : next + 1;
   while (state.threads[next].is_done);
   state.current = next;
+  race_switch(next);
   _longjmp(state.threads[next].where, 1);
 }
 
@@ -117,7 +125,8 @@ inline void yield() {
   if (_setjmp(me().where) == 0) resume_next();
 }
 
-inline void meet(Rendezvous& meeting, int expected, int operation) {
+// Returns whether it was the last to come.
+inline bool meet(Rendezvous& meeting, int expected, int operation) {
   if (meeting.arrived == 0) meeting.operation = operation;
   if (meeting.operation != operation) fail("lanes of a warp are at different operations");
   const unsigned generation = meeting.generation;
@@ -125,9 +134,10 @@ inline void meet(Rendezvous& meeting, int expected, int operation) {
     meeting.arrived = 0;
     ++meeting.generation;
     state.idle_yields = 0;
-    return;
+    return true;
   }
   while (meeting.generation == generation) yield();
+  return false;
 }
 
 // Every lane puts words in and then sees what all lanes put in.
@@ -135,7 +145,8 @@ inline const Slot* exchange(const void* data, int bytes, int operation) {
   Warp& warp = my_warp();
   Slot* slots = warp.slots[me().collectives++ % 2];
   memcpy(slots[my_lane()].words, data, bytes);
-  meet(warp.meeting, kLanes, operation);
+  if (meet(warp.meeting, kLanes, operation) && operation == kSyncWarp)
+    race_sync_warp(state.current / kLanes);
   return slots;
 }
 
@@ -155,6 +166,7 @@ inline void run_cluster() {
   for (Block& block : state.blocks) {
     block.meeting = {};
     block.num_live = state.block_size.x;
+    block.any = 0;
   }
   for (Warp& warp : state.warps) warp.meeting = {};
   for (int i = 0; i < state.num_threads; ++i) {
@@ -183,8 +195,15 @@ inline void run_cluster() {
     swapcontext(&home, &thread.start);
   }
   state.current = 0;
+  const dim3& first = state.blocks[0].index;
+  race_begin_cluster((first.z * state.grid_size.y + first.y) * state.grid_size.x + first.x,
+                     state.num_blocks, state.block_size.x);
   const int reason = _setjmp(state.scheduler);
-  if (reason == 0) _longjmp(state.threads[0].where, 1);
+  if (reason == 0) {
+    race_switch(0);
+    _longjmp(state.threads[0].where, 1);
+  }
+  race_end_cluster();
 }
 
 inline const char* run(dim3 grid, int block, int cluster, size_t shared_bytes,
@@ -200,8 +219,14 @@ inline const char* run(dim3 grid, int block, int cluster, size_t shared_bytes,
     return "the emulator cannot run this launch shape";
   // Exactly as large as asked for, with a guard behind it.
   const size_t padded = (shared_bytes + 15) / 16 * 16;
-  for (int i = 0; i < cluster; ++i)
+  for (int i = 0; i < cluster; ++i) {
     state.blocks[i].shared = static_cast<char*>(aligned_alloc(16, padded + 64));
+    race_add_shared(state.blocks[i].shared, shared_bytes, "dynamic shared memory");
+  }
+  char* const fixed = __start_turbojet_shared;
+  const size_t fixed_bytes = fixed == nullptr ? 0 : __stop_turbojet_shared - fixed;
+  if (fixed_bytes && cluster > 1) return "the emulator has __shared__ arrays for one block";
+  race_add_shared(fixed, fixed_bytes, "__shared__ array");
   for (unsigned z = 0; z < grid.z && !state.message[0]; ++z)
     for (unsigned y = 0; y < grid.y && !state.message[0]; ++y)
       for (unsigned x = 0; x < grid.x && !state.message[0]; x += cluster) {
@@ -210,6 +235,7 @@ inline const char* run(dim3 grid, int block, int cluster, size_t shared_bytes,
           memset(state.blocks[i].shared + shared_bytes, 0xa5, padded + 64 - shared_bytes);
           state.blocks[i].index = {x + i, y, z};
         }
+        if (fixed_bytes) memset(fixed, 0xff, fixed_bytes);
         run_cluster();
         for (size_t i = 0; i < cluster * (padded + 64 - shared_bytes); ++i) {
           const size_t at = shared_bytes + i / cluster;
@@ -220,10 +246,14 @@ inline const char* run(dim3 grid, int block, int cluster, size_t shared_bytes,
         }
       }
   for (int i = 0; i < cluster; ++i) free(state.blocks[i].shared);
+  race_drop_shared();
   return state.message[0] ? state.message : nullptr;
 }
 
-inline void perform(const Copy& copy) { memcpy(copy.to, copy.from, copy.bytes); }
+inline void perform(const Copy& copy) {
+  memcpy(copy.to, copy.from, copy.bytes);
+  race_end_copy(copy.to, copy.from, copy.bytes);
+}
 
 }  // namespace emulator
 
@@ -232,7 +262,7 @@ inline void perform(const Copy& copy) { memcpy(copy.to, copy.from, copy.bytes); 
 #define blockDim (emulator::state.block_size)
 #define gridDim (emulator::state.grid_size)
 
-enum { kOpShuffle = 1, kOpSync, kOpReduce, kOpVote, kOpMmaInt, kOpMmaHalf, kOpLoadMatrix, kOpBlock };
+enum { kOpShuffle = 1, kOpSync = emulator::kSyncWarp, kOpReduce, kOpVote, kOpMmaInt, kOpMmaHalf, kOpLoadMatrix, kOpBlock };
 
 template <typename T>
 T emulated_lane(T value, int lane, int operation = kOpShuffle) {
@@ -292,25 +322,20 @@ inline void __syncwarp(unsigned = ~0u) {
   const int zero = 0;
   emulator::exchange(&zero, 4, kOpSync);
 }
-inline void __syncthreads() {
+inline void emulated_block_barrier(int value) {
+  emulator::Block& block = emulator::my_block();
+  block.any |= value;
   // Threads that returned no longer count, as on sm_70 and newer.
-  emulator::meet(emulator::my_block().meeting, emulator::my_block().num_live, kOpBlock);
+  if (!emulator::meet(block.meeting, block.num_live, kOpBlock)) return;
+  block.any_before = block.any;
+  block.any = 0;
+  race_sync_block(emulator::state.current / emulator::state.block_size.x);
 }
+inline void __syncthreads() { emulated_block_barrier(0); }
 inline int __syncthreads_or(int value) {
-  static int any[2];
-  static unsigned turn;
-  if (emulator::state.num_blocks > 1) emulator::fail("__syncthreads_or in a cluster");
-  __syncthreads();
-  if (emulator::state.current == 0) any[++turn % 2] = 0;
-  __syncthreads();
-  any[turn % 2] |= value != 0;
-  __syncthreads();
-  return any[turn % 2];
+  emulated_block_barrier(value != 0);
+  return emulator::my_block().any_before;
 }
-inline void __threadfence() {}
-inline void __threadfence_block() {}
-inline void __threadfence_system() {}
-
 inline uint32_t __float_as_uint(float value) { uint32_t bits; memcpy(&bits, &value, 4); return bits; }
 inline float __uint_as_float(uint32_t bits) { float value; memcpy(&value, &bits, 4); return value; }
 inline int __float_as_int(float value) { return static_cast<int>(__float_as_uint(value)); }
@@ -338,16 +363,31 @@ inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
   return result;
 }
 inline int64_t clock64() { static int64_t ticks; return ticks += 1000; }
+// Read, change and write at once, without an order of other memory.
+template <typename T, typename F>
+EMULATED_INLINE T emulated_atomic(T* address, F changed) {
+  race_atomic(address, sizeof(T), kReadAndWrite, kRelaxed);
+  const RaceMute mute;
+  const T old = *address;
+  *address = changed(old);
+  return old;
+}
 template <typename T>
-T atomicAdd(T* address, T value) { const T old = *address; *address = old + value; return old; }
+EMULATED_INLINE T atomicAdd(T* address, T value) {
+  return emulated_atomic(address, [=](T old) { return old + value; });
+}
 template <typename T>
-T atomicMax(T* address, T value) { const T old = *address; if (value > old) *address = value; return old; }
+EMULATED_INLINE T atomicMax(T* address, T value) {
+  return emulated_atomic(address, [=](T old) { return value > old ? value : old; });
+}
 template <typename T>
-T atomicOr(T* address, T value) { const T old = *address; *address = old | value; return old; }
+EMULATED_INLINE T atomicOr(T* address, T value) {
+  return emulated_atomic(address, [=](T old) { return old | value; });
+}
 template <typename T>
-T atomicExch(T* address, T value) { const T old = *address; *address = value; return old; }
-template <typename T>
-T __ldg(const T* address) { return *address; }
+EMULATED_INLINE T atomicExch(T* address, T value) {
+  return emulated_atomic(address, [=](T) { return value; });
+}
 
 // --- the functions of ptx.cuh ---------------------------------------------------------------------
 
@@ -373,19 +413,23 @@ EmulatedHalf to_fp16(float value) { return {emulated_to_bits(value)}; }
 
 char* dynamic_shared_bytes() { return emulator::my_block().shared; }
 
-void copy16_async(void* shared, const void* global) {
+EMULATED_INLINE void copy16_async(void* shared, const void* global) {
   if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16)
     emulator::fail("a 16-byte copy is not aligned");
 #if TURBOJET_PLAIN || defined(TURBOJET_EMULATE_EARLY)
+  race_access(global, 16, kRead);
+  race_access(shared, 16, kWrite);
+  const RaceMute mute;
   memcpy(shared, global, 16);
 #else
+  race_begin_copy(shared, global, 16);
   emulator::me().open_group.push_back({shared, global, 16});
 #endif
 }
 using CopyTarget = char*;
 CopyTarget copy_target(char* shared, int) { return shared; }
 uint64_t weights_policy() { return 0; }
-void copy16_weights_async(CopyTarget target, int offset, const void* global, uint64_t) {
+EMULATED_INLINE void copy16_weights_async(CopyTarget target, int offset, const void* global, uint64_t) {
   copy16_async(target + offset, global);
 }
 void commit_copies() {
@@ -402,7 +446,7 @@ void wait_copies() {
 }
 float max_or_nan(float a, float b) { return isnan(a) || a >= b ? a : b; }
 void prefetch_line(const void*) {}
-void add_to_memory(float* pointer, float value) { *pointer += value; }
+EMULATED_INLINE void add_to_memory(float* pointer, float value) { atomicAdd(pointer, value); }
 
 #if TURBOJET_PLAIN || defined(TURBOJET_EMULATE_NO_CLUSTERS)
 constexpr bool kHasClusters = false;
@@ -428,7 +472,7 @@ float load_of_rank(const float* pointer, int rank) {
 }
 
 void let_dependents_launch() {}
-void wait_for_inputs() {}
+void wait_for_inputs() { race_wait_for_inputs(); }
 
 int byte_of(uint64_t word, int index) { return static_cast<int>(word >> 8 * index & 0xff); }
 

@@ -22,9 +22,21 @@ void mma_f16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, 
 }
 float exp2_fast(float value) { return exp2f(value); }
 float log2_fast(float value) { return log2f(value); }
-float4 load_of_other_block(const float4* pointer) { return *pointer; }
-void store_for_other_block(float4* pointer, float4 value) { *pointer = value; }
-uint32_t take_ticket(uint32_t* counter) { return (*counter)++; }
+EMULATED_INLINE float4 load_of_other_block(const float4* pointer) {
+  race_atomic(pointer, sizeof *pointer, kRead, kRelaxed);
+  const RaceMute mute;
+  return *pointer;
+}
+EMULATED_INLINE void store_for_other_block(float4* pointer, float4 value) {
+  race_atomic(pointer, sizeof *pointer, kWrite, kRelaxed);
+  const RaceMute mute;
+  *pointer = value;
+}
+EMULATED_INLINE uint32_t take_ticket(uint32_t* counter) {
+  race_atomic(counter, sizeof *counter, kReadAndWrite, kAcquireRelease);
+  const RaceMute mute;
+  return (*counter)++;
+}
 
 }  // namespace
 inline float cospif(float value) { return static_cast<float>(cos(M_PI * value)); }

@@ -4,7 +4,7 @@
 namespace {
 
 template <int kCount>
-void emulated_load_matrices(uint32_t (&r)[kCount], const void* row, bool is_transposed) {
+EMULATED_INLINE void emulated_load_matrices(uint32_t (&r)[kCount], const void* row, bool is_transposed) {
   const uint64_t mine = reinterpret_cast<uint64_t>(row);
   if (mine % 16) emulator::fail("a row of a matrix is not aligned");
   const emulator::Slot* slots = emulator::exchange(&mine, 8, kOpLoadMatrix);
@@ -14,14 +14,18 @@ void emulated_load_matrices(uint32_t (&r)[kCount], const void* row, bool is_tran
     for (int i = 0; i < 2; ++i) {
       const int fast = lane % 4 * 2 + i, slow = lane / 4;
       const int matrix_row = is_transposed ? fast : slow, column = is_transposed ? slow : fast;
-      memcpy(&pair[i], reinterpret_cast<const uint16_t*>(slots[8 * j + matrix_row].words[0]) + column, 2);
+      const uint16_t* const element =
+          reinterpret_cast<const uint16_t*>(slots[8 * j + matrix_row].words[0]) + column;
+      race_access(element, 2, kRead);
+      const RaceMute mute;
+      memcpy(&pair[i], element, 2);
     }
     memcpy(&r[j], pair, 4);
   }
 }
-void load_matrices(uint32_t (&r)[4], const void* row) { emulated_load_matrices(r, row, false); }
-void load_two_matrices(uint32_t (&r)[2], const void* row) { emulated_load_matrices(r, row, false); }
-void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
+EMULATED_INLINE void load_matrices(uint32_t (&r)[4], const void* row) { emulated_load_matrices(r, row, false); }
+EMULATED_INLINE void load_two_matrices(uint32_t (&r)[2], const void* row) { emulated_load_matrices(r, row, false); }
+EMULATED_INLINE void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
   emulated_load_matrices(r, row, true);
 }
 
@@ -37,7 +41,7 @@ uint32_t subtract_pairs(uint32_t a, uint32_t b) {
 uint32_t multiply_pairs(uint32_t a, uint32_t b) {
   return flushed_pair(flushed_half(a, 0) * flushed_half(b, 0), flushed_half(a, 1) * flushed_half(b, 1));
 }
-void copy16_or_zeros_async(void* shared, const void* global, bool has_data) {
+EMULATED_INLINE void copy16_or_zeros_async(void* shared, const void* global, bool has_data) {
   alignas(16) static const char zeros[16] = {};
   copy16_async(shared, has_data ? global : zeros);
 }

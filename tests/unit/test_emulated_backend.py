@@ -104,7 +104,12 @@ class Prepared:
     fake: EmulatedCuda
 
 
-def prepare(root: Path, case: Case, monkeypatch: pytest.MonkeyPatch) -> Prepared:
+def prepare(
+    root: Path,
+    case: Case,
+    monkeypatch: pytest.MonkeyPatch,
+    device: type[EmulatedCuda] = EmulatedCuda,
+) -> Prepared:
     monkeypatch.delenv("TURBOJET_KERNELS", raising=False)
     group_size = case.model.group_size or 128
     if not root.exists():
@@ -117,7 +122,7 @@ def prepare(root: Path, case: Case, monkeypatch: pytest.MonkeyPatch) -> Prepared
             max_batch_size=8,
         )
         write_cubins(root / names.KERNELS_DIR, group_size=group_size)
-    fake = EmulatedCuda(group_size=group_size, flags=case.flags)
+    fake = device(group_size=group_size, flags=case.flags)
     return Prepared(root, install(monkeypatch, fake))
 
 

@@ -1,0 +1,158 @@
+"""No race in the kernels, one by one and in the whole steps that the backend launches.
+
+Everything that decides an order is there: barriers, copies, tickets, and when a kernel waits for
+those before it (race_check.cpp). Each variant of each kernel runs in the tests marked slow.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+from attention_cases import Heads, check_decode, check_prefill
+from emulator import emulator, races
+from gemv_cases import GemvCase, run_gemv
+from linear_cases import GemmCase, HeadCase, run_gemm, run_head, run_norm
+from race_checked_cuda import RaceCheckedCuda
+from sampling_cases import SETTINGS, check_embedding, check_sampling
+from test_emulated_backend import (
+    CASES,
+    CUDA,
+    DRAWN,
+    GREEDY,
+    MODEL,
+    Case,
+    prepare,
+    prompt,
+    tokens_of,
+)
+
+from device_runtime.backends.cuda.graph_set import EAGER_VARIABLE
+from device_runtime.engine.engine import Engine, GenerationParams
+from device_runtime.kernels.cubins import GROUP_SIZES
+from device_runtime.kernels.gemv_shape import GemvShape
+from device_runtime.kernels.table import F16_GEMM_TILES, GEMM_TILES, GEMV_STAGES
+
+pytestmark = pytest.mark.skipif(
+    not emulator.has_compiler(), reason="the kernels run on the CPU where there is g++"
+)
+PLAIN = ("-DTURBOJET_PLAIN=1",)
+
+
+def generate(root: Path, num_prompts: int) -> None:
+    """Prompts of several lengths and decode steps after them, greedy and drawn."""
+    with Engine.open(root, CUDA) as engine:
+        for sampling in (GREEDY, DRAWN):
+            params = GenerationParams(max_tokens=3, sampling=sampling, ignore_eos=True)
+            prompts = [prompt(30 * i + 5, i) for i in range(num_prompts)]
+            assert all(tokens_of(engine, prompts, params))
+
+
+@pytest.mark.parametrize("num_prompts", [1, 3])
+def test_a_step_has_no_race(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_prompts: int
+) -> None:
+    prepared = prepare(tmp_path / "tiny", Case(MODEL), monkeypatch, RaceCheckedCuda)
+    generate(prepared.root, num_prompts)
+    assert races.collect() == []
+    # Most launches of a step may begin before the kernel in front of them is done.
+    launched = [launch.is_programmatic for launch in prepared.fake.launches]
+    assert sum(launched) > 0.8 * len(launched)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["graphs", "one by one"])
+@pytest.mark.parametrize("name", CASES)
+def test_no_step_has_a_race(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, way: str
+) -> None:
+    if way == "one by one":
+        monkeypatch.setenv(EAGER_VARIABLE, "1")
+    prepared = prepare(tmp_path / "tiny", CASES[name], monkeypatch, RaceCheckedCuda)
+    for num_prompts in (1, 4, 8):
+        generate(prepared.root, num_prompts)
+    assert races.collect() == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [(), PLAIN], ids=["default", "plain"])
+@pytest.mark.parametrize("policy", [0, 4, 8])
+def test_attention_has_no_race(policy: int, flags: tuple[str, ...]) -> None:
+    launch = partial(races.launch, flags=flags)
+    for heads, lengths, splits, slots in (
+        (Heads(policy, 128, 4, 4), [200, 1, 64, 0, 65], 3, 4),
+        (Heads(policy, 64, 9, 3, page_size=192, has_norm=True), [300, 257], 2, 3),
+        (Heads(policy, 128, 12, 2), [130], 1, 2 if policy else 1),
+        # Blocks with 8 of 16 query heads; more splits than are added at once.
+        (Heads(policy, 64, 32, 2, num_ranks=2), [650], 6, 2),
+    ):
+        check_decode(launch, heads, lengths, max_splits=splits, slots=slots)
+    for heads, sequences in (
+        (Heads(policy, 128, 12, 2, has_norm=True), [(130, 20), (0, 65), (63, 2), (7, 1)]),
+        (Heads(policy, 64, 16, 1, page_size=128), [(97, 40), (0, 32)]),
+    ):
+        check_prefill(launch, heads, sequences)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [(), PLAIN], ids=["default", "plain"])
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+@pytest.mark.parametrize("width", [1, 4, 8])
+def test_the_gemv_has_no_race(width: int, group_size: int, flags: tuple[str, ...]) -> None:
+    launch = partial(races.launch, flags=(f"-DTURBOJET_GROUP_SIZE={group_size}", *flags))
+    stages = GEMV_STAGES[width]
+    # Several tiles of a block, phases, fewer units than warps, and more.
+    for sizes, output, grid, phase_units, held in (
+        ((640, 96), "norm", 2, 3, 1),
+        ((256, 96), "norm_silu", 1, 1, 3),
+        ((1536, 96), "add", 2, 4, 2),
+        ((4992, 64), "add", 1, 20, 1),
+    ):
+        shape = GemvShape(width, *sizes, group_size, grid, phase_units, held, stages)
+        run_gemv(launch, GemvCase(width if width == 1 else width - 1, shape, output))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags", [("-DTURBOJET_GEMV_PARTS=2", "-DTURBOJET_GEMV_EARLY_PARTS=1")], ids=str
+)
+def test_a_ring_that_is_filled_in_portions_has_no_race(flags: tuple[str, ...]) -> None:
+    launch = partial(races.launch, flags=flags)
+    shape = GemvShape(1, 1152, 96, 128, 2, 3, 1, GEMV_STAGES[1])
+    run_gemv(launch, GemvCase(1, shape, "add"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [(), PLAIN], ids=["default", "plain"])
+@pytest.mark.parametrize(
+    ("tile", "group_size"),
+    [
+        *((tile, size) for tile in GEMM_TILES for size in (128, 32)),
+        *((t, 0) for t in F16_GEMM_TILES),
+    ],
+)
+def test_the_gemm_has_no_race(tile: int, group_size: int, flags: tuple[str, ...]) -> None:
+    groups = (f"-DTURBOJET_GROUP_SIZE={group_size}",) if group_size else ()
+    launch = partial(races.launch, flags=(*groups, *flags))
+    # Whole tiles, and tiles whose parts several blocks make.
+    for num_tokens, sizes, output, num_sms in (
+        (tile - 3, (256, 160), "half", 1),
+        (tile + 1, (1152, 96), "add", 4),
+        (tile, (384, 160), "silu", 3),
+    ):
+        run_gemm(launch, GemmCase(tile, num_tokens, *sizes, group_size, output, num_sms))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [(), PLAIN], ids=["default", "plain"])
+def test_head_norm_embedding_and_sampling_have_no_race(flags: tuple[str, ...]) -> None:
+    launch = partial(races.launch, flags=flags)
+    for num_rows, is_int8 in ((1, True), (3, True), (8, True), (1, False), (8, False)):
+        run_head(launch, HeadCase(num_rows, 192, 333, is_int8=is_int8, grid=2))
+    run_norm(launch, 3, 260)
+    for is_half in (False, True):
+        check_embedding(launch, is_half=is_half)
+    for params in SETTINGS.values():
+        for is_half in (False, True):
+            check_sampling(launch, params, 5003, rows=2, is_half=is_half)
