@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from device_runtime.errors import PackageError
 from device_runtime.package_format import names
 from device_runtime.package_format.manifest import SamplingDefaults
+from device_runtime.package_format.sampling_ranges import sampling_fault
 from device_runtime.tokenization.definition import build_tokenizer
 from device_runtime.tokenization.folder import (
     MAX_TOKENIZER_BYTES,
@@ -22,7 +23,7 @@ from device_runtime.tokenization.folder import (
     original_file,
 )
 from device_runtime.tokenization.settings_files import read_text
-from host_tools.checkpoint.config_values import read_json
+from host_tools.checkpoint.config_values import MAX_NUMBER, read_json
 from host_tools.checkpoint.reader import CONFIG_JSON
 
 TOKENIZER_FILES = (
@@ -36,13 +37,14 @@ TOKENIZER_FILES = (
 _SURROGATE = re.compile("[\ud800-\udfff]")
 """Half a character, which JSON can spell and UTF-8 cannot."""
 
-_SAMPLING_RANGES = {
-    "temperature": (0.0, 100.0),
-    "top_p": (0.0, 1.0),
-    "min_p": (0.0, 1.0),
-    "repetition_penalty": (0.0, 100.0),
-    "top_k": (0, 2**31 - 1),
-}
+_SAMPLING_OFF = SamplingDefaults(
+    temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0
+)
+"""What null means in generation_config.json, to transformers (``GenerationConfig``) and to vLLM:
+that nothing is changed or left out."""
+
+_ALL_TOKENS = -1
+"""vLLM's other way to say that top_k is off (``SamplingParams``)."""
 
 
 @dataclass(frozen=True)
@@ -139,19 +141,29 @@ class SourceTokenizer:
         Raises:
             PackageError: a value there is outside its range.
         """
-        given: dict[str, float] = {}
-        for name, (least, most) in _SAMPLING_RANGES.items():
-            value = self.generation.get(name)
-            if value is None:
+        given = asdict(base)
+        for name, off in asdict(_SAMPLING_OFF).items():
+            if name not in self.generation:
                 continue
-            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not is_number or not least <= float(str(value)) <= most:
+            value = self.generation[name]
+            if value is None or (name == "top_k" and value == _ALL_TOKENS):
+                value = off
+            kind = type(off)
+            # NaN is not below anything, and MAX_NUMBER is below what has no float.
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, (int, float))
+                or not abs(value) < MAX_NUMBER
+                or kind(value) != value
+            ):
                 raise PackageError(
                     f"{names.GENERATION_CONFIG} in {self.folder} says {name} {str(value)[:40]}, "
-                    f"expected {least} to {most}"
+                    f"expected a {'whole ' if kind is int else ''}number"
                 )
-            given[name] = int(float(str(value))) if name == "top_k" else float(str(value))
-        return replace(base, **given)  # type: ignore[arg-type]
+            given[name] = kind(value)
+        if fault := sampling_fault(**given):
+            raise PackageError(f"{names.GENERATION_CONFIG} in {self.folder}: {fault}")
+        return SamplingDefaults(**given)
 
     def _ids(self, kind: str) -> tuple[int, ...]:
         """Return the ids of bos or eos from all places that name one, each once."""

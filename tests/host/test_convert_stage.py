@@ -217,7 +217,7 @@ def test_bos_and_sampling_come_from_the_checkpoint(tmp_path, awq_tensors):
         bos_token={"content": "<|im_start|>"}, add_bos_token=True,
     )  # fmt: skip
     (source / "generation_config.json").write_text(
-        json.dumps({"temperature": 0.6, "top_k": 20, "top_p": None, "eos_token_id": 0})
+        json.dumps({"temperature": 0.6, "top_k": 20, "eos_token_id": 0})
     )
     manifest = open_package(run(source, tmp_path / "tm")).manifest
     assert manifest.tokenizer == TokenizerFacts(1, True, (2, 0))
@@ -393,11 +393,45 @@ def test_a_model_without_an_end_is_refused(tmp_path, awq_tensors, eos_token):
         run(source, tmp_path / "tm")
 
 
-@pytest.mark.parametrize("value", [-1, 1.5, "high", True])
-def test_impossible_sampling_defaults_are_refused(awq_dir, tmp_path, value):
-    (awq_dir / "generation_config.json").write_text(json.dumps({"top_p": value}))
-    with pytest.raises(PackageError, match=f"says top_p {value}, expected 0.0 to 1.0"):
+@pytest.mark.parametrize(
+    ("asked", "complaint"),
+    [
+        (
+            {"top_p": -1},
+            r"generation_config.json in .*: top_p is -1\.0, expected above 0, at most 1",
+        ),
+        ({"top_p": 1.5}, "top_p is 1.5, expected above 0, at most 1"),
+        ({"top_p": "high"}, "says top_p high, expected a number"),
+        ({"top_p": True}, "says top_p True, expected a number"),
+        ({"top_k": -2}, "top_k is -2, expected 0 or more"),
+        ({"top_k": 40.5}, "says top_k 40.5, expected a whole number"),
+        ({"temperature": 10**400}, "says temperature 1000.*, expected a number"),
+        ({"min_p": float("nan")}, "says min_p nan, expected a number"),
+        ({"min_p": 1.0}, "min_p is 1.0, expected 0 to below 1"),
+    ],
+)
+def test_impossible_sampling_defaults_are_refused(awq_dir, tmp_path, asked, complaint):
+    (awq_dir / "generation_config.json").write_text(json.dumps(asked))
+    with pytest.raises(PackageError, match=complaint):
         run(awq_dir, tmp_path / "tm")
+
+
+@pytest.mark.parametrize(
+    ("asked", "meant"),
+    [
+        ({"top_k": -1, "top_p": 1.0}, SamplingDefaults(top_k=0, top_p=1.0)),  # vLLM
+        ({"top_k": 0, "top_p": 1}, SamplingDefaults(top_k=0, top_p=1.0)),  # transformers
+        ({"top_k": 50.0}, SamplingDefaults(top_k=50)),
+        (
+            dict.fromkeys(("temperature", "top_k", "top_p", "min_p", "repetition_penalty")),
+            SamplingDefaults(1.0, 0, 1.0, 0.0, 1.0),
+        ),
+        ({}, SamplingDefaults()),
+    ],
+)
+def test_what_is_off_elsewhere_is_off_here(awq_dir, tmp_path, asked, meant):
+    (awq_dir / "generation_config.json").write_text(json.dumps(asked))
+    assert open_package(run(awq_dir, tmp_path / "tm")).manifest.sampling == meant
 
 
 def test_a_damaged_origin_is_named(awq_dir, tmp_path):
