@@ -13,7 +13,7 @@ from pathlib import Path
 
 from device_runtime.errors import PackageError, UsageError
 from device_runtime.package_format.durable import write_atomically
-from host_tools.checkpoint_links import check_links
+from host_tools.checkpoint_folder import check_folder
 from host_tools.checkpoint_names import (
     ADAPTER_CONFIG,
     ADAPTER_DIR,
@@ -52,7 +52,7 @@ def adapt(base: Path, adapter: Path, output: Path, progress: Progress) -> Path:
         PackageError: the base has an adapter already, or the adapter's folder lacks its files or
             has a link that leads out of it.
     """
-    check_links(adapter)
+    check_folder(adapter)
     _check_adapter(adapter)
     if (base / ADAPTER_DIR / ADAPTER_CONFIG).is_file():
         raise PackageError(f"{base} has an adapter already, name the base alone")

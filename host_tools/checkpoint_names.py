@@ -13,6 +13,8 @@ PICKLED = ".bin"
 JSON = ".json"
 PYTHON = ".py"
 INDEX_SUFFIX = ".index.json"
+SECOND_WEIGHTS = "consolidated"
+"""Starts the names of the same weights in their maker's own layout (Meta, Mistral)."""
 SINGLE_SAFETENSORS = f"model{SAFETENSORS}"
 SAFETENSORS_INDEX = f"{SINGLE_SAFETENSORS}{INDEX_SUFFIX}"
 

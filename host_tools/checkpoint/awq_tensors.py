@@ -91,8 +91,8 @@ class AwqTensors:
         )
 
 
-def find_awq(files: TensorFiles, section: Mapping[str, object] | None) -> AwqTensors | None:
-    """Return the reader of an AWQ checkpoint, None for a floating-point one.
+def find_awq(files: TensorFiles, section: Mapping[str, object] | None) -> AwqTensors:
+    """Return the reader of an AWQ checkpoint.
 
     LMDeploy 0.2.3 writes AWQ tensors without a ``quantization_config``, so the tensors decide and
     a config that is there must agree.
@@ -106,20 +106,22 @@ def find_awq(files: TensorFiles, section: Mapping[str, object] | None) -> AwqTen
     for name in files:
         if name.endswith(f".{QWEIGHT}"):
             sizes.add(_group_size_of(name.removesuffix(f".{QWEIGHT}"), files))
+    if not sizes:
+        raise PackageError(f"config.json says awq, no tensor is called {QWEIGHT}, fetch it again")
     if len(sizes) > 1:
         raise PackageError(f"the checkpoint mixes group sizes {sorted(sizes)}, expected one")
-    found = sizes.pop() if sizes else 0
+    found = sizes.pop()
     stated = found if section is None else section.get("group_size", section.get("q_group_size"))
     if stated != found:
         raise PackageError(
             f"config.json says group_size {str(stated)[:20]}, the tensors have {found}"
         )
-    if found and found not in GROUP_SIZES:
+    if found not in GROUP_SIZES:
         raise PackageError(
             f"the checkpoint is awq in groups of {found}, turbojet runs "
             f"{', '.join(map(str, GROUP_SIZES))}; quantize it again"
         )
-    return AwqTensors(files, found) if found else None
+    return AwqTensors(files, found)
 
 
 def _group_size_of(module: str, files: TensorFiles) -> int:

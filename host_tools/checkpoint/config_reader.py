@@ -25,11 +25,10 @@ def read_family(config: Mapping[str, object]) -> Family:
     Raises:
         PackageError: no architecture, an unknown one, or a feature of it that we do not run.
     """
+    reader = ConfigReader(config)
     architectures = config.get("architectures")
     if not isinstance(architectures, list) or len(architectures) != 1:
-        raise PackageError(
-            f"config.json says architectures {shown(architectures)}, expected a list of one name"
-        )
+        raise reader.fault("architectures", architectures, "a list of one name")
     family = find_family(str(architectures[0]))
     for key, meaning in family.refused.items():
         if config.get(key):
@@ -46,7 +45,6 @@ def read_family(config: Mapping[str, object]) -> Family:
                 f"config.json has no {key}: this is {meaning}, which turbojet does not run"
             )
     _check_layer_types(config)
-    reader = ConfigReader(config)
     activation = reader.text("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise PackageError(f"config.json says hidden_act {activation[:40]!r}, turbojet runs silu")

@@ -71,9 +71,7 @@ class ConfigReader:
         if value is None and default is not None:
             return default
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_SIZE:
-            raise PackageError(
-                f"{self._what} says {key} {shown(value)}, expected an integer from 1 to {MAX_SIZE}"
-            )
+            raise self.fault(key, value, f"an integer from 1 to {MAX_SIZE}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -88,9 +86,7 @@ class ConfigReader:
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         # Compared as it is: a large integer has no float.
         if not is_number or not 0 < value <= MAX_NUMBER:  # type: ignore[operator]
-            raise PackageError(
-                f"{self._what} says {key} {shown(value)}, expected a positive number"
-            )
+            raise self.fault(key, value, "a positive number")
         return float(value)  # type: ignore[arg-type]
 
     def text(self, key: str, default: str) -> str:
@@ -103,7 +99,7 @@ class ConfigReader:
         if value is None:
             return default
         if not isinstance(value, str):
-            raise PackageError(f"{self._what} says {key} {shown(value)}, expected a string")
+            raise self.fault(key, value, "a string")
         return value
 
     def items(self, key: str) -> list[object] | None:
@@ -114,7 +110,7 @@ class ConfigReader:
         """
         key, value = self._get(key)
         if value is not None and not isinstance(value, list):
-            raise PackageError(f"{self._what} says {key} {shown(value)}, expected a list")
+            raise self.fault(key, value, "a list")
         return value
 
     def section(self, key: str, keys: Mapping[str, str] | None = None) -> ConfigReader | None:
@@ -131,12 +127,17 @@ class ConfigReader:
         if value is None:
             return None
         if not isinstance(value, dict):
-            raise PackageError(f"{self._what} says {key} {shown(value)}, expected an object")
-        return ConfigReader(value, keys, self._what)
+            raise self.fault(key, value, "an object")
+        return ConfigReader(value, keys, f"{key} in {self._what}")
 
     def has(self, key: str) -> bool:
         """Tell whether the key is there and not null."""
         return self._get(key)[1] is not None
+
+    def fault(self, key: str, value: object, expected: str) -> PackageError:
+        """Return the complaint about a value, or that there is none."""
+        found = f"has no {key}" if value is None else f"says {key} {shown(value)}"
+        return PackageError(f"{self._what} {found}, expected {expected}")
 
 
 def shown(value: object) -> str:

@@ -38,6 +38,10 @@ def find_packed(
     method = str(section.get("quant_method") or "") if section else ""
     if not method:
         method = _method_of_tensors(files)
+    if not method:
+        if section is None:
+            return None
+        method = "a method without a name"
     if method == "gptq" and section is None and (folder / QUANTIZE_CONFIG).is_file():
         section = read_json(folder / QUANTIZE_CONFIG)
     if method == "gptq":
@@ -70,17 +74,19 @@ def _section(config: Mapping[str, object]) -> Mapping[str, object] | None:
 
 
 def _method_of_tensors(files: TensorFiles) -> str:
-    """Return what a checkpoint without a word about it must be, awq where there are no codes."""
+    """Return what a checkpoint without a word about it must be, "" where there are no codes."""
+    method = ""
     for name in files:
         if name.endswith(f".{PACKED}"):
             return "compressed-tensors"
         if name.endswith(f".{G_IDX}"):
             return "gptq"
         if name.endswith(f".{QWEIGHT}"):
+            method = "awq"
             scales = f"{name.removesuffix(QWEIGHT)}{SCALES}"
             if scales in files:
                 words, columns = files.facts(name)[1][-1:], files.facts(scales)[1][-1:]
                 # GPTQ packs inputs, AWQ outputs, eight to a word.
                 if words == columns and words != (columns[0] // CODES_PER_WORD,):
                     return "gptq"
-    return "awq"
+    return method

@@ -30,7 +30,7 @@ from host_tools.checkpoint.mixed import KeptLinears, float_linears
 from host_tools.checkpoint.packed_format import PackedFormat
 from host_tools.checkpoint.quantization import find_packed
 from host_tools.checkpoint.tensor_files import TensorFiles
-from host_tools.checkpoint_links import check_links
+from host_tools.checkpoint_folder import check_folder
 
 CONFIG_JSON = "config.json"
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -80,7 +80,7 @@ class Checkpoint:
         """
         if not path.is_dir():
             raise PackageError(f"{path} is no folder, name the folder of a checkpoint")
-        check_links(path)
+        check_folder(path)
         config = read_json(path / CONFIG_JSON)
         family = read_family(config)
         files = TensorFiles.open(path)

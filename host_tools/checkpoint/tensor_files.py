@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from device_runtime.errors import PackageError
 from host_tools.checkpoint.shard_index import check_shards, read_index
 from host_tools.checkpoint.synthetic import MARKER, SyntheticFile
+from host_tools.checkpoint_names import SECOND_WEIGHTS
 
 _SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -184,7 +185,8 @@ class TensorFiles:
                 files._check_index(index_name, weight_map)
                 return files
             pattern = "*.safetensors" if suffix == "safetensors" else "pytorch_model*.bin"
-            shards = sorted(path.name for path in folder.glob(pattern) if path.is_file())
+            found = sorted(path.name for path in folder.glob(pattern) if path.is_file())
+            shards = [name for name in found if not name.startswith(SECOND_WEIGHTS)]
             if shards:
                 check_shards(folder, shards)
                 return cls({name: opener(folder / name) for name in shards})

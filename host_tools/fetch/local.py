@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from device_runtime.errors import PackageError
-from host_tools.checkpoint_links import check_links
+from host_tools.checkpoint_folder import check_folder
 from host_tools.checkpoint_names import (
     ADAPTER_CONFIG,
     CONFIG_JSON,
@@ -26,9 +26,9 @@ def check_checkpoint(folder: Path) -> None:
     """Check that a folder has a config, weights, every shard of its index, and a tokenizer.
 
     Raises:
-        PackageError: one of them is missing or unreadable, or a link leads out of the folder.
+        PackageError: one of them is missing or unreadable, or a file is not what it seems.
     """
-    check_links(folder)
+    check_folder(folder)
     if (folder / ADAPTER_CONFIG).is_file() and not (folder / CONFIG_JSON).is_file():
         raise PackageError(
             f"{folder} is an adapter without its base, name the base and give this one as --adapter"
@@ -43,11 +43,12 @@ def check_checkpoint(folder: Path) -> None:
         gguf = sorted(path.name for path in folder.glob(f"*{GGUF}"))
         hint = f", pass the file {gguf[0]} instead" if gguf else ""
         raise PackageError(f"{folder} has no {SAFETENSORS} or {PICKLED} weights{hint}")
-    missing = sorted({name for name in _indexed_files(folder) if not (folder / name).is_file()})
+    indexed = set(_indexed_files(folder))
+    missing = sorted(name for name in indexed if not (folder / name).is_file())
     if missing:
         raise PackageError(
-            f"{folder} lacks {len(missing)} weight files that its index names, such as "
-            f"{missing[0]!r}, fetch it again"
+            f"{folder} lacks {len(missing)} of the {len(indexed)} weight files that its index "
+            f"names, such as {missing[0]!r}, fetch it again"
         )
     if not any((folder / name).is_file() for name in VOCABULARY_FILES):
         raise PackageError(

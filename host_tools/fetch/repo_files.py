@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 
 from device_runtime.errors import PackageError, UsageError
 from device_runtime.package_format import names
-from host_tools.checkpoint_names import SAFETENSORS
+from host_tools.checkpoint_names import SAFETENSORS, SECOND_WEIGHTS
 from host_tools.stage import RECORD_DIR
 
 MAX_FILES = 10_000
@@ -30,7 +30,7 @@ CHECKPOINT_PATTERNS = (
 )
 """What a checkpoint needs, at the top of its repository."""
 
-SECOND_COPIES = ("consolidated*", "original/*", "training_args.bin")
+SECOND_COPIES = (f"{SECOND_WEIGHTS}*", "original/*", "training_args.bin")
 """The same weights in their maker's own layout, or leftovers of training."""
 
 

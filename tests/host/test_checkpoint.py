@@ -66,6 +66,15 @@ def test_shards_and_torch_files_hold_the_same_model(tmp_path: Path) -> None:
         assert torch.equal(Checkpoint.open(folder).layer(0).down.weight, expected)
 
 
+def test_the_same_weights_in_their_makers_layout_are_left_alone(tmp_path: Path) -> None:
+    folder = tiny.write_llama(tmp_path)
+    (folder / "consolidated.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    assert "lm_head.weight" in Checkpoint.open(folder).names()
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(PackageError, match=r"has no model\.safetensors, pytorch_model"):
+        Checkpoint.open(folder)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_other_float_types_are_kept(tmp_path: Path, dtype: torch.dtype) -> None:
     checkpoint = Checkpoint.open(tiny.write_llama(tmp_path, dtype=dtype))
@@ -253,7 +262,7 @@ def test_a_sliding_window_limits_the_context(tmp_path: Path) -> None:
     ("changes", "complaint"),
     [
         ({"architectures": ["MambaForCausalLM"]}, "architecture 'MambaForCausalLM' is not one"),
-        ({"architectures": None}, "architectures None, expected a list of one name"),
+        ({"architectures": None}, "config.json has no architectures, expected a list of one name"),
         ({"mlp_bias": True}, "asks for biases in the MLP"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu', turbojet runs silu"),
         ({"hidden_act": 3}, "hidden_act 3, expected a string"),
@@ -263,6 +272,10 @@ def test_a_sliding_window_limits_the_context(tmp_path: Path) -> None:
         ({"rms_norm_eps": -1}, "rms_norm_eps -1, expected a positive number"),
         ({"rope_scaling": {"type": "yarn", "factor": 2}}, "rope scaling 'yarn', turbojet runs"),
         ({"rope_scaling": "dynamic"}, "rope_scaling 'dynamic', expected an object"),
+        (
+            {"rope_scaling": {"type": "linear"}},
+            "rope_scaling in config.json has no factor, expected a positive number",
+        ),
         ({"partial_rotary_factor": 0.5, "rope_scaling": LLAMA3}, "partial rotary embeddings"),
         ({"num_hidden_layers": 3}, "tensor model.layers.2.input_layernorm.weight is missing"),
         ({"num_hidden_layers": 1}, "model.layers.1..* has no place in a llama model with 1 layers"),
@@ -270,8 +283,12 @@ def test_a_sliding_window_limits_the_context(tmp_path: Path) -> None:
         ({"vocab_size": 10_000_000}, r"embed_tokens.weight is .*means \[10000000, 64\]"),
         ({"quantization_config": []}, "quantization_config that is no object"),
         (
+            {"quantization_config": {"load_in_8bit": True}},
+            "quantized with a method without a name, turbojet reads awq, gptq",
+        ),
+        (
             {"quantization_config": {"quant_method": "awq", "group_size": 64}},
-            "says group_size 64, the tensors have 0",
+            "config.json says awq, no tensor is called qweight, fetch it again",
         ),
     ],
 )

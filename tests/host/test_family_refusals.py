@@ -55,7 +55,7 @@ def test_mixtures_of_experts_are_named(architecture: str) -> None:
         ("qwen-7b-chat", {"scale_attn_weights": False}, "attention scores that are not scaled"),
         ("qwen-7b-chat", {"visual": {"layers": 48}}, r"asks for pictures \(visual\)"),
         ("qwen-7b-chat", {"intermediate_size": 641}, "641, expected a multiple of 2: it counts g"),
-        ("qwen-7b-chat", {"seq_length": None}, "says seq_length None, expected an integer"),
+        ("qwen-7b-chat", {"seq_length": None}, "has no seq_length, expected an integer"),
         ("qwen-7b-chat", {"layer_norm_epsilon": -1}, "says layer_norm_epsilon -1, expected a pos"),
         ("internlm3-8b-instruct", {"bias": True}, r"biases in the MLP \(bias\)"),
         ("internlm-chat-7b", {"rotary": {"type": "spiral"}}, "asks for rope scaling 'spiral'"),

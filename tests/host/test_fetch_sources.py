@@ -233,7 +233,7 @@ def index(*files: str) -> str:
         ({"tokenizer.json": None}, "local has no tokenizer, expected one of tokenizer.json, tok"),
         (
             {"model.safetensors.index.json": index("model.safetensors", "b.safetensors")},
-            "lacks 1 weight files that its index names, such as 'b.safetensors'",
+            "lacks 1 of the 2 weight files that its index names, such as 'b.safetensors'",
         ),
         (
             {"model.safetensors.index.json": index("../model.safetensors")},

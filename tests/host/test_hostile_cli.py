@@ -287,7 +287,7 @@ CASES: dict[str, tuple[Callable[[Path], None], str]] = {
     "sparse tensor": (sparse_tensor, "claims 1099511627776 elements|no plain torch file"),
     "index that points outside": (index_that_points_outside, "outside|expected one beside it"),
     "truncated shard": (truncated_shard, "00002-of-00002.safetensors is no whole safetensors"),
-    "missing shard": (missing_shard, "00002-of-00002.safetensors is missing|lacks 1 weight files"),
+    "missing shard": (missing_shard, "00002-of-00002.safetensors is missing|lacks 1 of the 2"),
     "NaN": (not_a_number, "1.mlp.up_proj.weight of model.safetensors holds NaN or infinity"),
     "wrong shape": (wrong_shape, r"up_proj.weight is torch.float16 \[96, 63\], config.json means"),
     "tensor without an axis": (no_axis, r"model.norm.weight is torch.float16 \[\], config"),
@@ -324,7 +324,7 @@ CASES: dict[str, tuple[Callable[[Path], None], str]] = {
     "weights that are a pipe": (pipe("model.safetensors"), "has no model.safetensors, pytorch_mod"),
     "GPTQ codes of another shape": (
         packed_with("gptq", qweight=torch.zeros(16, 32, dtype=WORDS)),
-        "which is no 4-bit GPTQ pair",
+        "are no 4-bit GPTQ pair",
     ),
     "GPTQ zeros of another shape": (
         packed_with("gptq", qzeros=torch.zeros(4, 7, dtype=WORDS)),

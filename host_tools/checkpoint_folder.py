@@ -1,0 +1,88 @@
+"""Looks at a checkpoint's folder before anything in it is read: links, pointers, hub caches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from device_runtime.errors import PackageError
+from host_tools.checkpoint_names import (
+    CONFIG_JSON,
+    JSON,
+    PICKLED,
+    SAFETENSORS,
+    TOKENIZER_FILES,
+)
+
+SNAPSHOTS = "snapshots"
+BLOBS = "blobs"
+"""Hugging Face's cache keeps files here and links to them from ``snapshots/REVISION``."""
+
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+"""What Git LFS leaves in the place of a file that was not pulled (git-lfs docs/spec.md)."""
+_MAX_POINTER_BYTES = 1024
+
+
+def check_folder(folder: Path) -> None:
+    """Check that the files of a folder are where they seem to be and what they seem to be.
+
+    Args:
+        folder: of a checkpoint; folders inside are not looked at.
+
+    Raises:
+        PackageError: a link leads out or nowhere, a file is a pointer of Git LFS, or the folder is
+            one of Hugging Face's cache above the checkpoint.
+    """
+    if not folder.is_dir():
+        return
+    _check_cache(folder)
+    for path in sorted(folder.iterdir()):
+        if path.is_symlink():
+            _check_link(path, folder)
+        if path.suffix in (SAFETENSORS, PICKLED, JSON) or path.name in TOKENIZER_FILES:
+            _check_pulled(path)
+
+
+def _check_cache(folder: Path) -> None:
+    revisions = sorted(folder.glob(f"{SNAPSHOTS}/*/{CONFIG_JSON}"))
+    if revisions and not (folder / CONFIG_JSON).exists():
+        raise PackageError(
+            f"{folder} is a folder of Hugging Face's cache, name the checkpoint in it, "
+            f"{revisions[-1].parent}"
+        )
+
+
+def _check_link(path: Path, folder: Path) -> None:
+    """Check that a link brings in no file from elsewhere, weights excepted.
+
+    Settings and tokenizers are copied into what we make, so a link that leads out would publish a
+    file of this machine. Weights are only ever read as tensors; linking to them is common.
+    """
+    try:
+        target = path.resolve(strict=True)
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop before Python 3.13
+        raise PackageError(
+            f"{path.name} in {folder} is a link that leads nowhere, fetch the checkpoint again"
+        ) from error
+    real = folder.resolve()
+    is_weight = path.suffix in (SAFETENSORS, PICKLED) and target.is_file()
+    is_cached = real.parent.name == SNAPSHOTS and target.parent == real.parent.parent / BLOBS
+    if not (is_weight or is_cached or target.is_relative_to(real)):
+        raise PackageError(
+            f"{path.name} in {folder} is a link that leads out of it, to {target}; copy the file "
+            f"into the folder if it belongs there"
+        )
+
+
+def _check_pulled(path: Path) -> None:
+    if not path.is_file() or path.stat().st_size > _MAX_POINTER_BYTES:
+        return
+    try:
+        with path.open("rb") as stream:
+            start = stream.read(len(_LFS_POINTER))
+    except OSError:
+        return  # whoever needs the file says so
+    if start == _LFS_POINTER:
+        raise PackageError(
+            f"{path.name} in {path.parent} is a pointer of Git LFS in the place of the file, run "
+            f"git lfs pull there or fetch the checkpoint again"
+        )
