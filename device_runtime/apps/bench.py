@@ -25,6 +25,7 @@ from device_runtime.apps.engine_flags import add_engine_arguments, engine_option
 from device_runtime.apps.model import open_installed
 from device_runtime.backends.sampling_params import SamplingParams
 from device_runtime.backends.synthetic import SHAPES, synthetic_package
+from device_runtime.engine.configure import cache_request
 from device_runtime.errors import UsageError
 from device_runtime.package_format.boards import parse_targets
 from device_runtime.package_format.package import Package
@@ -133,7 +134,15 @@ def measure(args: argparse.Namespace, workloads: list[Workload]) -> Report:
         load=load,
         nodes=nodes,
         slices=slices,
-        projections=tuple(project_all(boards, package.model, per_step, rates_alone(slices))),
+        projections=tuple(
+            project_all(
+                boards,
+                package.model,
+                cache_request(package, options),
+                per_step,
+                rates_alone(slices),
+            )
+        ),
     )
 
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from device_runtime.apps.bench_runs import Workload
 from device_runtime.backends.base import Backend
+from device_runtime.backends.memory_plan import CacheRequest
+from device_runtime.engine.board_plan import fitting_tokens, single_session
 from device_runtime.package_format.boards import Board
 from device_runtime.package_format.model_config import ModelConfig
 from device_runtime.package_format.package import Package
@@ -42,6 +44,7 @@ class Projection:
         is_rate_measured: on a slice of this machine's GPU, with its SM.
         bandwidth_share: of the nominal bandwidth.
         num_nodes: of a step's graph.
+        session_tokens: of the longest conversation that fits there, 0 where the model does not.
     """
 
     board: str
@@ -54,6 +57,7 @@ class Projection:
     is_rate_measured: bool
     bandwidth_share: float
     num_nodes: int
+    session_tokens: int
 
 
 def quantized_weights(model: ModelConfig) -> int:
@@ -69,13 +73,18 @@ def quantized_weights(model: ModelConfig) -> int:
 
 
 def project(
-    board: Board, model: ModelConfig, bytes_per_step: int, weights_per_clock: float | None
+    board: Board,
+    model: ModelConfig,
+    request: CacheRequest,
+    bytes_per_step: int,
+    weights_per_clock: float | None,
 ) -> Projection:
     """Return what a board would do.
 
     Args:
         board: facts.
         model: what runs.
+        request: with its KV cache.
         bytes_per_step: read by one decode step of one sequence.
         weights_per_clock: measured on a slice, or None to assume.
     """
@@ -96,6 +105,7 @@ def project(
         is_rate_measured=weights_per_clock is not None,
         bandwidth_share=share,
         num_nodes=num_nodes,
+        session_tokens=fitting_tokens(model, single_session(model, request), board),
     )
 
 
@@ -129,12 +139,13 @@ def nearest_rate(rates: dict[int, float], num_sms: int) -> float | None:
 def project_all(
     boards: tuple[Board, ...],
     model: ModelConfig,
+    request: CacheRequest,
     bytes_per_step: int,
     rates: dict[int, float],
 ) -> list[Projection]:
     """Return the projection of each board."""
     return [
-        project(board, model, bytes_per_step, nearest_rate(rates, board.num_sms))
+        project(board, model, request, bytes_per_step, nearest_rate(rates, board.num_sms))
         for board in boards
     ]
 
@@ -154,4 +165,9 @@ def projection_lines(projections: Sequence[Projection], workload: Workload) -> l
             f"bandwidth; {p.weights_per_clock:.0f} weights per clock and SM, {source}; "
             f"{p.num_nodes} nodes",
         ]
+        if p.session_tokens < length:
+            lines.append(
+                f"    but its memory holds {p.session_tokens} tokens beside the weights: "
+                f"turbojet info MODEL --board {p.board}"
+            )
     return lines

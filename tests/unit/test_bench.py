@@ -19,12 +19,16 @@ from device_runtime.apps.bench_nodes import node_lines, slice_lines
 from device_runtime.apps.bench_project import (
     nearest_rate,
     project,
+    project_all,
+    projection_lines,
     quantized_weights,
     rates_alone,
 )
 from device_runtime.apps.bench_runs import Round, Workload, summarize
 from device_runtime.backends.cuda.nodes import NodeTime
 from device_runtime.backends.cuda.slices import SliceRate
+from device_runtime.backends.kv_format import KvFormat
+from device_runtime.backends.memory_plan import CacheRequest
 from device_runtime.backends.synthetic import synthetic_package
 from device_runtime.errors import UsageError
 from device_runtime.package_format.boards import BOARDS
@@ -164,14 +168,30 @@ def test_a_projection_is_arithmetic_over_the_boards_facts() -> None:
     # Without 4096 x 11008 that stay in fp16.
     mixed = dataclasses.replace(model, fp16_linears=("layers.3.feed_forward.w2",))
     assert quantized_weights(mixed) == 6_476_005_376 - 4096 * 11008
-    found = project(board, model, 3_900_000_000, 65.0)
+    request = CacheRequest(0.5, 64, 512, 8, 512, KvFormat.INT8_ONLINE)
+    found = project(board, model, request, 3_900_000_000, 65.0)
     assert found.memory_s == pytest.approx(3.9 / (0.8 * 204.8))
     assert found.arithmetic_s == pytest.approx(6_476_005_376 / (65 * 16 * 1300e6))
     assert found.launch_s == pytest.approx((5 * 32 + 3) * 2e-6)
     assert found.decode_tok_s == pytest.approx(1 / (found.memory_s + found.launch_s))
-    slow = project(board, model, 3_900_000_000, 5.0)
+    slow = project(board, model, request, 3_900_000_000, 5.0)
     assert slow.decode_tok_s == pytest.approx(1 / (slow.arithmetic_s + slow.launch_s))
-    assert not project(board, model, 1, None).is_rate_measured
+    assert not project(board, model, request, 1, None).is_rate_measured
+
+
+def test_a_projection_says_where_the_model_does_not_fit() -> None:
+    model = synthetic_package("llama-2-7b").model
+    request = CacheRequest(0.5, 64, 512, 8, 512, KvFormat.INT8_ONLINE)
+    boards = (BOARDS["orin-nano-4gb"], BOARDS["orin-nano-8gb"])
+    small, large = project_all(boards, model, request, 3_900_000_000, {})
+    # 3.9 GB of weights in 2 GiB, and in 5.5 GiB, where the model's whole context fits beside them.
+    assert small.session_tokens == 0
+    assert large.session_tokens >= 4096
+    lines = projection_lines([small, large], Workload(512, 256, 1))
+    assert [line for line in lines if "but its memory" in line] == [
+        "    but its memory holds 0 tokens beside the weights: "
+        "turbojet info MODEL --board orin-nano-4gb"
+    ]
 
 
 def test_a_board_takes_the_rate_of_the_slice_that_is_nearest() -> None:
