@@ -7,6 +7,7 @@ page cache, which on a board is the same memory (jetson facts D.1).
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -18,9 +19,10 @@ import numpy as np
 from device_runtime.backends.cuda.bf16_weights import to_half
 from device_runtime.backends.cuda.driver import CudaDriver, PinnedMemory
 from device_runtime.backends.cuda.sizes import STAGING_BYTES
+from device_runtime.backends.cuda.staging import Staging, StagingBuffer
 from device_runtime.backends.cuda.weights import Piece
 from device_runtime.errors import PackageError
-from device_runtime.kernels.libcuda import Event, Stream
+from device_runtime.kernels.libcuda import Stream
 from device_runtime.package_format.files import check_file
 from device_runtime.package_format.tensors import BF16_BITS
 
@@ -91,38 +93,30 @@ def load_weights(
         DeviceError: a copy failed, or a bf16 value is too large for fp16.
     """
     with ExitStack() as stack:
-        buffers, events = [], []
-        for _ in range(2):
-            buffers.append(driver.allocate_pinned(STAGING_BYTES))
-            stack.callback(driver.free_pinned, buffers[-1])
-            events.append(Event(driver))
-            stack.callback(events[-1].close)
-        stack.callback(stream.synchronize)
+        staging = stack.enter_context(Staging(driver, stream, STAGING_BYTES))
         files = stack.enter_context(_Files(root))
         readers = stack.enter_context(ThreadPoolExecutor(NUM_READERS))  # ends before files close
         forgotten: list[Future[None]] = []
+        unsent: deque[tuple[StagingBuffer, list[Part], list[Future[None]]]] = deque()
 
-        def send(turn: int, parts: list[Part], jobs: list[Future[None]]) -> None:
+        def send() -> None:
+            buffer, parts, jobs = unsent.popleft()
             for job in jobs:
                 job.result()
             for part in parts:
-                _copy(driver, stream, buffers[turn], part, places)
-            events[turn].record(stream)
+                _copy(driver, stream, buffer.memory, part, places)
+            staging.sent(buffer)
             for part in parts:
                 if part.first_byte + part.num_bytes == part.piece.spec.size_bytes:
                     forgotten.append(readers.submit(_forget, files.take(part.piece)))
 
-        newest: tuple[int, list[Part], list[Future[None]]] | None = None
-        for index, parts in enumerate(plan_fills(pieces)):
-            turn = index % 2
-            if index >= 2:
-                events[turn].synchronize()
-            jobs = _start_reading(readers, files, buffers[turn], parts)
-            if newest is not None:  # while the readers go on with this fill
-                send(*newest)
-            newest = (turn, parts, jobs)
-        if newest is not None:
-            send(*newest)
+        for parts in plan_fills(pieces):
+            buffer = staging.take()
+            unsent.append((buffer, parts, _start_reading(readers, files, buffer.memory, parts)))
+            if len(unsent) == 2:  # the readers go on with this fill meanwhile
+                send()
+        while unsent:
+            send()
         for job in forgotten:
             job.result()
 

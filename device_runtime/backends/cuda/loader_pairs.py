@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -11,8 +9,9 @@ from device_runtime.backends.cuda.bf16_weights import to_half
 from device_runtime.backends.cuda.driver import CudaDriver
 from device_runtime.backends.cuda.loader import drop_from_page_cache
 from device_runtime.backends.cuda.sizes import STAGING_BYTES
+from device_runtime.backends.cuda.staging import Staging
 from device_runtime.backends.cuda.weights import GatePair
-from device_runtime.kernels.libcuda import Event, Stream
+from device_runtime.kernels.libcuda import Stream
 from device_runtime.package_format.package import Package
 from device_runtime.package_format.tensors import BF16_BITS, TensorSpec
 
@@ -32,36 +31,26 @@ def load_pairs(
     """
     if not pairs:
         return
-    with ExitStack() as stack:
-        buffers, events = [], []
-        for _ in range(2):
-            buffers.append(driver.allocate_pinned(STAGING_BYTES))
-            stack.callback(driver.free_pinned, buffers[-1])
-            events.append(Event(driver))
-            stack.callback(events[-1].close)
-        stack.callback(stream.synchronize)
-        num_fills = 0
+    with Staging(driver, stream, STAGING_BYTES) as staging:
         for pair in pairs:
             gate, up = package.tensor(pair.gate.name), package.tensor(pair.up.name)
             step = max(1, STAGING_BYTES // pair.row_bytes)
             for first in range(0, len(gate), step):
-                turn, num_fills = num_fills % 2, num_fills + 1
-                if num_fills > 2:
-                    events[turn].synchronize()
+                buffer = staging.take()
                 num_rows = min(step, len(gate) - first)
-                view = buffers[turn].bytes[: num_rows * pair.row_bytes].view(np.float16)
+                view = buffer.memory.bytes[: num_rows * pair.row_bytes].view(np.float16)
                 woven = view.reshape(num_rows, -1, 2)
                 woven[:, :, 0] = _as_half(gate[first : first + num_rows], pair.gate)
                 woven[:, :, 1] = _as_half(up[first : first + num_rows], pair.up)
                 driver.copy_rows(
                     places[pair.tensor] + pair.offset + first * pair.pitch,
                     pair.pitch,
-                    buffers[turn].address,
+                    buffer.memory.address,
                     row_bytes=pair.row_bytes,
                     num_rows=num_rows,
                     stream=stream,
                 )
-                events[turn].record(stream)
+                staging.sent(buffer)
             del gate, up
             for spec in (pair.gate, pair.up):
                 drop_from_page_cache(package.root / spec.path)
