@@ -11,6 +11,7 @@ from rich.text import Text
 
 from device_runtime.apps.chat_commands import COMMANDS
 from device_runtime.apps.chat_filter import printable
+from device_runtime.apps.chat_kept import keep_conversation, take_notice
 from device_runtime.apps.chat_once import answer_as_json, answer_as_text, read_piped_prompt
 from device_runtime.apps.chat_settings import ChatSettings, add_chat_arguments, chat_settings
 from device_runtime.apps.chat_view import make_console
@@ -115,7 +116,13 @@ def _talk(
         console=console,
         is_markdown=is_markdown,
     )
-    return repl.run()
+    cut_off = take_notice(data_dir())
+    if cut_off is not None:
+        repl.say(f"the last conversation was cut off; /load {cut_off} goes on with it")
+    code = repl.run()
+    if repl.is_cut_off:
+        keep_conversation(conversation, data_dir())
+    return code
 
 
 def _is_conversation(args: argparse.Namespace) -> bool:

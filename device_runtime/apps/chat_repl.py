@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import time
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 
 from rich.console import Console
 from rich.table import Table
@@ -27,6 +28,7 @@ from device_runtime.apps.chat_status import (
 )
 from device_runtime.apps.chat_stream import AnswerStream, MarkdownStream, PlainStream
 from device_runtime.apps.chat_view import AnswerView, PlainView
+from device_runtime.apps.end_signals import on_end
 from device_runtime.backends.memory_plan import MemoryPlan
 from device_runtime.errors import EXIT_INTERRUPTED, RequestError, TurbojetError
 from device_runtime.package_format.amounts import format_bytes
@@ -67,13 +69,43 @@ class Repl:
         self.facts = AnswerFacts()
         self.is_markdown = is_markdown
         self.is_leaving = False
+        self.is_cut_off = False
+        self._is_answering = False
         self._was_interrupted = False  # by the newest thing the person did
         self._plan = plan
         self._reader = reader
         self._console = console
 
     def run(self) -> int:
-        """Talk until the person leaves; return the exit code, 130 after Ctrl-C."""
+        """Talk until the person leaves; return the exit code, 130 after Ctrl-C.
+
+        SIGTERM and a lost connection end it too, after the step that an answer is in, and set
+        ``is_cut_off``.
+        """
+        try:
+            with on_end(self._cut_off):
+                code = self._talk()
+        except (SystemExit, OSError):  # also from writing to a terminal that is gone
+            if not self.is_cut_off:
+                raise
+        return EXIT_INTERRUPTED if self.is_cut_off else code
+
+    def _cut_off(self) -> None:
+        self.is_cut_off = self.is_leaving = True
+        if not self._is_answering:
+            # Not to be taken for Ctrl-C, and nothing that an event loop keeps to itself.
+            raise SystemExit(EXIT_INTERRUPTED)
+        self.conversation.cancel()
+
+    @contextmanager
+    def _answering(self) -> Iterator[None]:
+        self._is_answering = True
+        try:
+            yield
+        finally:
+            self._is_answering = False
+
+    def _talk(self) -> int:
         self._greet()
         while not self.is_leaving:
             try:
@@ -115,6 +147,7 @@ class Repl:
         self.facts = AnswerFacts()
         self._console.print()
         with (
+            self._answering(),
             StopSignal(self.conversation.cancel) as stop,
             quiet_keyboard(),
             self._view(time.monotonic()) as view,
@@ -123,6 +156,8 @@ class Repl:
             for output in outputs:
                 self.facts = AnswerFacts.of(output)
                 view.feed(control_filter.feed(output.text))
+                if stop.is_set or self.is_cut_off:
+                    self.conversation.cancel()  # it may have come before there was what to cancel
         self._console.print()
         self._was_interrupted = stop.is_set
         note = length_note(self.facts, self.settings, self.conversation)

@@ -265,6 +265,35 @@ def test_the_terminal_is_as_before_when_the_chat_ends(open_window: Opener) -> No
     assert window.terminal.is_wrapping
 
 
+def test_what_ends_a_chat_from_outside_leaves_the_terminal_and_the_conversation(
+    open_window: Opener, tmp_path: Path
+) -> None:
+    package = make_package(tmp_path / "tiny").root
+    data = tmp_path / "data"
+    command = ["-m", "device_runtime.cli", "chat", str(package), "--max-tokens=none", "--seed=1"]
+    window = open_window(command=command, TURBOJET_DATA_DIR=str(data))
+    window.wait_for_prompt()
+    window.press("hello\r")
+    window.wait_for_text("tokens ·")
+    os.kill(window.process.pid, signal.SIGTERM)
+    assert window.finish() == 130
+    local_flags = termios.tcgetattr(window._controller)[3]
+    assert local_flags & termios.ECHO
+    assert local_flags & termios.ICANON
+    kept = data / "chat_cut_off.json"
+    assert kept.stat().st_mode & 0o777 == 0o600
+    messages = json.loads(kept.read_text())["messages"]
+    assert [message["role"] for message in messages] == ["user", "assistant"]
+
+    window = open_window(command=command, TURBOJET_DATA_DIR=str(data))
+    window.wait_for_text("the last conversation was cut off")
+    window.wait_for_prompt()
+    os.kill(window.process.pid, signal.SIGHUP)
+    assert window.finish() == 130
+    assert not kept.exists()  # nothing was said
+    assert json.loads((data / "chat_cut_off_last.json").read_text())["messages"] == messages
+
+
 def test_the_command_talks_to_a_package_and_keeps_its_history(
     open_window: Opener, tmp_path: Path
 ) -> None:
