@@ -3,7 +3,8 @@
 # Usage: sh install.sh [--wheelhouse DIR] [--prefix DIR] [--python PYTHON]
 #   --wheelhouse DIR  what build-wheelhouse made (default: the folder of this script)
 #   --prefix DIR      where it goes (default $XDG_DATA_HOME/turbojet or ~/.local/share/turbojet)
-#   --python PYTHON   interpreter, 3.10 or newer (default: the first that fits of python3, python3.12, ...)
+#   --python PYTHON   interpreter, 3.10 or newer (default: the first that fits of python3, python3.12, ...,
+#                     else the one that the wheelhouse brings)
 # Every release gets a folder of its own under PREFIX/runtime; `current` is switched at the end by one
 # rename, so a broken or interrupted run leaves the old release working. Running it again is harmless.
 set -eu
@@ -25,18 +26,24 @@ while [ $# -gt 0 ]; do
     --wheelhouse) wheelhouse=${2:?} && shift 2 ;;
     --prefix) prefix=${2:?} && shift 2 ;;
     --python) python=${2:?} && shift 2 ;;
-    -h | --help) sed -n '2,8s/^# \{0,1\}//p' "$0" && exit 0 ;;
+    -h | --help) sed -n '2,9s/^# \{0,1\}//p' "$0" && exit 0 ;;
     *) fail "unknown argument $1, see --help" ;;
     esac
 done
+# Links lead there, so that it must not depend on where this runs.
+case $prefix in
+/*) ;;
+*) prefix=$PWD/$prefix ;;
+esac
 
 # --- the board, in words -------------------------------------------------------------------------
 l4t=$(sed -n 's/^# R\([0-9]*\) .*REVISION: *\([0-9.]*\).*/\1.\2/p' "$tegra_release" 2>/dev/null || true)
+brings=
 case $l4t in
 "") board="this is no Jetson ($tegra_release is not there)" ;;
-3[45].*) board="JetPack 5 (L4T $l4t), whose own Python 3.8 is too old: install a Python 3.10 beside it" ;;
-36.*) board="JetPack 6 (L4T $l4t), which brings Python 3.10" ;;
-3[89].*) board="JetPack 7 (L4T $l4t), which brings Python 3.12" ;;
+3[45].*) board="JetPack 5 (L4T $l4t)" && brings=", which brings Python 3.8: build-wheelhouse --interpreter takes a newer one along" ;;
+36.*) board="JetPack 6 (L4T $l4t)" && brings=", which brings Python 3.10" ;;
+3[89].*) board="JetPack 7 (L4T $l4t)" && brings=", which brings Python 3.12" ;;
 *) board="L4T $l4t" ;;
 esac
 
@@ -48,9 +55,11 @@ esac
 # --- a Python that fits --------------------------------------------------------------------------
 is_new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; }
 tag_of() { "$1" -c 'import sys; print("cp%d%d" % sys.version_info[:2])'; }
+bundle=$(echo "$wheelhouse"/cpython-3.*.tar.gz)
+[ -f "$bundle" ] && [ -z "$python" ] || bundle= # who names a Python means that one
 if [ -n "$python" ]; then
     command -v "$python" >/dev/null || fail "there is no $python"
-    is_new_enough "$python" || fail "$("$python" --version 2>&1) is too old, 3.10 or newer is needed; $board"
+    is_new_enough "$python" || fail "$("$python" --version 2>&1) is too old, 3.10 or newer is needed; $board$brings"
 else
     for candidate in python3 python3.13 python3.12 python3.11 python3.10; do
         command -v "$candidate" >/dev/null || continue
@@ -60,9 +69,15 @@ else
         python=$candidate
         break
     done
-    [ -n "$python" ] || fail "found no Python 3.10 or newer, name one with --python; $board"
 fi
-tag=$(tag_of "$python")
+if [ -n "$python" ] && { [ -f "$wheelhouse/$(tag_of "$python").txt" ] || [ -z "$bundle" ]; }; then
+    tag=$(tag_of "$python")
+    bundle=
+elif [ -n "$bundle" ]; then
+    tag=cp3$(basename "$bundle" | sed 's/^cpython-3\.\([0-9]*\).*/\1/')
+else
+    fail "found no Python 3.10 or newer, name one with --python; $board$brings"
+fi
 pins=$wheelhouse/$tag.txt
 if [ ! -f "$pins" ]; then
     tags=$(cd "$wheelhouse" && echo cp*.txt | sed 's/\.txt//g')
@@ -81,11 +96,17 @@ mkdir -p "$runtime"
 if [ ! -f "$release/complete" ]; then
     say "installing into $release"
     rm -rf "$release"
+    if [ -n "$bundle" ]; then
+        mkdir "$release"
+        tar xzf "$bundle" -C "$release"
+        python=$release/python/bin/python3
+    fi
     # The wheel of pip runs as it is, so no ensurepip (Debian's python3-venv) is needed.
     "$python" -m venv --without-pip "$release"
     "$release/bin/python" "$pip/pip" install --quiet --disable-pip-version-check --no-index \
         --no-cache-dir --no-deps --find-links "$wheelhouse" --requirement "$pins" >&2
-    "$release/bin/turbojet" --help >/dev/null || fail "turbojet does not start from $release" 1
+    # Its help needs every library, so a wheel that does not run on this board is found now.
+    "$release/bin/turbojet" chat --help >/dev/null || fail "turbojet does not start from $release" 1
     : >"$release/complete"
 fi
 before=$(readlink "$runtime/current" || true)
@@ -108,13 +129,13 @@ if [ "$before" != "$(basename "$release")" ]; then
 fi
 
 # --- what next -----------------------------------------------------------------------------------
-echo "turbojet is installed for $("$python" --version 2>&1): $bin/turbojet"
+echo "turbojet is installed for $("$release/bin/python" --version 2>&1): $bin/turbojet"
 echo "Board: $board"
-if [ -n "$l4t" ] && ! id -nG | grep -qw video; then
-    echo "Your user is not in the group video, which the GPU needs: sudo usermod -aG video $(id -un)"
+if [ -n "$l4t" ] && [ "$(id -u)" != 0 ] && ! id -nG | grep -qw video; then
+    echo "Your user is not in the group video, which the GPU needs: sudo usermod -aG video,render $(id -un)"
 fi
 case :$PATH: in
 *":$bin:"*) ;;
 *) echo "Add it to your PATH: export PATH=\"$bin:\$PATH\"" ;;
 esac
-echo "Next: turbojet install MODEL.tgz, then turbojet chat"
+echo "Next: turbojet chat MODEL.tgz"

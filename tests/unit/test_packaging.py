@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pip
 import pytest
 
 PACKAGING = Path(__file__).resolve().parents[2] / "packaging"
+INTERPRETER = "cpython-3.99.1+20260101-aarch64-unknown-linux-gnu-install_only.tar.gz"
 TAG = f"cp{sys.version_info.major}{sys.version_info.minor}"
 
 
@@ -70,7 +72,11 @@ def pip_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def install(
-    wheelhouse: Path, home: Path, *arguments: str, board: str | None = None
+    wheelhouse: Path,
+    home: Path,
+    *arguments: str,
+    python: str | None = sys.executable,
+    board: str | None = None,
 ) -> subprocess.CompletedProcess[str]:
     home.mkdir(exist_ok=True)
     release = home / "nv_tegra_release"
@@ -83,9 +89,11 @@ def install(
         "LC_ALL": "C",
     }
     script = str(PACKAGING / "install.sh")
-    command = ["sh", script, "--wheelhouse", str(wheelhouse), "--python", sys.executable]
+    command = ["sh", script, "--wheelhouse", str(wheelhouse)]
+    if python is not None:
+        command += ["--python", python]
     return subprocess.run(
-        [*command, *arguments], env=env, capture_output=True, text=True, timeout=120
+        [*command, *arguments], env=env, cwd=home, capture_output=True, text=True, timeout=120
     )
 
 
@@ -105,7 +113,7 @@ def test_it_installs_updates_and_keeps_the_release_before(tmp_path: Path, pip_wh
     done = install(first, home)
     assert done.returncode == 0, done.stderr
     assert answer(home) == "turbojet 1.0\n"
-    assert "Next: turbojet install MODEL.tgz" in done.stdout
+    assert "Next: turbojet chat MODEL.tgz" in done.stdout
     assert "Add it to your PATH" in done.stdout
     before = releases(home)
 
@@ -119,7 +127,9 @@ def test_it_installs_updates_and_keeps_the_release_before(tmp_path: Path, pip_wh
     assert len(releases(home)) == 2
     assert set(before) < set(releases(home))
 
-    broken = make_wheelhouse(tmp_path / "broken", pip_wheel, "3.0", body="raise SystemExit(9)")
+    # As where a library does not load on this board, which only verbs that need it find out.
+    body = "import sys; sys.exit(9 if 'chat' in sys.argv else 0)"
+    broken = make_wheelhouse(tmp_path / "broken", pip_wheel, "3.0", body=body)
     failed = install(broken, home)
     assert failed.returncode == 1
     assert "turbojet does not start from" in failed.stderr
@@ -183,6 +193,32 @@ def test_a_python_that_is_too_old_is_refused_in_words_of_the_board(
     assert expected in done.stderr
 
 
+def test_a_python_that_the_wheelhouse_brings_serves_a_board_whose_own_is_too_old(
+    tmp_path: Path, pip_wheel: Path
+) -> None:
+    wheelhouse = make_wheelhouse(tmp_path / "wheels", pip_wheel, "1.0")
+    (wheelhouse / f"{TAG}.txt").rename(wheelhouse / "cp399.txt")
+    command = tmp_path / "python/bin/python3"
+    command.parent.mkdir(parents=True)
+    command.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    command.chmod(0o755)
+    with tarfile.open(wheelhouse / INTERPRETER, "w:gz") as archive:
+        archive.add(tmp_path / "python", "python")
+    seal(wheelhouse)
+    home = tmp_path / "home"
+    prefix = "--prefix", ".local/share/turbojet"  # links must not depend on where it was run
+    board = "# R35 (release), REVISION: 4.1, GCID: 1"
+    done = install(wheelhouse, home, *prefix, python=None, board=board)
+    assert done.returncode == 0, done.stderr
+    assert "Board: JetPack 5 (L4T 35.4.1)\n" in done.stdout
+    assert answer(home) == "turbojet 1.0\n"
+    (release,) = releases(home)
+    assert release.startswith("cp399-")
+    assert (home / ".local/share/turbojet/runtime" / release / "python/bin/python3").exists()
+    named = install(wheelhouse, home)  # who names a Python means that one
+    assert (named.returncode, f"none for the {TAG}" in named.stderr) == (3, True)
+
+
 def test_an_unknown_argument_is_refused(tmp_path: Path) -> None:
     done = install(tmp_path, tmp_path / "home", "--frobnicate")
     assert (done.returncode, "unknown argument --frobnicate" in done.stderr) == (2, True)
@@ -214,6 +250,8 @@ def test_scripts_explain_themselves_and_are_valid_sh(script: str) -> None:
         (["--python", "3.9"], "Python 3.9 is not supported"),
         (["--machine", "mips"], "machine is mips, expected aarch64 or x86_64"),
         (["--frobnicate"], "unknown argument --frobnicate"),
+        (["--interpreter", "python.tgz"], "python.tgz is not called cpython-3.*-aarch64-unknown"),
+        (["--interpreter", INTERPRETER], f"{INTERPRETER} holds no python/bin/python3"),
     ],
 )
 def test_build_wheelhouse_refuses_what_it_does_not_know(
