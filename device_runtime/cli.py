@@ -48,6 +48,7 @@ class Verb:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code; every deliberate error ends here."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    _open_missing_streams()
     try:
         args = build_parser(arguments[0] if arguments else None).parse_args(arguments)
         code = int(args.run(args))
@@ -74,6 +75,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             "report it",
             TurbojetError.exit_code,
         )
+
+
+def _open_missing_streams() -> None:
+    """Put /dev/null where whoever started us closed a stream, before a file takes its place."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
 
 
 def build_parser(verb: str | None = None) -> argparse.ArgumentParser:

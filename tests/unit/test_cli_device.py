@@ -442,6 +442,17 @@ def test_a_signal_ends_an_install_and_leaves_nothing(archives, data, number) -> 
     assert os.listdir(data / "models") == [".lock"]
 
 
+@pytest.mark.parametrize("descriptor", [0, 1, 2])
+def test_a_stream_that_is_closed_is_none_that_matters(archives, data, descriptor) -> None:
+    package = str(Path(archives[0]).parent / "p0")
+    shell = f'exec "$@" {descriptor}>&-'
+    done = subprocess.run(
+        ["sh", "-c", shell, "sh", *command("info", package)], capture_output=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert (b"name " in done.stdout) == (descriptor != 1)
+
+
 def test_a_reader_that_goes_away_is_no_traceback(archives, data) -> None:
     read_end, write_end = os.pipe()
     os.close(read_end)
