@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from device_runtime.engine.board_plan import longest_sessions
+from device_runtime.engine.board_plan import longest_sessions, plan_on_board
 from device_runtime.engine.configure import cache_request
 from device_runtime.engine.options import EngineOptions
 from device_runtime.errors import PackageError, UsageError
@@ -130,13 +130,10 @@ def planned_manifest(package: Package, options: PackOptions, progress: Progress)
         progress.note(sentence)
     memory = plan_boards(package.model, request, boards)
     longest = longest_sessions(package.model, request, boards)
-    for plan, sessions in zip(memory, longest, strict=True):
+    for board, plan, sessions in zip(boards, memory, longest, strict=True):
         progress.note(f"{describe_plan(plan, request.page_size)}; {sessions.text}")
-        if plan.session_len < request.session_len:
-            progress.note(
-                f"warning: {plan.board} holds sessions of {plan.session_len} tokens, config.ini "
-                f"says {request.session_len}; the device will use the smaller number"
-            )
+        for note in plan_on_board(package.model, request, board).notes:
+            progress.note(f"warning: {board.name}: {note}")
     return replace(
         manifest, target_boards=tuple(board.name for board in boards), memory=memory, files=()
     )

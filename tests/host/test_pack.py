@@ -1,4 +1,5 @@
 import os
+import re
 import subprocess
 import tarfile
 
@@ -121,8 +122,19 @@ def test_a_session_that_the_board_cannot_hold_is_warned_of(source, tmp_path):
     notes = Notes()
     pack(workspace, tmp_path / "x.tgz", NANO, notes)
     # one page of 64 tokens; max_position_embeddings 256 + 8
-    assert any("warning: orin-nano-8gb holds sessions of 64 tokens, config.ini says 264" in line
-               for line in notes.lines)  # fmt: skip
+    assert (
+        "warning: orin-nano-8gb: session_len is cut from 264 to 64 tokens: the KV cache holds 1 "
+        "pages of 64"
+    ) in notes.lines
+
+
+def test_pages_that_the_board_cannot_hold_are_warned_of(source, tmp_path):
+    values = ConfigValues(cache_max_entry_count=1e7)
+    workspace = convert(source, tmp_path / "tm", ConvertOptions("tiny", config=values), Progress())
+    notes = Notes()
+    pack(workspace, tmp_path / "x.tgz", NANO, notes)
+    pattern = r"warning: orin-nano-8gb: cache_max_entry_count is cut from 10000000 to \d+ pages of"
+    assert any(re.match(pattern, line) for line in notes.lines)
 
 
 def test_all_takes_every_board_that_can_hold_the_model(workspace, tmp_path):
