@@ -26,7 +26,7 @@ from device_runtime.kernels.libcuda import Stream
 from device_runtime.package_format.files import check_file
 from device_runtime.package_format.tensors import BF16_BITS
 
-READ_BYTES = 1 << 20
+READ_BYTES = 2 << 20
 """What one thread reads at a time."""
 NUM_READERS = 8
 
