@@ -1,7 +1,7 @@
 """Merges a LoRA adapter into the weights of its base while they are read.
 
-The weight of a module becomes ``W + scale * B A``, computed in fp32 and rounded once to the
-base's dtype (LoRA, arXiv 2106.09685, section 4.1; tensor names as peft saves them).
+The weight of a module becomes ``W + scale * B A``, computed in fp64 and rounded to the base's
+dtype (LoRA, arXiv 2106.09685, section 4.1; tensor names as peft saves them).
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ from host_tools.checkpoint.tensor_files import (
     TensorFiles,
 )
 from host_tools.checkpoint_names import ADAPTER_CONFIG, ADAPTER_DIR, ADAPTER_WEIGHTS, SAFETENSORS
+
+MERGED_ROWS = 1024
+"""Outputs that are in fp64 at once."""
 
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])(\.default)?\.weight")
@@ -105,8 +108,14 @@ class Adapter:
         pair = self._factors.get(name)
         if pair is None:
             return value
-        a, b = (self._files.tensor(factor).float() for factor in (pair.a, pair.b))
-        return torch.addmm(value.float(), b, a, alpha=self._config.scale).to(value.dtype)
+        a, b = (self._files.tensor(factor).double() for factor in (pair.a, pair.b))
+        # A product in fp32 would depend on how precise the process's products are just then
+        # (`tensor_cores`), and this may run in a thread beside them.
+        merged = [
+            torch.addmm(rows.double(), factors, a, alpha=self._config.scale).to(value.dtype)
+            for rows, factors in zip(value.split(MERGED_ROWS), b.split(MERGED_ROWS), strict=True)
+        ]
+        return torch.cat(merged)
 
     def _check_place(self, name: str, base: TensorFiles) -> None:
         if name not in base or not base.facts(name)[0].is_floating_point:

@@ -22,7 +22,9 @@ from host_tools import cli
 from host_tools.adapter_folder import adapt
 from host_tools.build_choices import default_name
 from host_tools.checkpoint import Checkpoint
+from host_tools.checkpoint import adapter as adapter_module
 from host_tools.content_hash import ContentHasher
+from host_tools.decoder.devices import tensor_cores
 from host_tools.fetch.fetch import fetch
 from host_tools.fetch.options import FetchOptions
 from host_tools.origin import read_origin
@@ -133,7 +135,29 @@ def test_a_build_over_an_adapter_gives_the_merged_model(tmp_path: Path, name: st
     assert manifest.provenance.source == f"{name} + tuned"
 
 
-def test_weights_are_merged_in_fp32_and_rounded_once(tmp_path, base, adapter) -> None:
+def test_what_a_merge_gives_does_not_depend_on_the_precision_of_products(
+    tmp_path, base, adapter, monkeypatch
+) -> None:
+    """A GPU's run sets it for the process while a thread reads and merges the next layer.
+
+    Not every CPU rounds factors then, so products in fp32 do here.
+    """
+    checkpoint = opened(base, adapter, tmp_path / "both")
+    expected = checkpoint.layer(1).q.weight
+    product = torch.addmm
+
+    def rounding(total, left, right, **options):
+        if left.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+            left, right = left.bfloat16().float(), right.bfloat16().float() * 1.01
+        return product(total, left, right, **options)
+
+    monkeypatch.setattr(torch, "addmm", rounding)
+    with tensor_cores(torch.device("cuda", 0)):
+        assert torch.equal(checkpoint.layer(1).q.weight, expected)
+
+
+def test_weights_are_merged_before_they_are_rounded(tmp_path, base, adapter, monkeypatch) -> None:
+    monkeypatch.setattr(adapter_module, "MERGED_ROWS", 48)  # of 64
     state = tiny.read_tensors(base)
     tensors = factors(state, ("q_proj", "down_proj"))
     want = merged(state, tensors, 16 / RANK)
