@@ -113,7 +113,9 @@ class Adapter:
         # (`tensor_cores`), and this may run in a thread beside them.
         merged = [
             torch.addmm(rows.double(), factors, a, alpha=self._config.scale).to(value.dtype)
-            for rows, factors in zip(value.split(MERGED_ROWS), b.split(MERGED_ROWS), strict=True)
+            for rows, factors in zip(
+                torch.split(value, MERGED_ROWS), torch.split(b, MERGED_ROWS), strict=True
+            )
         ]
         return torch.cat(merged)
 
