@@ -179,7 +179,7 @@ def arithmetic(model: ModelConfig, request: CacheRequest, board: Board) -> str:
     survey = board_survey(model, request, board)
     page_bytes = kv_page_bytes(model, request.page_size, request.kv_format.value)
     count = request.cache_max_entry_count
-    part = f"{count:.0%} for KV" if count < 1 else f"{int(count)} KV"
+    part = f"{100 * count:g}% for KV" if count < 1 else f"{int(count)} KV"
     return (
         f"{survey.available_bytes // MIB} MiB usable - {_taken(survey, ' - ')} = "
         f"{survey.free_bytes // MIB} MiB, of which {part} pages of {page_bytes / MIB:.2f} MiB"
@@ -209,7 +209,7 @@ def _taken(survey: MemorySurvey, sign: str) -> str:
 
 
 def _check_pages(model: ModelConfig, request: CacheRequest, board: Board) -> None:
-    """Refuse a number of pages that is more than a board holds."""
+    """Refuse a number of pages that is more than a board holds, and a share that is not one."""
     count = request.cache_max_entry_count
     pages = fitting_tokens(model, request, board) // request.page_size
     if count >= 1 and int(count) > pages:
@@ -217,6 +217,11 @@ def _check_pages(model: ModelConfig, request: CacheRequest, board: Board) -> Non
             f"cache-max-entry-count {count:g} does not fit on {board.name}: "
             f"{arithmetic(model, request, board)}, and {pages} pages fit; ask for fewer, or for a "
             "share below 1"
+        )
+    if pages < 1:
+        raise UsageError(
+            f"cache-max-entry-count {count:g} is less than one KV page on {board.name}: "
+            f"{arithmetic(model, request, board)}; ask for more"
         )
 
 

@@ -175,7 +175,7 @@ def _manifest_lines(manifest: Manifest) -> list[Line]:
 def _planned(plan: PlannedMemory) -> str:
     kv_bytes = plan.num_pages * plan.page_bytes
     return (
-        f"{plan.board}: weights {format_bytes(plan.weight_bytes)} + workspace "
+        f"{plan.board}: weights {format_bytes(plan.weight_bytes)} + workspace and process "
         f"{format_bytes(plan.workspace_bytes)} + KV {plan.num_pages} x "
         f"{format_bytes(plan.page_bytes)} = "
         f"{format_bytes(plan.weight_bytes + plan.workspace_bytes + kv_bytes)} of "

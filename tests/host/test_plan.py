@@ -125,6 +125,15 @@ def test_a_number_of_pages_rules_the_session():
         plan_config(MODEL, [tight], ConfigValues(cache_max_entry_count=32.0))
 
 
+def test_a_share_that_is_less_than_a_page_is_refused():
+    with pytest.raises(
+        UsageError,
+        match=r"cache-max-entry-count 0\.005 is less than one KV page on small: .* = 148 MiB, of "
+        r"which 0\.5% for KV pages of 2\.06 MiB; ask for more",
+    ):
+        plan_config(MODEL, [with_free(148)], ConfigValues(cache_max_entry_count=0.005))
+
+
 @pytest.mark.parametrize("asked", [0.0, -1.0, float("inf"), float("nan")])
 def test_a_share_or_a_number_of_pages_is_finite(asked):
     with pytest.raises(UsageError, match="expected a share of the free memory below 1 or a number"):

@@ -183,8 +183,8 @@ def test_info_tells_a_person_everything(turbojet, archives, data) -> None:
     assert lines["boards"] == "orin-nano-8gb"
     # 500 + 100 + 10 x 40 = 1000
     assert lines["planned"] == (
-        "orin-nano-8gb: weights 500 B + workspace 100 B + KV 10 x 40 B = 1.0 kB of 1.0 kB; "
-        "sessions of 640 tokens"
+        "orin-nano-8gb: weights 500 B + workspace and process 100 B + KV 10 x 40 B = 1.0 kB of "
+        "1.0 kB; sessions of 640 tokens"
     )
 
 
