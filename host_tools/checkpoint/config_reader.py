@@ -96,7 +96,7 @@ def read_model(config: Mapping[str, object], family: Family, group_size: int) ->
         has_attention_bias=any(family.has_bias(linear, config) for linear in ("q", "o")),
         has_qk_norm=family.has_qk_norm,
         tie_word_embeddings=bool(config.get("tie_word_embeddings", family.is_tied)),
-        use_logn_attn=bool(config.get("use_logn_attn", False)),
+        use_logn_attn=family.has_stretch and bool(config.get("use_logn_attn")),
         layers_without_rope=_layers_without_rope(reader, family.rope_layers, num_layers),
         sliding_window=_sliding_window(reader, config, family, context),
     )
@@ -160,7 +160,8 @@ def _read_rope(
             )
     theta = reader.number("rope_theta", 10000.0)
     if section is None:
-        return theta, RopeScaling("qwen1" if config.get("use_dynamic_ntk") else "none")
+        is_stretched = family.has_stretch and config.get("use_dynamic_ntk")
+        return theta, RopeScaling("qwen1" if is_stretched else "none")
     theta = section.number("rope_theta", theta)
     name = section.text("rope_type", section.text("type", "default"))
     kind = _ROPE_KINDS.get(name)

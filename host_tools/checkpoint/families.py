@@ -111,6 +111,7 @@ FAMILIES: tuple[Family, ...] = (
             "head_dim": "kv_channels",
         },
         num_mlp_halves=2,
+        has_stretch=True,
         template="qwen-7b",
         refused={"visual": "pictures"},
         fixed={

@@ -66,6 +66,8 @@ class Family:
         rope_layers: ``<it>s`` is the key of a list with 0 for each layer without rope; where there
             is none, ``<it>_interval`` says that each so-many-th has none. Empty where all rotate.
         has_window: ``sliding_window`` counts without ``use_sliding_window`` (Mistral).
+        has_stretch: ``use_dynamic_ntk`` and ``use_logn_attn`` count (Qwen-1); other models' code
+            does not look at them.
         is_tied: what a config without ``tie_word_embeddings`` means.
         has_unit_head: the output projection's rows are divided by their length (Baichuan2).
         template: built-in chat template of the family's chat models, "" where they differ.
@@ -99,6 +101,7 @@ class Family:
     num_mlp_halves: int = 1
     rope_layers: str = ""
     has_window: bool = False
+    has_stretch: bool = False
     is_tied: bool = False
     has_unit_head: bool = False
     template: str = ""

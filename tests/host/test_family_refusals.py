@@ -82,6 +82,16 @@ def test_what_a_family_does_not_do_is_named(name: str, changes: dict, complaint:
     refused(name, complaint, **changes)
 
 
+@pytest.mark.parametrize(
+    ("name", "kind", "has_logn"),
+    [("qwen-7b-chat", "qwen1", True), ("qwen2.5-0.5b-instruct", "none", False)],
+)
+def test_qwen_1s_keys_count_for_qwen_1_alone(name: str, kind: str, has_logn: bool) -> None:
+    config = {**families.CASES[name].config, "use_dynamic_ntk": True, "use_logn_attn": True}
+    model = read_model(config, read_family(config), 0)
+    assert (model.rope_scaling.kind, model.use_logn_attn) == (kind, has_logn)
+
+
 def test_windows_count_where_the_family_has_them() -> None:
     def window(name: str, **changes: object) -> int:
         config = {**families.CASES[name].config, **changes}
