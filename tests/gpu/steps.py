@@ -20,6 +20,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PASSED = (0, 5)
 """Exit codes of a step that did; 5 is pytest's for a file that is skipped as a whole."""
+CUT_OFF = "cut off"
+"""How the reason begins where a step was ended with the run, not by its own limit."""
 STATES = "steps"
 """Folder of how each step ended."""
 
@@ -58,6 +60,11 @@ class State:
         """Whether nothing failed."""
         return self.exit_code in PASSED
 
+    @property
+    def is_cut_off(self) -> bool:
+        """Whether it was ended with the run, so that it has to run again."""
+        return self.why.startswith(CUT_OFF)
+
 
 @dataclass
 class Runner:
@@ -72,10 +79,12 @@ class Runner:
     end: float = float("inf")
     _running: set[int] = field(default_factory=set)
     _why: str = ""
+    _num_threads: str = "4"
 
     def run_all(self, steps: Iterable[Step], num_workers: int) -> None:
         """Run steps, several at once, the first ones first."""
         (self.folder / STATES).mkdir(parents=True, exist_ok=True)
+        self._num_threads = str(max(4, (os.cpu_count() or 1) // max(1, num_workers)))
         with ThreadPoolExecutor(max(1, num_workers)) as pool:
             waiting = {pool.submit(self.run, step) for step in steps}
             while waiting:
@@ -93,22 +102,22 @@ class Runner:
             _tell(f"     --    {step.name}: not started, {reason}")
             return None
         forget(self.folder, step)
-        state = self._run(step, min(step.timeout_s, left))
+        state = self._run(step, left)
         text = json.dumps(asdict(state))
         (self.folder / STATES / f"{step.name}.json").write_text(text, encoding="utf-8")
         word = state.why or f"exit code {state.exit_code}"
         _tell(f"{state.seconds:6.1f} s  {step.name}: {word}")
         return state
 
-    def stop(self, why: str) -> None:
+    def stop(self, signal_name: str) -> None:
         """End what runs, with what it has started."""
-        self._why = why
+        self._why = f"{CUT_OFF} by {signal_name}"
         for group in list(self._running):
             _kill(group)
 
-    def _run(self, step: Step, timeout_s: float) -> State:
+    def _run(self, step: Step, left_s: float) -> State:
         start = time.monotonic()
-        environment = os.environ | {"OMP_NUM_THREADS": "4", "OPENBLAS_NUM_THREADS": "4"}
+        threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), self._num_threads)
         with (
             (self.folder / f"{step.name}.out").open("wb") as out,
             (self.folder / f"{step.name}.err").open("wb") as err,
@@ -117,7 +126,7 @@ class Runner:
                 process = subprocess.Popen(
                     step.command,
                     cwd=ROOT,
-                    env=environment | step.environment,
+                    env=os.environ | threads | step.environment,
                     stdout=out,
                     stderr=err,
                     start_new_session=True,
@@ -129,9 +138,11 @@ class Runner:
                 _kill(process.pid)
             why = ""
             try:
-                process.wait(timeout_s)
+                process.wait(min(step.timeout_s, left_s))
             except subprocess.TimeoutExpired:
-                why = f"ended after {timeout_s:.0f} s"
+                why = f"ended after {step.timeout_s:.0f} s"
+                if left_s < step.timeout_s:
+                    why = f"{CUT_OFF} after {left_s:.0f} s"
                 # With what it has started, which would hold the device against the steps after it.
                 _kill(process.pid)
                 process.wait()

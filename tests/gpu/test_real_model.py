@@ -27,6 +27,8 @@ VARIABLE = "TURBOJET_TEST_PACKAGE"
 TEXT_VARIABLE = "TURBOJET_TEST_TEXT"
 TEXT = Path(__file__).parents[1] / "data" / "evaluation.txt"
 WINDOWS, WINDOW_TOKENS = 8, 1024
+ROUNDING = 1e-4
+"""1 - cosine that activations rounded to fp16 between kernels may cost a position."""
 GREEDY = SamplingParams(temperature=0.0)
 KV_FORMATS = {"online int8": 8, "static int8": 4, "fp16": 0}
 
@@ -87,8 +89,9 @@ def tokens_of(
 
 def distances(want: np.ndarray, got: np.ndarray) -> np.ndarray:
     """1 - cosine of each position."""
+    want, got = want.astype(np.float64), got.astype(np.float64)
     norms = np.linalg.norm(want, axis=1) * np.linalg.norm(got, axis=1)
-    return 1 - (want.astype(np.float64) * got).sum(1) / norms
+    return 1 - (want * got).sum(1) / norms
 
 
 def check_logits(want: np.ndarray, got: np.ndarray, what: str, most: float) -> None:
@@ -102,7 +105,7 @@ def check_logits(want: np.ndarray, got: np.ndarray, what: str, most: float) -> N
         assert found.mean() < most
         assert same >= 0.97
     else:
-        assert found.max() < 1e-4
+        assert found.max() < ROUNDING
         assert same >= 0.99
 
 
@@ -117,7 +120,7 @@ def test_logits_are_the_references(root: Path, kv_format: str) -> None:
             spread = distances(want, engine.logits(ids))
         figures.note(f"real model, {kv_format} KV: reference to itself, 1 - lowest", spread.max())
         figures.note(f"real model, {kv_format} KV: reference to itself, 1 - mean", spread.mean())
-        most = 4 * float(spread.mean())
+        most = max(4 * float(spread.mean()), ROUNDING)
     with open_engine(root, "cuda", policy) as engine:
         check_logits(want, engine.logits(ids), f"{kv_format} KV", most)
 

@@ -256,6 +256,7 @@ def test_a_step_that_fails_or_hangs_is_told_and_stops_nothing(
     ]
     steps.Runner(tmp_path).run_all(listed, 2)
     states = steps.read_states(tmp_path)
+    assert not any(found.is_cut_off for found in states.values())
     assert [states[one.name].exit_code for one in listed] == [0, 3, None, None]
     assert states["slow"].why == "ended after 0 s"
     assert "No such file" in states["missing"].why
@@ -274,7 +275,8 @@ def test_a_step_that_there_is_no_time_for_is_left(
     runner.run_all([long, cut], 1)
     states = steps.read_states(tmp_path)
     assert list(states) == ["cut"]
-    assert states["cut"].exit_code is None and states["cut"].seconds < 30
+    assert states["cut"].exit_code is None and states["cut"].is_cut_off
+    assert states["cut"].seconds < 30
     assert not (tmp_path / "old").exists()
     assert "long: not started, 0 s left of 60 it needs" in capsys.readouterr().out
 
@@ -285,14 +287,14 @@ def test_a_runner_that_is_stopped_ends_what_runs_and_starts_nothing(
     steps = load("steps", monkeypatch)
     runner = steps.Runner(tmp_path)
     script = f"kill -TERM {os.getpid()}; sleep 60"
-    before = signal.signal(signal.SIGTERM, lambda number, frame: runner.stop("ended by SIGTERM"))
+    before = signal.signal(signal.SIGTERM, lambda number, frame: runner.stop("SIGTERM"))
     try:
         listed = [step(steps, name, ["sh", "-c", script]) for name in ("first", "second")]
         runner.run_all(listed, 1)
     finally:
         signal.signal(signal.SIGTERM, before)
     assert {name: found.why for name, found in steps.read_states(tmp_path).items()} == {
-        "first": "ended by SIGTERM"
+        "first": "cut off by SIGTERM"
     }
 
 
