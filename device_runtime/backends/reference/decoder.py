@@ -83,8 +83,9 @@ class Decoder:
         if layer.qkv_bias is not None:
             qkv += layer.qkv_bias
         heads = qkv.reshape(len(qkv), -1, model.head_dim)
-        queries = heads[:, : model.num_attention_heads]
-        keys, values = np.split(heads[:, model.num_attention_heads :], 2, axis=1)
+        first_key, first_value = model.num_attention_heads, heads.shape[1] - model.num_kv_heads
+        queries = heads[:, :first_key]
+        keys, values = heads[:, first_key:first_value], heads[:, first_value:]
         if layer.q_norm is not None and layer.k_norm is not None:
             queries = rms_norm(queries, layer.q_norm, model.rms_norm_eps)
             keys = rms_norm(keys, layer.k_norm, model.rms_norm_eps)
@@ -135,7 +136,8 @@ def rotate(heads: Activations, rotation: NDArray[np.complex64]) -> Activations:
 
 def _swiglu(gate_up: Activations) -> Activations:
     """Return ``silu(gate) * up`` for ``[num_tokens, 2 * intermediate_size]``."""
-    gate, up = np.split(gate_up, 2, axis=-1)
+    size = gate_up.shape[1] // 2
+    gate, up = gate_up[:, :size], gate_up[:, size:]
     with np.errstate(over="ignore"):  # exp of a large -gate is inf, and gate / inf the right 0
         activated: Activations = gate / (1 + np.exp(-gate)) * up
     return activated
