@@ -93,6 +93,10 @@ sum=$(sha256sum "$pins" "$wheelhouse/SHA256SUMS" | sha256sum | cut -c1-12)
 runtime=$prefix/runtime
 release=$runtime/$tag-$sum
 mkdir -p "$runtime"
+if command -v flock >/dev/null; then # one at a time
+    exec 9>"$runtime/.lock"
+    flock 9
+fi
 if [ ! -f "$release/complete" ]; then
     say "installing into $release"
     rm -rf "$release"
@@ -107,6 +111,7 @@ if [ ! -f "$release/complete" ]; then
         --no-cache-dir --no-deps --find-links "$wheelhouse" --requirement "$pins" >&2
     # Its help needs every library, so a wheel that does not run on this board is found now.
     "$release/bin/turbojet" chat --help >/dev/null || fail "turbojet does not start from $release" 1
+    sync -f "$release" # a power cut must not leave it marked as complete with empty files
     : >"$release/complete"
 fi
 before=$(readlink "$runtime/current" || true)
