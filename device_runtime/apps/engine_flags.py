@@ -7,6 +7,7 @@ the chat read the same row.
 from __future__ import annotations
 
 import argparse
+import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -14,6 +15,8 @@ from device_runtime.engine.options import EngineOptions
 from device_runtime.errors import UsageError
 
 ENVIRONMENT_PREFIX = "TURBOJET_"
+_ALMOST = 0.85
+"""As difflib counts likeness: SESSIONLEN is almost SESSION_LEN (0.95), TOP_K is not TOP_P (0.8)."""
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
@@ -71,8 +74,9 @@ def given_values(
     An empty variable counts as not set.
 
     Raises:
-        UsageError: a value cannot be read.
+        UsageError: a value cannot be read, or a variable is spelled almost as one of these.
     """
+    _check_spelling(options, environ)
     values: dict[str, object] = {}
     for option in options:
         text = getattr(args, option.name)
@@ -81,6 +85,16 @@ def given_values(
         elif environ.get(option.variable):
             values[option.name] = option.parse_as(environ[option.variable], option.variable)
     return values
+
+
+def _check_spelling(options: tuple[Option, ...], environ: Mapping[str, str]) -> None:
+    known = {option.variable.removeprefix(ENVIRONMENT_PREFIX) for option in options}
+    for variable in environ:
+        name = variable.removeprefix(ENVIRONMENT_PREFIX)
+        if name == variable or name in known or not environ[variable]:
+            continue
+        for near in difflib.get_close_matches(name, known, n=1, cutoff=_ALMOST):
+            raise UsageError(f"{variable} is not known; did you mean {ENVIRONMENT_PREFIX}{near}")
 
 
 def whole_number(least: int) -> Callable[[str], int]:

@@ -162,6 +162,13 @@ def test_the_environment_sets_options(
     monkeypatch.setenv("TURBOJET_SESSION_LEN", "-1")
     assert chat(monkeypatch, [tiny, "--json", "--prompt", "x"], pipe()) == 2
     assert "TURBOJET_SESSION_LEN is '-1', expected a whole number" in capsys.readouterr().err
+    monkeypatch.delenv("TURBOJET_SESSION_LEN")
+    for wrong, right in (("SESSIONLEN", "SESSION_LEN"), ("TOPK", "TOP_K")):
+        with monkeypatch.context() as patch:
+            patch.setenv(f"TURBOJET_{wrong}", "5")
+            assert chat(monkeypatch, [tiny, "--json", "--prompt", "x"], pipe()) == 2
+        message = f"TURBOJET_{wrong} is not known; did you mean TURBOJET_{right}"
+        assert message in capsys.readouterr().err
 
 
 def test_an_archive_is_installed_once_and_talked_to(
