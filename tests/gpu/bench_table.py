@@ -115,7 +115,7 @@ def _slice_rows(bench: Bench) -> Iterator[Row]:
     for num_sms in (16, 14, 8):
         for num_tokens in (1, 8):
             goals = (45, 70) if num_sms == 16 else (None, None)
-            title = f"GEMV on {num_sms} distinct SMs, {num_tokens} tokens"
+            title = f"GEMV on {num_sms} distinct SMs, {num_tokens} token{'s'[: num_tokens > 1]}"
             yield Row(title, "weights/clk/SM", *goals, found.get((num_sms, num_tokens)))
 
 
