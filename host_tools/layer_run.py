@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from host_tools.awq.gram import CONSUMERS
+from host_tools.awq.gram import CONSUMERS, InputMoments
 from host_tools.awq.layer_solver import LayerSolver, QuantizedLayer
 from host_tools.checkpoint.families import LogicalLinear
 from host_tools.checkpoint.linear_weights import LayerWeights
@@ -71,15 +71,20 @@ class LayerRun:
 
         exact_layer = self.passes.on_exact_device(ready.layer)
         for block, (first, last) in TAPS_OF.items():
-            with phase(FORWARD):
-                moments = [self.passes.after_norm(block, ready.layer, exact_layer)]
+            moments: list[InputMoments] = []
+            if solver.needs_moments(first):
+                with phase(FORWARD):
+                    moments.append(self.passes.after_norm(block, ready.layer, exact_layer))
             with phase(SEARCH):
                 # Popped, so that the search can free them.
                 solver.solve(first, moments.pop)
             with phase(FORWARD):
-                partial = DecoderLayer.ready(solver.weights, model, device, CONSUMERS[first])
-                moments = [self.passes.before_sum(block, partial, exact_layer)]
-                del partial
+                if solver.needs_moments(last):
+                    partial = DecoderLayer.ready(solver.weights, model, device, CONSUMERS[first])
+                    moments.append(self.passes.before_sum(block, partial, exact_layer))
+                    del partial
+                else:
+                    self.passes.follow_exact(block, exact_layer)
             with phase(SEARCH):
                 solver.solve(last, moments.pop)
             with phase(FORWARD):
@@ -103,5 +108,5 @@ class LayerRun:
             layer = DecoderLayer.ready(stored, ready.layer.model, runner.device)
             # Half by half as a search does: on a GPU storing the states rounds them.
             for block in BLOCKS:
-                self.passes.exact_runner.advance(exact_layer, self.passes.exact, blocks=(block,))
+                self.passes.follow_exact(block, exact_layer)
                 self.passes.follow(block, layer)

@@ -90,6 +90,10 @@ class TapPasses:
         """Take the quantized stream through a half of the layer as it is stored."""
         self.runner.advance(stored, self.quantized, blocks=(block,))
 
+    def follow_exact(self, block: Block, exact_layer: DecoderLayer) -> None:
+        """Take the exact stream through a half of the layer where nobody asks for moments."""
+        self.exact_runner.advance(exact_layer, self.exact, blocks=(block,))
+
     def _batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, slice]]:
         # As many at once as when a stream goes through a finished layer: then the bits are alike.
         for batch in self.exact.batches():

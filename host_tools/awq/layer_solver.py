@@ -112,12 +112,17 @@ class LayerSolver:
         """The layer so far: quantized linears as they are stored, the others as they were."""
         return self._weights
 
+    def needs_moments(self, tap: Tap) -> bool:
+        """Tell whether a tap has linears that are quantized."""
+        return not self._kept.issuperset(CONSUMERS[tap])
+
     def solve(self, tap: Tap, take_moments: Callable[[], InputMoments]) -> None:
         """Quantize the linears of a tap; taps come in the order of `TAPS`.
 
         Args:
             tap: where the inputs were seen.
-            take_moments: hands out the moments of the inputs that the layer so far gives.
+            take_moments: hands out the moments of the inputs that the layer so far gives; is not
+                called where none are needed.
 
         Raises:
             PackageError: activations are not finite, or a value does not fit fp16.
@@ -125,7 +130,7 @@ class LayerSolver:
         names = CONSUMERS[tap]
         linears = {name: self._dense(name) for name in names}
         norm, producer = PRODUCERS[tap]
-        if self._kept.issuperset(names):
+        if not self.needs_moments(tap):
             changes: dict[str, object] = {name: self._kept_linear(name) for name in names}
             if norm is not None:
                 changes[norm] = in_fp16(getattr(self._weights, norm), norm)

@@ -14,6 +14,7 @@ from device_runtime.backends.cuda.weights import weight_layout
 from device_runtime.errors import UsageError
 from device_runtime.package_format.archive_reader import extract_archive
 from device_runtime.package_format.package import open_package
+from host_tools.awq.gram import MomentSums
 from host_tools.build import build
 from host_tools.checkpoint import Checkpoint, DenseLinear, QuantizedLinear
 from host_tools.checkpoint.families import LINEARS
@@ -131,6 +132,24 @@ def test_scales_cancel_around_what_is_kept(source, tmp_path):
     keep = [pattern for other, pattern in others.items() if other not in ("o", "down")]
     both = logits(run(source, tmp_path / "both", "layers.0.*", *keep), token_ids)
     assert torch.norm(both - original) < 0.75 * whole
+
+
+def test_what_is_kept_is_not_measured(source, tmp_path, monkeypatch):
+    """Moments and the passes for them are the most that a tap costs; here o and down need none."""
+    widths = []
+    add = MomentSums.add
+
+    def counted(self, exact, *others):
+        widths.append(exact.shape[-1])
+        add(self, exact, *others)
+
+    monkeypatch.setattr(MomentSums, "add", counted)
+    run(source, tmp_path / "whole")
+    # Two layers, one batch: q, k and v take 64, o 64, gate and up 64, down 96.
+    assert widths == [64, 64, 64, 96] * 2
+    widths.clear()
+    run(source, tmp_path / "awq", "*.o", "layers.1.down", "layers.0.q")
+    assert widths == [64, 96, 64, 64]
 
 
 def test_a_fused_module_of_the_checkpoint_stays_whole(tmp_path):
