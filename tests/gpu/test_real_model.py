@@ -27,6 +27,8 @@ VARIABLE = "TURBOJET_TEST_PACKAGE"
 TEXT_VARIABLE = "TURBOJET_TEST_TEXT"
 TEXT = Path(__file__).parents[1] / "data" / "evaluation.txt"
 WINDOWS, WINDOW_TOKENS = 8, 1024
+PAGES = 256.0
+"""Of each engine: two are open at once."""
 ROUNDING = 1e-4
 """1 - cosine that activations rounded to fp16 between kernels may cost a position."""
 GREEDY = SamplingParams(temperature=0.0)
@@ -49,6 +51,7 @@ def open_engine(root: Path, backend: str, quant_policy: int = 8, chunk: int = 25
         max_batch_size=8,
         quant_policy=quant_policy,
         max_tokens_per_step=chunk,
+        cache_max_entry_count=PAGES,
     )
     try:
         return Engine.open(root, options)
