@@ -221,9 +221,18 @@ def _num_pages(
 
 
 def _shortage(survey: MemorySurvey, page_bytes: int) -> str:
+    parts = (
+        ("weights", survey.weight_bytes),
+        ("workspace", survey.workspace_bytes),
+        ("context", survey.context_bytes),
+    )
+    taken = " + ".join(f"{name} {size // MIB} MiB" for name, size in parts)
+    free, available = survey.free_bytes, survey.available_bytes
+    left = f"leave {free // MIB} MiB" if free >= 0 else f"take {(available - free) // MIB} MiB"
+    smaller = "model"
+    if survey.workspace_bytes > survey.weight_bytes:
+        smaller = "session_len or max_batch_size"
     return (
-        f"weights {survey.weight_bytes // MIB} MiB + workspace {survey.workspace_bytes // MIB} MiB "
-        f"+ context {survey.context_bytes // MIB} MiB leave {survey.free_bytes // MIB} MiB of "
-        f"{survey.available_bytes // MIB} MiB; one KV page needs {page_bytes} bytes, close other "
-        "programs, raise the memory limit or use a smaller model"
+        f"{taken} {left} of {available // MIB} MiB; one KV page needs {page_bytes} bytes, close "
+        f"other programs, raise the memory limit or use a smaller {smaller}"
     )

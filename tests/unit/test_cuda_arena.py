@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from fake_cuda import FakeCuda, install
 
+from device_runtime.backends.cuda import survey
 from device_runtime.backends.cuda.arena import CHUNK_BYTES, allocate_arena
 from device_runtime.backends.cuda.driver import CudaDriver
 from device_runtime.backends.cuda.regions import ALIGNMENT, group_regions, region_bytes
@@ -63,6 +64,18 @@ def test_where_nothing_helps_the_message_says_what_to_do(monkeypatch, missing) -
     ):
         allocate_arena(driver, [1000 * MIB], "weights")
     assert fake.num_bytes == 0
+
+
+def test_a_board_has_free_what_its_host_calls_available(monkeypatch) -> None:
+    fake = FakeCuda(largest_block=0, capacity=600 * MIB, missing={"cuMemCreate"})
+    fake.attributes[18] = 1  # integrated: cuMemGetInfo counts the page cache as taken
+    monkeypatch.setattr(survey, "available_memory_bytes", lambda: 700 * MIB)
+    install(monkeypatch, fake)
+    with (
+        CudaDriver() as driver,
+        pytest.raises(OutOfMemoryError, match=r"need 1000 MiB of GPU memory and 700 MiB are free"),
+    ):
+        allocate_arena(driver, [1000 * MIB], "weights")
 
 
 def test_what_chunks_took_is_given_back_when_one_fails(monkeypatch) -> None:

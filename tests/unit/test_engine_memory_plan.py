@@ -147,13 +147,25 @@ def test_notes_of_the_backend_come_first() -> None:
     assert plan(survey, cache_max_entry_count=3.0).notes[0] == "layers are streamed"
 
 
-def test_no_room_for_a_page_shows_the_arithmetic() -> None:
-    survey = dataclasses.replace(SURVEY, available_bytes=8 << 20, weight_bytes=9 << 20)
-    with pytest.raises(
-        OutOfMemoryError,
-        match=r"weights 9 MiB \+ workspace 0 MiB \+ context 0 MiB leave -1 MiB of 8 MiB; "
-        "one KV page needs 16384 bytes",
-    ):
+@pytest.mark.parametrize(
+    ("weights", "workspace", "message"),
+    [
+        (
+            9 << 20,
+            0,
+            r"take 9 MiB of 8 MiB; one KV page needs 16384 .* smaller model",
+        ),
+        (
+            (8 << 20) - 9,
+            0,
+            r"weights 7 MiB \+ workspace 0 .* leave 0 MiB of 8 MiB",
+        ),
+        (1 << 20, 9 << 20, r"take 10 MiB of 8 MiB; .* smaller session_len or max_batch_size"),
+    ],
+)
+def test_no_room_for_a_page_shows_the_arithmetic(weights, workspace, message) -> None:
+    survey = MemorySurvey("reference", 8 << 20, weights, workspace)
+    with pytest.raises(OutOfMemoryError, match=message):
         plan(survey)
 
 

@@ -21,6 +21,7 @@ from device_runtime.backends.cuda.regions import (
     region_bytes,
     region_places,
 )
+from device_runtime.backends.cuda.survey import free_bytes
 from device_runtime.errors import DeviceError, OutOfMemoryError
 
 CHUNK_BYTES = 512 << 20
@@ -94,7 +95,7 @@ def allocate_arena(driver: CudaDriver, sizes: Sequence[int], what: str) -> Arena
             if attempt is not _mapped_chunks:
                 raise
             failures.append(error)  # no virtual memory management here
-    free, _ = driver.memory_info()
+    free = free_bytes(driver)
     raise OutOfMemoryError(
         f"{what} need {total // _MIB} MiB of GPU memory and {free // _MIB} MiB are free, but "
         "neither one block nor chunks could be had; close other programs, raise the CMA size or "

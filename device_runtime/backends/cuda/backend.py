@@ -15,10 +15,9 @@ from device_runtime.backends.cuda.runner import Runner
 from device_runtime.backends.cuda.sizes import MAX_STEPS_AHEAD
 from device_runtime.backends.cuda.state import Awaited
 from device_runtime.backends.cuda.support import check_model, sources_for
-from device_runtime.backends.cuda.survey import OpenDevice, open_device
+from device_runtime.backends.cuda.survey import OpenDevice, free_bytes, open_device
 from device_runtime.backends.kv_format import KvFormat
 from device_runtime.backends.memory_plan import MIB, CacheRequest, MemoryPlan, MemorySurvey
-from device_runtime.backends.reference.backend import available_memory_bytes
 from device_runtime.backends.reference.kv_cache import read_kv_scales
 from device_runtime.errors import InternalError
 from device_runtime.package_format.package import Package
@@ -53,9 +52,7 @@ class CudaBackend:
     def used_bytes(self) -> int:
         """Return what of the device is in use since it was opened, the context included."""
         device = self._open()
-        if device.driver.attribute("integrated"):
-            return device.free_bytes + device.context_bytes - available_memory_bytes()
-        return device.free_bytes + device.context_bytes - device.driver.memory_info()[0]
+        return device.free_bytes + device.context_bytes - free_bytes(device.driver)
 
     def check(self, package: Package) -> None:
         """Refuse a package that this device cannot run.

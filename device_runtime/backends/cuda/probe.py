@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from device_runtime.backends.cuda.driver import CudaDriver
 from device_runtime.backends.cuda.kernel_set import KernelSet, find_cubins, kernel_folders
+from device_runtime.backends.cuda.survey import free_bytes
 from device_runtime.kernels.graphs import Capture
 from device_runtime.kernels.libcuda import Event
 from device_runtime.package_format.package import Package
@@ -59,8 +60,7 @@ def measure_read_bandwidth(driver: CudaDriver, package: Package) -> float:
         DeviceError: there is no such kernel for the device, or no memory.
     """
     files = find_cubins(kernel_folders(package.kernels_dir), ("read_bandwidth",), 0, driver)
-    free, _ = driver.memory_info()
-    size = min(_READ_BYTES, free // 4) // 4096 * 4096
+    size = min(_READ_BYTES, free_bytes(driver) // 4) // 4096 * 4096
     kernels = KernelSet(driver, files)
     stream = driver.new_stream()
     address = driver.allocate(size + 4096)

@@ -38,12 +38,9 @@ def open_device() -> OpenDevice:
     available_before = _host_available()
     driver = open_driver()
     try:
+        free = free_bytes(driver)
         if driver.attribute("integrated"):
-            # cuMemGetInfo counts the page cache as taken (jetson facts D.1).
-            available = available_memory_bytes()
-            taken = max(0, available_before - available)
-            return OpenDevice(driver, taken, available)
-        free, _ = driver.memory_info()
+            return OpenDevice(driver, max(0, available_before - free), free)
         used_after = device_used_bytes()
         taken = CONTEXT_GUESS_BYTES
         if used_before is not None and used_after is not None:
@@ -52,6 +49,17 @@ def open_device() -> OpenDevice:
     except BaseException:
         driver.close()
         raise
+
+
+def free_bytes(driver: CudaDriver) -> int:
+    """Return what can be allocated now.
+
+    Where host and GPU share one memory it is what the host calls available: cuMemGetInfo counts
+    the page cache as taken (jetson facts D.1).
+    """
+    if driver.attribute("integrated"):
+        return available_memory_bytes()
+    return driver.memory_info()[0]
 
 
 def _host_available() -> int:
