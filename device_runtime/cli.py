@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from device_runtime import __version__
+from device_runtime.apps.safe_text import one_line
 from device_runtime.errors import EXIT_INTERRUPTED, DeviceError, TurbojetError
 
 PROGRAM = "turbojet"
@@ -159,9 +160,7 @@ def _json(parser: argparse.ArgumentParser) -> None:
 
 
 def _fail(message: str, code: int) -> int:
-    # Names of files and what archives say may hold what a terminal obeys, or a second line.
-    shown = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in message)
-    print(f"{PROGRAM}: {shown}", file=sys.stderr)
+    print(f"{PROGRAM}: {one_line(message)}", file=sys.stderr)
     return code
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from dataclasses import replace
 
@@ -23,6 +22,7 @@ from device_runtime.apps.bench_runs import Result, Workload, run_workload
 from device_runtime.apps.chat_view import make_console
 from device_runtime.apps.engine_flags import add_engine_arguments, engine_options
 from device_runtime.apps.model import open_installed
+from device_runtime.apps.safe_text import json_text
 from device_runtime.backends.sampling_params import SamplingParams
 from device_runtime.backends.synthetic import SHAPES, synthetic_package
 from device_runtime.engine.configure import cache_request
@@ -92,7 +92,7 @@ def run_bench(args: argparse.Namespace) -> int:
         )
     report = measure(args, workloads)
     if args.json:
-        print(json.dumps(report_facts(report), indent=2, ensure_ascii=False))
+        print(json_text(report_facts(report), indent=2))
     elif args.csv:
         print(to_csv([result_facts(result, report.machine) for result in report.results]), end="")
     else:

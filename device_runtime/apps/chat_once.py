@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from contextlib import closing
@@ -12,6 +11,7 @@ from device_runtime.apps.chat_filter import ControlFilter
 from device_runtime.apps.chat_interrupt import StopSignal
 from device_runtime.apps.chat_settings import ChatSettings
 from device_runtime.apps.chat_status import AnswerFacts
+from device_runtime.apps.safe_text import json_text
 from device_runtime.errors import EXIT_INTERRUPTED, UsageError
 
 MAX_INPUT_BYTES = 16 << 20
@@ -87,15 +87,8 @@ def answer_as_json(
         "decode_tok_s": round(facts.decode_tok_s, 3),
         "seed": seed,
     }
-    print(json_line(result))
+    print(json_text(result))
     return EXIT_INTERRUPTED if is_stopped else 0
-
-
-def json_line(value: object) -> str:
-    """Return JSON that is readable and that a terminal can be shown: C1 controls are escaped."""
-    is_unicode = (sys.stdout.encoding or "").lower().startswith("utf")
-    text = json.dumps(value, ensure_ascii=not is_unicode)
-    return "".join(f"\\u{ord(char):04x}" if "\x7f" <= char <= "\x9f" else char for char in text)
 
 
 def length_note(

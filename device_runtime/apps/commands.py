@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
@@ -15,6 +14,7 @@ from device_runtime.apps.model import install_archive, outcome_sentence, tell
 from device_runtime.apps.model_list import list_releases, to_table
 from device_runtime.apps.places import data_dir
 from device_runtime.apps.progress_bar import byte_progress
+from device_runtime.apps.safe_text import json_text
 from device_runtime.apps.store import Store, find_package
 from device_runtime.apps.verify import Verified, verify_release
 from device_runtime.errors import UsageError
@@ -131,4 +131,4 @@ def _source(archive: str) -> Path | BinaryIO:
 
 
 def _print_json(value: object) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    print(json_text(value, indent=2))

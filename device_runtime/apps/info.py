@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 
 from device_runtime.apps.board_plans import board_facts, board_lines
@@ -12,6 +11,7 @@ from device_runtime.apps.model import open_installed
 from device_runtime.apps.model_facts import package_facts, package_lines, to_text
 from device_runtime.apps.model_plan import plan_facts, plan_lines
 from device_runtime.apps.places import data_dir
+from device_runtime.apps.safe_text import json_text
 from device_runtime.apps.store import Store
 from device_runtime.package_format.boards import parse_targets
 
@@ -44,7 +44,7 @@ def run_info(args: argparse.Namespace) -> int:
     if args.json:
         facts = package_facts(package, release) | {"plan": plan_facts(package, options)}
         facts |= {"boards": board_facts(package, options, boards)} if boards else {}
-        print(json.dumps(facts, indent=2, ensure_ascii=False))
+        print(json_text(facts, indent=2))
     else:
         lines = package_lines(package, release) + plan_lines(package, options)
         print(to_text(lines + board_lines(package, options, boards)))

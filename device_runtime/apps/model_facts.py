@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from device_runtime.apps.release import Release
+from device_runtime.apps.safe_text import one_line
 from device_runtime.kernels.cubins import read_record
 from device_runtime.package_format.amounts import format_bytes
 from device_runtime.package_format.kv_page import kv_page_bytes
@@ -25,7 +26,7 @@ class Line:
 def to_text(lines: list[Line]) -> str:
     """Return lines with their labels in one column; an empty label goes on with the one before."""
     width = max(len(line.label) for line in lines)
-    return "\n".join(f"{line.label:<{width}}  {line.text}" for line in lines)
+    return "\n".join(f"{line.label:<{width}}  {one_line(line.text)}" for line in lines)
 
 
 def package_facts(package: Package, release: Release | None) -> dict[str, object]:

@@ -319,6 +319,19 @@ def test_a_release_of_a_later_format_is_not_called_damaged(turbojet, archives, d
         assert err.endswith("; update turbojet\n")
 
 
+def test_what_a_package_says_cannot_steer_the_terminal(turbojet, tmp_path) -> None:
+    root = whole_package(tmp_path / "package")
+    said = "a\x1b]0;title\x07\u202eb\x9b2J\nname  other"
+    manifest = json.loads((root / names.MANIFEST).read_text())
+    manifest["provenance"]["source"] = said
+    (root / names.MANIFEST).write_text(json.dumps(manifest))
+    (origin,) = [line for line in turbojet("info", str(root))[1].splitlines() if "title" in line]
+    assert r"a\x1b]0;title\x07\u202eb\x9b2J\nname  other" in origin
+    out = turbojet("info", str(root), "--json")[1]
+    assert [char for char in out if not char.isprintable() and char != "\n"] == []
+    assert json.loads(out)["provenance"]["source"] == said
+
+
 def test_what_a_terminal_obeys_is_shown_and_not_obeyed(turbojet) -> None:
     code, _, err = turbojet("install", "no\x1b[2J\nsuch\udcff\u4f60.tgz")
     assert code == 2
