@@ -62,14 +62,14 @@ class Adapter:
             own = _SAVED.sub(".", name.removeprefix(_PREFIX))
             found = _FACTOR.fullmatch(own)
             if found is not None:
-                factors.setdefault(found["module"], {})[found["factor"]] = name
+                _put(factors.setdefault(found["module"], {}), found["factor"], name)
             elif "lora_" in own or not name.startswith(_PREFIX):
                 raise PackageError(
                     f"tensor {name[:120]} of the adapter is no factor of a linear, turbojet "
                     f"merges plain LoRA; save the merged checkpoint and use that"
                 )
             else:
-                self._replaced[own] = name
+                _put(self._replaced, own, name)
         if not factors and not self._replaced:
             raise PackageError(
                 f"the weights of the adapter {folder} are empty, save the adapter again"
@@ -77,6 +77,9 @@ class Adapter:
         self._factors = {
             f"{module}.{WEIGHT}": _whole_pair(module, pair) for module, pair in factors.items()
         }
+        for name, pair in self._factors.items():
+            if name in self._replaced:
+                raise _ambiguous(self._replaced[name], pair.a)
 
     @classmethod
     def find(cls, folder: Path) -> Adapter | None:
@@ -165,6 +168,20 @@ def _open_weights(folder: Path) -> TensorFiles:
             opener = SafetensorsFile if path.suffix == SAFETENSORS else PickledFile
             return TensorFiles({name: opener(path)})
     raise PackageError(f"{folder} has no {' or '.join(ADAPTER_WEIGHTS)}, name a LoRA adapter")
+
+
+def _put(names: dict[str, str], meaning: str, name: str) -> None:
+    """Note what a tensor means; one that means the same under another name is refused."""
+    if meaning in names:
+        raise _ambiguous(names[meaning], name)
+    names[meaning] = name
+
+
+def _ambiguous(one: str, other: str) -> PackageError:
+    return PackageError(
+        f"the adapter has {one[:120]} and {other[:120]}, which change the same weight; remove one "
+        f"of them or save the adapter again"
+    )
 
 
 def _whole_pair(module: str, pair: Mapping[str, str]) -> Factors:

@@ -281,6 +281,30 @@ def test_tensors_that_have_no_place_are_refused(tmp_path, base, name, shape, com
         opened(base, folder, tmp_path / "both")
 
 
+@pytest.mark.parametrize(
+    ("names", "complaint"),
+    [
+        (
+            ("q_proj.lora_A.default.weight", "q_proj.lora_A.weight", "q_proj.lora_B.weight"),
+            r"q_proj.lora_A.default.weight and .*q_proj.lora_A.weight, which change the same",
+        ),
+        (
+            ("q_proj.modules_to_save.weight", "q_proj.modules_to_save.default.weight"),
+            r"modules_to_save.* and .*modules_to_save.*, which change the same weight",
+        ),
+        (
+            ("q_proj.weight", "q_proj.lora_A.weight", "q_proj.lora_B.weight"),
+            r"q_proj.weight and .*q_proj.lora_A.weight, which change the same weight",
+        ),
+    ],
+)
+def test_two_tensors_for_one_place_are_refused(tmp_path, base, names, complaint) -> None:
+    module = "base_model.model.model.layers.0.self_attn"
+    folder = write_adapter(tmp_path / "odd", {f"{module}.{name}": torch.zeros(4) for name in names})
+    with pytest.raises(PackageError, match=complaint):
+        opened(base, folder, tmp_path / "both")
+
+
 def test_an_adapter_that_changes_nothing_is_refused(tmp_path, base) -> None:
     folder = write_adapter(tmp_path / "odd", {})
     with pytest.raises(PackageError, match=r"the weights of the adapter .* are empty, save the"):
