@@ -99,8 +99,10 @@ def plan_config(
         max_tokens_per_step=DEFAULT_TOKENS_PER_STEP,
         kv_format=KvFormat(policy),
     )
-    boards, left_out = choose_boards(model, request, boards, is_all=is_all)
+    short = replace(request, session_len=MIN_SESSION, max_batch_size=1)
+    boards, left_out = choose_boards(model, short, boards, is_all=is_all)
     board = min(boards, key=lambda candidate: fitting_tokens(model, request, candidate))
+    _check_workspace(model, request, board)
     _check_pages(model, request, board)
     fitting = fitting_tokens(model, request, board)
     if values.session_len is None:
@@ -208,6 +210,16 @@ def _taken(survey: MemorySurvey, sign: str) -> str:
     return sign.join(f"{name} {size // MIB} MiB" for name, size in parts)
 
 
+def _check_workspace(model: ModelConfig, request: CacheRequest, board: Board) -> None:
+    """Refuse sequences whose tables and states alone are more than a board holds."""
+    survey = board_survey(model, request, board)
+    if survey.free_bytes < 0:
+        raise UsageError(
+            f"session-len {request.session_len} with max-batch-size {request.max_batch_size} does "
+            f"not fit on {board.name}: {_taken(survey, ' + ')} {_left(survey)}; use smaller ones"
+        )
+
+
 def _check_pages(model: ModelConfig, request: CacheRequest, board: Board) -> None:
     """Refuse a number of pages that is more than a board holds, and a share that is not one."""
     count = request.cache_max_entry_count
@@ -249,13 +261,17 @@ def _too_small(model: ModelConfig, request: CacheRequest, board: Board) -> str:
     survey = board_survey(model, request, board)
     page_bytes = kv_page_bytes(model, request.page_size, request.kv_format.value)
     needed = -(-MIN_SESSION // request.page_size) * page_bytes
-    free = survey.free_bytes
-    share = f", {MAX_KV_SHARE:.0%} of it for KV" if free > 0 else ""
+    share = f", {MAX_KV_SHARE:.0%} of it for KV" if survey.free_bytes > 0 else ""
     return (
-        f"{board.name} is too small: {_taken(survey, ' + ')} leave {free // MIB} MiB of "
-        f"{survey.available_bytes // MIB} MiB usable{share}, and {MIN_SESSION} tokens of KV need "
-        f"{-(-needed // MIB)} MiB"
+        f"{board.name} is too small: {_taken(survey, ' + ')} {_left(survey)}{share}, and "
+        f"{MIN_SESSION} tokens of KV need {-(-needed // MIB)} MiB"
     )
+
+
+def _left(survey: MemorySurvey) -> str:
+    free, available = survey.free_bytes, survey.available_bytes
+    left = f"leave {free // MIB}" if free >= 0 else f"take {(available - free) // MIB}"
+    return f"{left} MiB of {available // MIB} MiB usable"
 
 
 def _remedy(model: ModelConfig) -> str:

@@ -159,6 +159,19 @@ def test_a_session_that_does_not_fit_is_refused_with_the_arithmetic():
         plan_config(MODEL, [with_free(900, asked)], ConfigValues(session_len=30000))
 
 
+def test_sequences_whose_tables_do_not_fit_are_refused():
+    for values in (
+        ConfigValues(session_len=10**12),
+        ConfigValues(session_len=4096, max_batch_size=10**7),
+    ):
+        with pytest.raises(
+            UsageError,
+            match=r"session-len \d+ with max-batch-size \d+ does not fit on small: weights 640 MiB "
+            r"\+ workspace \d+ MiB \+ .* take \d+ MiB of 2048 MiB usable; use smaller ones",
+        ):
+            plan_config(MODEL, [SMALL], values)
+
+
 def test_a_named_board_that_is_too_small_is_refused():
     # 512 tokens are 8 pages or 16.5 MiB; 80% of 20 MiB are less
     with pytest.raises(
@@ -169,7 +182,7 @@ def test_a_named_board_that_is_too_small_is_refused():
     ):
         plan_config(MODEL, [with_free(20), LARGE], ConfigValues())
     plan_config(MODEL, [with_free(21), LARGE], ConfigValues())
-    with pytest.raises(UsageError, match=r"512 tokens of KV need 17 MiB; choose a smaller model"):
+    with pytest.raises(UsageError, match=r"take \d+ MiB of 500 MiB usable, and 512 .* choose a"):
         plan_config(replace(MODEL, head_type="int8"), [board("tiny", 500)], ConfigValues())
 
 
