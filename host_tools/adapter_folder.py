@@ -13,7 +13,7 @@ from pathlib import Path
 
 from device_runtime.errors import PackageError, UsageError
 from device_runtime.package_format.durable import write_atomically
-from host_tools.checkpoint_folder import check_folder
+from host_tools.checkpoint_folder import check_folder, folder_name
 from host_tools.checkpoint_names import (
     ADAPTER_CONFIG,
     ADAPTER_DIR,
@@ -103,5 +103,5 @@ def _fill(base: Path, adapter: Path, folder: Path) -> None:
 
 
 def _adapted(origin: Origin, adapter: Path) -> Origin:
-    source = f"{origin.provenance.source} + {adapter.resolve().name}"
+    source = f"{origin.provenance.source} + {folder_name(adapter)}"
     return Origin(replace(origin.provenance, source=source), origin.method)

@@ -8,6 +8,7 @@ from pathlib import Path
 from device_runtime.errors import UsageError
 from device_runtime.package_format.archive_writer import ARCHIVE_SUFFIX
 from device_runtime.package_format.model_config import ModelConfig
+from host_tools.checkpoint_folder import folder_name
 from host_tools.fetch.sources import FolderSource, GgufSource, parse_source
 from host_tools.options import GROUP_SIZES
 
@@ -23,12 +24,12 @@ def default_name(source: str, adapter: Path | None = None) -> str:
         UsageError: the source is nothing we know.
     """
     if adapter is not None:
-        return f"{default_name(source)}-{adapter.resolve().name}"
+        return f"{default_name(source)}-{folder_name(adapter)}"
     found = parse_source(source)
     if isinstance(found, GgufSource):
         return _GGUF_QUANTIZATION.sub("", found.path.stem)
     if isinstance(found, FolderSource):
-        return found.path.resolve().name
+        return folder_name(found.path)
     return found.model_id.rpartition("/")[2]
 
 

@@ -1,4 +1,4 @@
-"""Looks at a checkpoint's folder before anything in it is read: links, pointers, hub caches."""
+"""Looks at a checkpoint's folder before anything in it is read: its name, links, pointers."""
 
 from __future__ import annotations
 
@@ -17,9 +17,26 @@ SNAPSHOTS = "snapshots"
 BLOBS = "blobs"
 """Hugging Face's cache keeps files here and links to them from ``snapshots/REVISION``."""
 
+_CACHED_MODEL = "models--"
+_CACHED_DOT = "___"
+
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 """What Git LFS leaves in the place of a file that was not pulled (git-lfs docs/spec.md)."""
 _MAX_POINTER_BYTES = 1024
+
+
+def folder_name(folder: Path) -> str:
+    """Return the name of the model in a folder: the folder's own, or what a hub's cache means.
+
+    Hugging Face keeps ``owner/name`` in ``models--owner--name/snapshots/REVISION`` (huggingface_hub
+    ``file_download.py``, repo_folder_name); ModelScope writes a dot of the name as three
+    underscores (modelscope ``hub/utils/utils.py``).
+    """
+    real = folder.resolve()
+    cached = real.parent.parent.name
+    if real.parent.name == SNAPSHOTS and cached.startswith(_CACHED_MODEL):
+        return cached.rpartition("--")[2]
+    return real.name.replace(_CACHED_DOT, ".")
 
 
 def check_folder(folder: Path) -> None:

@@ -13,6 +13,7 @@ from device_runtime.errors import PackageError
 from device_runtime.package_format import strict_json
 from device_runtime.package_format.durable import write_atomically
 from device_runtime.package_format.manifest import Calibration, Provenance, ToolVersion
+from host_tools.checkpoint_folder import folder_name
 from host_tools.stage import RECORD_DIR
 
 ORIGIN_FILE = "origin.json"
@@ -47,7 +48,7 @@ def read_origin(folder: Path, *, is_quantized: bool, method: Method = "awq") -> 
     path = folder / RECORD_DIR / ORIGIN_FILE
     if not path.is_file():
         made_by: Method = method if is_quantized else "none"
-        return Origin(Provenance(folder.resolve().name, "folder"), made_by)
+        return Origin(Provenance(folder_name(folder), "folder"), made_by)
     try:
         value = strict_json.parse_object(path.read_bytes(), str(path), MAX_ORIGIN_BYTES)
         return strict_json.decode(Origin, value, str(path))

@@ -55,6 +55,8 @@ def parse_source(text: str) -> Source:
     Raises:
         UsageError: it is nothing of these.
     """
+    if not text:
+        raise UsageError("the source is an empty text, name a folder, a GGUF file or a model id")
     if text.lower() in ALIASES:
         return HubSource(ALIASES[text.lower()])
     path = Path(text).expanduser()

@@ -6,6 +6,7 @@ from test_plan import MODEL
 
 from device_runtime.errors import UsageError
 from host_tools.build_choices import default_name, default_work_dir, largest_group_size
+from host_tools.origin import read_origin
 
 
 @pytest.mark.parametrize(
@@ -63,6 +64,23 @@ def test_folders_and_hub_ids_lend_their_last_part(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "my-model")
     assert default_name(".") == "my-model"
     assert default_name("Shanghai_AI_Laboratory/internlm2-chat-1_8b") == "internlm2-chat-1_8b"
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        ("hub/models--Qwen--Qwen2.5-7B-Instruct/snapshots/0a1b2c", "Qwen2.5-7B-Instruct"),
+        ("hub/models--gpt2/snapshots/0a1b2c", "gpt2"),
+        ("photos/snapshots/0a1b2c", "0a1b2c"),
+        ("modelscope/Qwen/Qwen2___5-7B-Instruct", "Qwen2.5-7B-Instruct"),
+    ],
+)
+def test_caches_of_hubs_lend_the_models_name(tmp_path, folder, name):
+    (tmp_path / folder).mkdir(parents=True)
+    assert default_name(str(tmp_path / folder)) == name
+    assert default_name("org/base", tmp_path / folder) == f"base-{name}"
+    origin = read_origin(tmp_path / folder, is_quantized=False)
+    assert origin.provenance.source == name
 
 
 def test_the_work_folder_lies_beside_the_archive():
