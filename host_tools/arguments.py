@@ -27,23 +27,23 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 def fetch_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``fetch``."""
     _source(parser)
-    parser.add_argument("--output", type=Path, required=True, help="folder for the checkpoint")
+    parser.add_argument("--output", type=_path, required=True, help="folder for the checkpoint")
     _fetch_options(parser)
 
 
 def calibrate_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``calibrate``."""
-    parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="folder of a checkpoint")
-    parser.add_argument("--work-dir", type=Path, required=True, help="folder for the statistics")
+    parser.add_argument("checkpoint", type=_path, metavar="CKPT", help="folder of a checkpoint")
+    parser.add_argument("--work-dir", type=_path, required=True, help="folder for the statistics")
     _calibrate_options(parser)
 
 
 def quantize_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``quantize``."""
     defaults = QuantizeOptions()
-    parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="folder of a checkpoint")
-    parser.add_argument("--work-dir", type=Path, required=True, help="folder of the statistics")
-    parser.add_argument("--output", type=Path, required=True, help="folder for the AWQ checkpoint")
+    parser.add_argument("checkpoint", type=_path, metavar="CKPT", help="folder of a checkpoint")
+    parser.add_argument("--work-dir", type=_path, required=True, help="folder of the statistics")
+    parser.add_argument("--output", type=_path, required=True, help="folder for the AWQ checkpoint")
     _quantize_options(parser, METHODS, defaults.group_size, "inputs that share a scale")
     _device(parser, defaults.device)
     _devices(parser)
@@ -51,9 +51,9 @@ def quantize_arguments(parser: argparse.ArgumentParser) -> None:
 
 def convert_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``convert``."""
-    parser.add_argument("checkpoint", type=Path, metavar="AWQ_OR_FP16_DIR")
+    parser.add_argument("checkpoint", type=_path, metavar="AWQ_OR_FP16_DIR")
     parser.add_argument("--model-name", required=True, help="name of the package")
-    parser.add_argument("--output", type=Path, required=True, help="folder for the workspace")
+    parser.add_argument("--output", type=_path, required=True, help="folder for the workspace")
     _option(
         parser, "--group-size", int, 0, "what a 4-bit checkpoint must have; 0 takes what it has"
     )
@@ -69,26 +69,26 @@ def convert_arguments(parser: argparse.ArgumentParser) -> None:
 
 def kv_qparams_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``kv-qparams``."""
-    parser.add_argument("work_dir", type=Path, metavar="W", help="folder of the statistics")
-    parser.add_argument("workspace", type=Path, metavar="TM_DIR", help="what convert wrote")
+    parser.add_argument("work_dir", type=_path, metavar="W", help="folder of the statistics")
+    parser.add_argument("workspace", type=_path, metavar="TM_DIR", help="what convert wrote")
     _kv_options(parser)
     _option(parser, "--tp", int, KvQparamsOptions().tp, "ranks; 0 takes what config.ini says")
 
 
 def pack_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``pack``."""
-    parser.add_argument("workspace", type=Path, metavar="TM_DIR", help="what convert wrote")
-    parser.add_argument("--output", type=Path, required=True, help="the archive, X.tgz")
+    parser.add_argument("workspace", type=_path, metavar="TM_DIR", help="what convert wrote")
+    parser.add_argument("--output", type=_path, required=True, help="the archive, X.tgz")
     _target(parser)
 
 
 def build_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``build``: those of all stages."""
     _source(parser)
-    parser.add_argument("--output", type=Path, required=True, help="the archive, X.tgz")
+    parser.add_argument("--output", type=_path, required=True, help="the archive, X.tgz")
     parser.add_argument(
         "--work-dir",
-        type=Path,
+        type=_path,
         help="folder of every stage's result (default: X.work beside X.tgz)",
     )
     parser.add_argument(
@@ -107,13 +107,13 @@ def build_arguments(parser: argparse.ArgumentParser) -> None:
 
 def kernels_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``kernels``."""
-    parser.add_argument("--output", type=Path, required=True, help="folder for the cubins")
+    parser.add_argument("--output", type=_path, required=True, help="folder for the cubins")
     parser.add_argument(
         "--sm", type=int, nargs="+", metavar="N", help="build only for these, such as 87 110"
     )
     parser.add_argument(
         "--compilers",
-        type=Path,
+        type=_path,
         default=None,
         metavar="DIR",
         help="where NVIDIA's compilers are kept, pip fetches what is missing (default: nvrtc in "
@@ -124,7 +124,7 @@ def kernels_arguments(parser: argparse.ArgumentParser) -> None:
 def report_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``report``."""
     parser.add_argument(
-        "work_dir", type=Path, metavar="WORK", help="work folder of a build, X.work beside X.tgz"
+        "work_dir", type=_path, metavar="WORK", help="work folder of a build, X.work beside X.tgz"
     )
 
 
@@ -150,9 +150,16 @@ def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         "KV format of packages: 0, 4 or 8 (default: config.ini's)",
     )
     parser.add_argument(
-        "--work-dir", type=Path, metavar="WORK", help="of a build, to add the table to its report"
+        "--work-dir", type=_path, metavar="WORK", help="of a build, to add the table to its report"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _path(text: str) -> Path:
+    """Return a path; an empty one would be the current folder without a word."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a path, got an empty text")
+    return Path(text)
 
 
 def _source(parser: argparse.ArgumentParser) -> None:
@@ -183,7 +190,7 @@ def _fetch_options(parser: argparse.ArgumentParser) -> None:
     _option(parser, "--max-workers", int, defaults.max_workers, "files downloaded at a time")
     parser.add_argument(
         "--adapter",
-        type=Path,
+        type=_path,
         metavar="DIR",
         help="folder of a LoRA adapter, merged into SOURCE while it is read",
     )

@@ -27,9 +27,11 @@ from host_tools.content_hash import content_files
 from host_tools.convert import convert, target_model
 from host_tools.costs import COSTS
 from host_tools.fetch.fetch import fetch
+from host_tools.fetch.sources import FolderSource, parse_source
 from host_tools.kv_qparams import kv_qparams
 from host_tools.meter import Meter
 from host_tools.options import QuantizeOptions
+from host_tools.output_folder import check_outside
 from host_tools.pack import pack_once, planned_manifest
 from host_tools.package_options import (
     ALL_TARGETS,
@@ -108,6 +110,9 @@ def build(
     if output.is_dir():
         raise UsageError(f"{output} is a folder, name the archive to write in it")
     boards = parse_targets(options.target)
+    found = parse_source(source)
+    if isinstance(found, FolderSource):
+        check_outside(found.path, output, work_dir)
     with exclusive(work_dir, "build-lock"):
         return _Build(source, output, work_dir, options, progress).run(boards)
 

@@ -22,7 +22,7 @@ from host_tools.decoder.prefetch import ready_layers
 from host_tools.decoder.snapshots import Snapshots
 from host_tools.decoder.stream import Activations, LayerRunner
 from host_tools.options import CalibrateOptions
-from host_tools.output_folder import scratch_folder
+from host_tools.output_folder import check_outside, scratch_folder
 from host_tools.phase_times import DISK, FORWARD, HASHING, READING, WINDOWS, PhaseTimes
 from host_tools.progress import Progress
 from host_tools.stage import RECORD_DIR, Stage, exclusive
@@ -64,9 +64,11 @@ def calibrate(
 
     Raises:
         PackageError: the checkpoint is damaged or already quantized.
-        UsageError: the calibration set is too short, or the windows exceed the model's context.
+        UsageError: the calibration set is too short, the windows exceed the model's context, or
+            ``work_dir`` lies in the checkpoint.
         DeviceError: the device is not there.
     """
+    check_outside(checkpoint_dir, work_dir)
     times = PhaseTimes()
     stage = calibrate_stage(checkpoint_dir, work_dir, options)
     with exclusive(work_dir):

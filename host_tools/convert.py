@@ -19,7 +19,7 @@ from host_tools.checkpoint.families import QWEN1
 from host_tools.lmdeploy.limits import check_model_name, check_runs
 from host_tools.lmdeploy.tree import TOP_LEVEL, is_tree, remove_tree, write_tree
 from host_tools.origin import read_origin
-from host_tools.output_folder import replace_folder
+from host_tools.output_folder import check_outside, replace_folder
 from host_tools.package_facts import describe
 from host_tools.package_options import LMDEPLOY, ConvertOptions
 from host_tools.progress import Progress
@@ -46,12 +46,13 @@ def convert(
         ``output``.
 
     Raises:
-        UsageError: ``output`` holds something else, another process writes it, or the group size
-            is not the checkpoint's, or the library of its tokenizer is not installed, or the name
-            is none of LMDeploy's where the workspace is for it.
+        UsageError: ``output`` holds something else or lies in the checkpoint, another process
+            writes it, or the group size is not the checkpoint's, or the library of its tokenizer is
+            not installed, or the name is none of LMDeploy's where the workspace is for it.
         PackageError: the checkpoint is damaged or cannot be laid out so, its tokenizer.model or
             qwen.tiktoken cannot be converted exactly, or LMDeploy cannot run the model it is for.
     """
+    check_outside(checkpoint_dir, output)
     stage = convert_stage(checkpoint_dir, output, options)
     if is_converted(stage):
         progress.note(f"convert: {output} is up to date")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from device_runtime.errors import UsageError
+from device_runtime.package_format.strict_json import MAX_INTEGER
 
 DEVICES = ("auto", "cpu", "cuda")
 METHODS = ("awq", "rtn")
@@ -36,10 +37,12 @@ class CalibrateOptions:
         """Refuse what cannot be.
 
         Raises:
-            UsageError: a count below 1, or an unknown device.
+            UsageError: a count below 1, a seed that no manifest holds, or an unknown device.
         """
         check_at_least_one("calib-samples", self.num_samples)
         check_at_least_one("calib-seqlen", self.seqlen)
+        if abs(self.seed) > MAX_INTEGER:
+            raise UsageError(f"seed is {self.seed}, expected at most {MAX_INTEGER}")
         check_choice("device", self.device, DEVICES)
         check_devices(self.devices)
 

@@ -30,6 +30,21 @@ def check_replaceable(output: Path, stage: Stage) -> None:
         )
 
 
+def check_outside(checkpoint: Path, *places: Path) -> None:
+    """Refuse to write into a checkpoint: stages know their finished work by what is in it.
+
+    Raises:
+        UsageError: one of the places lies in the checkpoint's folder, or is it.
+    """
+    folder = checkpoint.resolve()
+    for place in places:
+        if place.resolve().is_relative_to(folder):
+            raise UsageError(
+                f"{place} lies in the checkpoint {checkpoint}, which stays as it is; name a place "
+                f"outside of it"
+            )
+
+
 def replace_folder(part: Path, output: Path) -> None:
     """Put the finished folder ``part`` in place of ``output``; a kill leaves one of them whole."""
     old = output.with_name(f".{output.name}.old")

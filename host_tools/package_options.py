@@ -124,9 +124,7 @@ class ConvertOptions:
             check_package_name(self.model_name)
         except PackageError as error:
             raise UsageError(f"model-name: {error}") from error
-        check_at_least_one("tp", self.tp)
-        if self.tp & (self.tp - 1):
-            raise UsageError(f"tp is {self.tp}, expected a power of two")
+        _check_ranks(self.tp)
         if self.group_size not in (0, *GROUP_SIZES):
             raise UsageError(f"group-size is {self.group_size}, choose 128, 64 or 32")
         check_choice("head", self.head, HEADS)
@@ -213,12 +211,19 @@ class BuildOptions:
         """Refuse what cannot be; the stages' own options check the rest.
 
         Raises:
-            UsageError: an unknown method, group size or head, or patterns where nothing is
-                quantized.
+            UsageError: an unknown method, group size or head, tp no power of two, or patterns
+                where nothing is quantized.
         """
+        _check_ranks(self.tp)
         check_choice("method", self.method, BUILD_METHODS)
         if self.group_size not in (0, *GROUP_SIZES):
             raise UsageError(f"w-group-size is {self.group_size}, choose 128, 64 or 32")
         check_choice("head", self.head, HEADS)
         if self.keep_fp16 and self.method == "none":
             raise UsageError("keep-fp16 goes with a method that quantizes, --method none does not")
+
+
+def _check_ranks(tp: int) -> None:
+    check_at_least_one("tp", tp)
+    if tp & (tp - 1):
+        raise UsageError(f"tp is {tp}, expected a power of two")

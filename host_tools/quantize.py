@@ -17,7 +17,12 @@ from host_tools.decoder.devices import choose_devices
 from host_tools.layer_records import write_quantize_record
 from host_tools.options import GROUP_SIZES, QuantizeOptions
 from host_tools.origin import read_origin, write_origin
-from host_tools.output_folder import check_replaceable, replace_folder, scratch_folder
+from host_tools.output_folder import (
+    check_outside,
+    check_replaceable,
+    replace_folder,
+    scratch_folder,
+)
 from host_tools.phase_times import DISK, HASHING, PhaseTimes
 from host_tools.progress import Progress
 from host_tools.quantize_layers import LayerQuantizer
@@ -61,6 +66,7 @@ def quantize(
         PackageError: the checkpoint is damaged or quantized already, or not calibrated.
         DeviceError: the device is not there.
     """
+    check_outside(checkpoint_dir, work_dir, output_dir)
     times = PhaseTimes()
     stage = quantize_stage(checkpoint_dir, work_dir, output_dir, options)
     with exclusive(work_dir):

@@ -87,6 +87,7 @@ def test_an_alias_is_not_hidden_by_a_folder_of_its_name(here: Path) -> None:
         ("gone.gguf", "there is no file gone.gguf, name a GGUF file that exists"),
         ("notes.txt", "notes.txt is a file but no .gguf"),
         ("internlm2-chat-1_8", "is no folder, .* did you mean internlm2-chat-1_8b"),
+        ("", "the source is an empty text, name a folder, a GGUF file or a model id"),
         ("what is this", "'what is this' is no folder, GGUF file, alias or ModelScope id"),
         ("../../etc", "is no folder, GGUF file, alias or ModelScope id"),
         ("team/..", "is no folder, GGUF file, alias or ModelScope id"),

@@ -94,6 +94,21 @@ def test_unknown_options_and_abbreviations_are_errors(verb, capsys):
         assert flag in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["build", "m", "--output="],
+        ["build", "m", "--output=x.tgz", "--work-dir="],
+        ["pack", "", "--output=x.tgz"],
+    ],
+)
+def test_an_empty_path_is_not_the_current_folder(argv, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(argv)
+    assert stop.value.code == 2
+    assert "expected a path, got an empty text" in capsys.readouterr().err
+
+
 def test_the_version_is_the_distributions(capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(["--version"])

@@ -7,6 +7,7 @@ from host_tools.options import (
     QuantizeOptions,
     parse_devices,
 )
+from host_tools.package_options import BuildOptions
 
 
 def test_defaults_are_those_of_lmdeploy_lite():
@@ -19,6 +20,7 @@ def test_defaults_are_those_of_lmdeploy_lite():
     ("make", "sentence"),
     [
         (lambda: CalibrateOptions(num_samples=0), "calib-samples is 0, expected at least 1"),
+        (lambda: CalibrateOptions(seed=2**63), "seed is 9223372036854775808, expected at most"),
         (lambda: CalibrateOptions(seqlen=0), "calib-seqlen is 0, expected at least 1"),
         (lambda: CalibrateOptions(device="tpu"), "device is 'tpu', choose one of auto, cpu, cuda"),
         (lambda: QuantizeOptions(w_bits=3), "w-bits is 3, only 4 can be quantized and run"),
@@ -27,6 +29,8 @@ def test_defaults_are_those_of_lmdeploy_lite():
         (lambda: QuantizeOptions(device="tpu"), "device is 'tpu'"),
         (lambda: QuantizeOptions(devices=("0", "cpu")), "devices is '0,cpu', name the numbers of"),
         (lambda: CalibrateOptions(devices=("cuda:0",)), "devices is 'cuda:0', name the numbers of"),
+        (lambda: BuildOptions(tp=0), "tp is 0, expected at least 1"),
+        (lambda: BuildOptions(tp=3), "tp is 3, expected a power of two"),
         (lambda: EvaluateOptions(num_samples=0), "samples is 0, expected at least 1"),
         (lambda: EvaluateOptions(seqlen=1), "seqlen is 1, a prediction needs at least 2 tokens"),
         (lambda: EvaluateOptions(device="tpu"), "device is 'tpu'"),
