@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -49,7 +50,7 @@ class Verb:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code; every deliberate error ends here."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    _open_missing_streams()
+    _prepare_streams()
     try:
         args = build_parser(arguments[0] if arguments else None).parse_args(arguments)
         code = int(args.run(args))
@@ -78,11 +79,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
 
 
-def _open_missing_streams() -> None:
-    """Put /dev/null where whoever started us closed a stream, before a file takes its place."""
+def _prepare_streams() -> None:
+    """Make streams that take everything.
+
+    Where whoever started us closed one, /dev/null, before a file takes its place; in a locale that
+    lacks a character, its escape.
+    """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr has it
 
 
 def build_parser(verb: str | None = None) -> argparse.ArgumentParser:

@@ -63,13 +63,14 @@ def run_chat(args: argparse.Namespace) -> int:
     options = engine_options(args, os.environ)
     package = open_model(args.target)
     settings = chat_settings(args, os.environ, package_sampling(package))
+    system = None if args.system is None else _argument("--system", args.system)
     prompt = "" if is_conversation else _prompt(args)
     with _open_engine(package, options) as engine:
-        conversation = ChatSession(engine, system=args.system)
+        conversation = ChatSession(engine, system=system)
         if args.load:
             conversation.load(args.load)
-            if args.system is not None:
-                conversation.restore(args.system, conversation.messages)
+            if system is not None:
+                conversation.restore(system, conversation.messages)
         if is_conversation:
             return _talk(engine, conversation, settings, is_markdown=not args.no_markdown)
         for note in engine.plan.notes:
@@ -141,7 +142,19 @@ def _is_conversation(args: argparse.Namespace) -> bool:
 
 
 def _prompt(args: argparse.Namespace) -> str:
-    prompt = read_piped_prompt() if args.prompt is None else args.prompt
+    prompt = read_piped_prompt() if args.prompt is None else _argument("--prompt", args.prompt)
     if not prompt.strip():
         raise UsageError("the prompt is empty, give --prompt TEXT, or pipe it in")
     return prompt
+
+
+def _argument(flag: str, text: str) -> str:
+    """Return text of the command line as UTF-8, whatever the locale takes it for.
+
+    Raises:
+        UsageError: it is no UTF-8.
+    """
+    try:
+        return os.fsencode(text).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{flag} is not UTF-8 at byte {error.start}") from error

@@ -56,6 +56,11 @@ def unquoted(text: str) -> str:
     return stripped.removeprefix(QUOTES).removesuffix(QUOTES).strip("\n")
 
 
+def without_stray_bytes(text: str) -> str:
+    """Return a message with a question mark for each byte that a terminal sent and is no UTF-8."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
 class PromptReader:
     """Lines with history, editing keys and completion, through prompt_toolkit.
 
@@ -88,7 +93,9 @@ class PromptReader:
 
     def read(self) -> str:
         """Return the next message; see `MessageReader.read`."""
-        return unquoted(self._session.prompt(FormattedText([("class:prompt", PROMPT)])))
+        return without_stray_bytes(
+            unquoted(self._session.prompt(FormattedText([("class:prompt", PROMPT)])))
+        )
 
     def _toolbar(self) -> FormattedText:
         return FormattedText([("class:status", self._status())])
@@ -152,10 +159,10 @@ class PlainReader:
             elif self.is_multiline and text and not text.startswith("/"):
                 line = input(CONTINUATION)
                 if not line:
-                    return text
+                    return without_stray_bytes(text)
                 text += "\n" + line
             else:
-                return unquoted(text)
+                return without_stray_bytes(unquoted(text))
 
 
 def _continuation(_width: int, _line: int, wrap_count: int) -> FormattedText:

@@ -16,6 +16,7 @@ from archive_samples import archive_of
 from tiny_package import make_package
 
 from device_runtime import cli
+from device_runtime.apps.chat_input import PlainReader
 from device_runtime.engine.chat_session import ChatSession
 from device_runtime.engine.engine import Engine
 from device_runtime.engine.generation import GenerationParams, Output
@@ -70,6 +71,27 @@ def test_a_prompt_is_answered_as_text_and_as_json_alike(
         assert "the answer was cut at max_tokens 12" in shown.err
 
 
+def test_what_the_locale_has_no_character_for_is_an_escape(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [tiny, "--prompt", "hello", "--seed", "3", "--max-tokens", "30"]
+    assert chat(monkeypatch, [*options, "--json"], pipe()) == 0
+    said = json.loads(capsys.readouterr().out)["text"]
+    kept = "".join(char for char in said if char.isprintable())
+    assert not kept.isascii()  # half characters, as a model of random weights says them
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    assert chat(monkeypatch, options, pipe()) == 0
+    shown = stdout.buffer.getvalue()
+    assert kept.encode("ascii", "backslashreplace")[:4] == shown[:4]
+    assert rb"\ufffd" in shown
+
+
+def test_bytes_that_are_no_utf8_are_question_marks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("builtins.input", lambda prompt: "caf\udce9 \u4f60")
+    assert PlainReader().read() == "caf? \u4f60"
+
+
 def test_all_of_a_pipe_is_one_prompt(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -116,6 +138,8 @@ def test_a_saved_conversation_goes_on(
         ([], b"x" * ((16 << 20) + 1), 2, "standard input has more than 16777216 bytes"),
         (["--prompt", "x", "--top-k", "many"], b"", 2, "--top-k is 'many', expected a whole"),
         (["--prompt", "x", "--backend", "fast"], b"", 2, "--backend is 'fast', expected one of"),
+        (["--prompt", "ab\udcff"], b"", 2, "--prompt is not UTF-8 at byte 2"),
+        (["--system", "\udcff", "--prompt", "x"], b"", 2, "--system is not UTF-8 at byte 0"),
         (["--prompt", "x y " * 400], b"", 5, "session_len is 512"),
         (
             ["--prompt", "x", "--load", "/nowhere.json"],
