@@ -12,6 +12,7 @@ import torch
 from device_runtime.errors import PackageError
 from host_tools.awq.awq_folder import LayerFiles
 from host_tools.awq.layer_solver import round_layer
+from host_tools.awq.linear_solver import search_bytes
 from host_tools.checkpoint import Checkpoint
 from host_tools.checkpoint.mixed import KeptLinears
 from host_tools.decoder.devices import place_activations, tensor_cores
@@ -101,8 +102,13 @@ class LayerQuantizer:
             return
         device = self.devices[0]
         with self.times.phase(READING, device):
+            model = self.checkpoint.model
             streams = place_activations(
-                self.checkpoint.model, token_ids, self._stream_devices, self.scratch
+                model,
+                token_ids,
+                self._stream_devices,
+                self.scratch,
+                search_bytes(model, self.options.group_size),
             )
             snapshots = Snapshots(self.scratch, streams)
             start = self._enter(token_ids, streams, snapshots, min(unfinished))

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import torch
 
+from device_runtime.package_format.model_config import ModelConfig
 from host_tools.awq.clip_search import search_clipping
 from host_tools.awq.compensation import InputGrids, compensate, descend, refit_steps
 from host_tools.awq.curvature import Curvature
@@ -31,6 +32,13 @@ a large GPU."""
 MAX_SYSTEM_BYTES = 1 << 30
 """Of the linear systems of refitting, groups by groups for each output, on a GPU: small groups of
 many inputs would otherwise take more than all the rest."""
+
+FACTOR_MATRICES = 5
+"""Matrices of a linear's inputs squared that its factorization holds at once."""
+
+STRIP_FORMS = 8
+"""Arrays of a strip's size that refitting holds at once: the strip scaled, turned over and copied,
+its codes, what they stand for, and products of all."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +117,26 @@ def rows_at_once(device: torch.device, num_groups: int) -> int:
     if device.type == "cpu":
         return limit
     return max(1, min(limit, MAX_SYSTEM_BYTES // (4 * num_groups**2)))
+
+
+def search_bytes(model: ModelConfig, group_size: int) -> int:
+    """Estimate what searching the largest linear of a layer takes on a GPU, all of it fp32.
+
+    The larger of two moments: the factorization of its curvature, with the weight, what it aims at
+    and what becomes of either, and the refitting of a strip's steps: curvature and aim, the strip
+    in its forms, and its linear systems, which torch copies to solve them.
+
+    Args:
+        model: sizes.
+        group_size: of the codes.
+    """
+    hidden, largest = model.hidden_size, max(model.hidden_size, model.intermediate_size)
+    num_groups = largest // group_size
+    bounds = strip_bounds(torch.device("cuda"), hidden, num_groups)
+    num_rows = max(end - start for start, end in bounds)
+    factorization = FACTOR_MATRICES * largest**2 + 4 * hidden * largest
+    strip = num_rows * (STRIP_FORMS * largest + 2 * num_groups**2)
+    return 4 * max(factorization, 2 * largest**2 + hidden * largest + strip)
 
 
 def solve_rows(weight: torch.Tensor, curvature: Curvature, group_size: int) -> SolvedRows:

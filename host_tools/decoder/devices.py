@@ -20,9 +20,6 @@ SMALL_GPU_BYTES = 8e9
 """Where this much is enough with activations in host memory, no more is taken: a 7B fits a small
 GPU, and a larger one is left to others."""
 
-FACTOR_MATRICES = 5
-"""Matrices of the largest linear's inputs squared that its factorization holds at once."""
-
 
 def choose_devices(device: str, devices: Sequence[str]) -> tuple[torch.device, ...]:
     """Return the devices that a stage computes on, that of the forward pass first.
@@ -67,12 +64,18 @@ def tensor_cores(device: torch.device) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def working_bytes(model: ModelConfig, num_streams: int, seqlen: int) -> int:
+def working_bytes(model: ModelConfig, num_streams: int, seqlen: int, search_bytes: int = 0) -> int:
     """Estimate what a layer's forward passes and searches take on a GPU beside the activations.
 
     Weights of the layer in fp32 and of the next one as stored, and the larger of two moments: a
-    pass that sums up what enters the largest linear, with a batch's intermediates, and that
-    linear's factorization, with its weight and what becomes of it. All but the next layer is fp32.
+    pass that sums up what enters the largest linear, with a batch's intermediates and the linears
+    before it as they were quantized, and a search. All but the next layer is fp32.
+
+    Args:
+        model: sizes.
+        num_streams: residual streams, that of the original among them.
+        seqlen: tokens of a window.
+        search_bytes: of the dearest search of a linear, 0 where nothing is quantized.
     """
     hidden, attention, inner = model.hidden_size, model.q_size, model.intermediate_size
     weights = hidden * (model.qkv_size + attention + 3 * inner)
@@ -80,12 +83,16 @@ def working_bytes(model: ModelConfig, num_streams: int, seqlen: int) -> int:
     moments = num_streams * largest**2 + hidden * largest
     num_tokens = max(BATCH_TOKENS, seqlen)
     batch = num_tokens * (4 * inner + 8 * hidden + 3 * (model.qkv_size + attention))
-    search = FACTOR_MATRICES * largest**2 + 4 * hidden * largest
-    return 6 * weights + 4 * max(moments + batch, search)
+    partial = 2 * hidden * inner if search_bytes else 0
+    return 6 * weights + max(4 * (moments + batch + partial), search_bytes)
 
 
 def place_activations(
-    model: ModelConfig, windows: torch.Tensor, devices: Sequence[torch.device], folder: Path
+    model: ModelConfig,
+    windows: torch.Tensor,
+    devices: Sequence[torch.device],
+    folder: Path,
+    search_bytes: int = 0,
 ) -> list[Activations]:
     """Make room for residual streams of all windows where they cost least.
 
@@ -97,12 +104,13 @@ def place_activations(
         windows: token ids ``[num_samples, seqlen]``.
         devices: where each stream is computed; several may be on one.
         folder: for the file.
+        search_bytes: see `working_bytes`.
     """
     num_samples, seqlen = windows.shape
     shape = (num_samples, seqlen, model.hidden_size)
     if devices[0].type == "cpu":
         return [Activations.allocate(shape, folder) for _ in devices]
-    needed = working_bytes(model, len(devices), seqlen)
+    needed = working_bytes(model, len(devices), seqlen, search_bytes)
     rooms = {device: _room_bytes(device, needed) for device in devices}
     stream_bytes = num_samples * seqlen * (2 * model.hidden_size + 4)
     streams: list[Activations] = []

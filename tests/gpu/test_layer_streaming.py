@@ -16,6 +16,7 @@ torch = pytest.importorskip("torch", reason="calibrate and quantize need torch")
 pytest.importorskip("safetensors", reason="calibrate and quantize need safetensors")
 
 from device_runtime.package_format.model_config import ModelConfig  # noqa: E402
+from host_tools.awq.linear_solver import search_bytes  # noqa: E402
 from host_tools.calibrate import CALIBRATION_TOKENS, calibrate  # noqa: E402
 from host_tools.checkpoint import Checkpoint  # noqa: E402
 from host_tools.checkpoint.synthetic import write_synthetic  # noqa: E402
@@ -187,6 +188,7 @@ def test_a_layer_of_a_7b_stays_below_its_plan(tmp_path: Path) -> None:
     quantize(folder, tmp_path / "work", tmp_path / "awq", ON_GPU, Progress())
     shape: ModelConfig = Checkpoint.open(folder).model
     stream = 8 * 2048 * (2 * 4096 + 4)
-    assert torch.cuda.max_memory_allocated() < 2 * stream + working_bytes(shape, 2, 2048)
+    needed = working_bytes(shape, 2, 2048, search_bytes(shape, 128))
+    assert torch.cuda.max_memory_allocated() < 2 * stream + needed
     # 128 windows are 16 times as many, and then one of the two streams lies in host memory.
     assert torch.cuda.max_memory_allocated() + (16 - 2) * stream < 8e9

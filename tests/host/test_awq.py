@@ -399,7 +399,7 @@ def test_a_tap_is_not_quantized_twice(layer: DecoderLayer) -> None:
 def test_strips_are_solved_alike_wherever_that_is(layer: DecoderLayer, monkeypatch) -> None:
     """Four devices have something to do in every tap, also where it has one linear."""
     states, asked = randn(8, 32, 64), []
-    monkeypatch.setattr(linear_solver, "MAX_ROWS", {"cpu": 16})
+    monkeypatch.setitem(linear_solver.MAX_ROWS, "cpu", 16)
 
     def backwards(jobs):
         asked.append([(strip.name, strip.end - strip.start) for strip in jobs])
@@ -432,7 +432,7 @@ def test_the_records_of_strips_are_those_of_the_whole(layer: DecoderLayer, monke
     states = randn(8, 32, 64)
     monkeypatch.setattr(output_errors, "ERROR_ROWS", 24)  # every third output of q, and of o
     whole = solved_layer(layer, states).records
-    monkeypatch.setattr(linear_solver, "MAX_ROWS", {"cpu": 20})  # 21, 21 and 22 outputs of 64
+    monkeypatch.setitem(linear_solver.MAX_ROWS, "cpu", 20)  # 21, 21 and 22 outputs of 64
     parts = solved_layer(layer, states).records
     for one, two in zip(whole, parts, strict=True):
         assert one.clip_counts == two.clip_counts

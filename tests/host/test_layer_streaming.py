@@ -14,6 +14,7 @@ import torch
 
 from device_runtime.errors import DeviceError, PackageError
 from device_runtime.package_format.model_config import ModelConfig
+from host_tools.awq.linear_solver import search_bytes
 from host_tools.checkpoint import Checkpoint, QuantizedLinear
 from host_tools.decoder import devices as devices_module
 from host_tools.decoder.compact import CompactActivations, row_factors
@@ -157,16 +158,30 @@ def test_states_are_handed_out_when_the_gpu_that_sent_them_is_done(monkeypatch) 
 
 
 def test_a_llama_2_7b_needs_less_than_8_gb_beside_its_windows() -> None:
-    # 202 M weights at 6 bytes. Moments of down, and what 4096 tokens become on their way there:
-    # more than down's factorization, 5 matrices of 11008 inputs squared and 4 of its weights.
+    # 202 M weights at 6 bytes. Moments of down, what 4096 tokens become on their way there, and
+    # gate and up as they were quantized: more than down's factorization, 5 matrices of 11008
+    # inputs squared and 4 of its weights.
     weights = 4096 * (3 * 4096 + 4096 + 3 * 11008)
     moments = 2 * 11008**2 + 4096 * 11008
     batch = 4096 * (4 * 11008 + 8 * 4096 + 3 * 4 * 4096)
-    assert moments + batch > 5 * 11008**2 + 4 * 4096 * 11008
-    needed = working_bytes(LLAMA_2_7B, 2, 2048)
-    assert needed == 6 * weights + 4 * (moments + batch)
+    partial = 2 * 4096 * 11008
+    search = search_bytes(LLAMA_2_7B, 128)
+    assert search == 4 * (5 * 11008**2 + 4 * 4096 * 11008)
+    needed = working_bytes(LLAMA_2_7B, 2, 2048, search)
+    assert needed == 6 * weights + 4 * (moments + batch + partial)
     states = 128 * 2048 * (2 * 4096 + 4)
     assert needed + states < 8e9 < needed + 2 * states
+    assert working_bytes(LLAMA_2_7B, 1, 2048) < needed  # calibrate searches nothing
+
+
+def test_small_groups_need_more_for_their_systems() -> None:
+    # Two strips of 2048 outputs, each with a system of 344 x 344 and its copy.
+    systems = 2 * 2048 * 344**2
+    strip = 8 * 2048 * 11008
+    expected = 4 * (2 * 11008**2 + 4096 * 11008 + strip + systems)
+    assert search_bytes(LLAMA_2_7B, 32) == expected
+    weights = 6 * 4096 * (3 * 4096 + 4096 + 3 * 11008)
+    assert working_bytes(LLAMA_2_7B, 2, 2048, expected) == weights + expected
 
 
 @pytest.mark.parametrize(
@@ -189,7 +204,8 @@ def test_activations_lie_on_the_gpu_as_far_as_8_gb_go(
         devices_module.CompactActivations, "make", lambda shape, device: made.append(device)
     )
     windows = torch.zeros(128, 2048, dtype=torch.int32)
-    place_activations(LLAMA_2_7B, windows, devices, tmp_path)
+    searching = search_bytes(LLAMA_2_7B, 128)
+    place_activations(LLAMA_2_7B, windows, devices, tmp_path, searching)
     assert made == places
 
 

@@ -258,7 +258,7 @@ def test_several_devices_give_the_bytes_of_one(
 ) -> None:
     folder, calibration, whole = four_layers
     if num_devices == 4:
-        monkeypatch.setattr(linear_solver, "MAX_ROWS", {"cpu": 16})
+        monkeypatch.setitem(linear_solver.MAX_ROWS, "cpu", 16)
     work = shutil.copytree(calibration, tmp_path / "work")
     options = replace(OPTIONS, devices=("cpu",) * num_devices)
     assert contents(quantize(folder, work, tmp_path / "awq", options, Progress())) == contents(
@@ -303,7 +303,7 @@ def test_finished_layers_are_passed_as_they_were_searched_where_states_are_round
     """A GPU stores states in 11 bits, after each half of a layer; so must a run that goes on."""
     folder, calibration, _ = four_layers
 
-    def compact(model, windows, devices, _):
+    def compact(model, windows, devices, *_):
         shape = (*windows.shape, model.hidden_size)
         return [CompactActivations.make(shape, device) for device in devices]
 
