@@ -32,7 +32,7 @@ from host_tools.kv_qparams import kv_qparams
 from host_tools.meter import Meter
 from host_tools.options import QuantizeOptions
 from host_tools.output_folder import check_outside
-from host_tools.pack import pack_once, planned_manifest
+from host_tools.pack import check_archive_place, pack_once, planned_manifest
 from host_tools.package_options import (
     ALL_TARGETS,
     BuildOptions,
@@ -107,8 +107,7 @@ def build(
         TurbojetError: what the stages raise; sizes that do not fit a board are found before the
             long stages begin.
     """
-    if output.is_dir():
-        raise UsageError(f"{output} is a folder, name the archive to write in it")
+    check_archive_place(output)
     boards = parse_targets(options.target)
     found = parse_source(source)
     if isinstance(found, FolderSource):

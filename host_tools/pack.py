@@ -14,6 +14,7 @@ from device_runtime.engine.configure import cache_request
 from device_runtime.engine.options import EngineOptions
 from device_runtime.errors import PackageError, UsageError
 from device_runtime.package_format import durable, names
+from device_runtime.package_format.archive_gzip import GZIP_MAGIC
 from device_runtime.package_format.archive_writer import ArchiveSummary, write_archive
 from device_runtime.package_format.boards import BOARDS, parse_targets
 from device_runtime.package_format.checksums import hash_files
@@ -43,11 +44,11 @@ def pack(workspace: Path, output: Path, options: PackOptions, progress: Progress
         What was written.
 
     Raises:
-        UsageError: a target is unknown or too small for the model, or ``output`` is a folder.
+        UsageError: a target is unknown or too small for the model, or ``output`` is a folder
+            or a file that is no archive.
         PackageError: the workspace is damaged, or LMDeploy's own.
     """
-    if output.is_dir():
-        raise UsageError(f"{output} is a folder, name the archive to write in it")
+    check_archive_place(output)
     package = open_package(workspace)
     manifest = planned_manifest(package, options, progress)
     with _staging(package.root) as folder:
@@ -70,6 +71,22 @@ def pack(workspace: Path, output: Path, options: PackOptions, progress: Progress
         durable.sync_folder(folder)
         with progress.task("pack", unit=BYTES) as task:
             return write_archive(folder, output, task.move_to)
+
+
+def check_archive_place(output: Path) -> None:
+    """Refuse to write over what is no archive.
+
+    Raises:
+        UsageError: a folder is there, or a file of another kind.
+    """
+    if output.is_dir():
+        raise UsageError(f"{output} is a folder, name the archive to write in it")
+    if not output.is_file():
+        return
+    with output.open("rb") as stream:
+        start = stream.read(len(GZIP_MAGIC))
+    if start not in (GZIP_MAGIC, b""):
+        raise UsageError(f"{output} exists and is no archive, name another output or remove it")
 
 
 def pack_once(

@@ -34,7 +34,7 @@ _TRAILER = struct.Struct("<II")
 _STORED = struct.Struct("<BHH")
 _MAX_STORED_BYTES = 65535
 
-_GZIP_MAGIC = b"\x1f\x8b"
+GZIP_MAGIC = b"\x1f\x8b"
 _READ_BYTES = 1 << 18
 _MAX_OUTPUT_BYTES = 4 << 20
 _MAX_TAGGED_DATA_BYTES = 64 << 20
@@ -145,7 +145,7 @@ class GzipReader:
             raise PackageError("the archive is empty, 0 bytes; copy it again")
 
     def _check_signature(self, offset: int) -> None:
-        if self._held.startswith(_GZIP_MAGIC):
+        if self._held.startswith(GZIP_MAGIC):
             return
         if offset:
             raise PackageError(
@@ -156,7 +156,7 @@ class GzipReader:
             if self._held.startswith(magic):
                 raise PackageError(f"the archive is {kind}, expected gzip; repack it with pigz")
         raise PackageError(
-            f"the archive starts with bytes {self._held[:2].hex()}, expected {_GZIP_MAGIC.hex()} "
+            f"the archive starts with bytes {self._held[:2].hex()}, expected {GZIP_MAGIC.hex()} "
             "of gzip; is it a .tgz?"
         )
 

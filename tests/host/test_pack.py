@@ -156,6 +156,15 @@ def test_a_folder_as_output_is_refused(workspace, tmp_path):
         pack(workspace, tmp_path, NANO, Progress())
 
 
+def test_a_file_that_is_no_archive_is_not_written_over(workspace, tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    with pytest.raises(UsageError, match="exists and is no archive, name another output or remov"):
+        pack(workspace, tmp_path / "model.safetensors", NANO, Progress())
+    assert (tmp_path / "model.safetensors").read_bytes() == b"weights"
+    (tmp_path / "x.tgz").touch()  # as mktemp leaves it
+    assert pack(workspace, tmp_path / "x.tgz", NANO, Progress()).archive_bytes
+
+
 def test_a_workspace_of_lmdeploy_is_packed_with_tar(source, tmp_path):
     config = GQA_64.config(num_attention_heads=2, num_key_value_heads=2)
     folder = tmp_path / "plain"
