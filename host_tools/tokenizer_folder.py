@@ -14,6 +14,7 @@ from device_runtime.errors import PackageError
 from device_runtime.package_format import names
 from device_runtime.package_format.manifest import SamplingDefaults
 from device_runtime.package_format.sampling_ranges import sampling_fault
+from device_runtime.tokenization.added_tokens import SPECIAL_TOKENS_MAP
 from device_runtime.tokenization.definition import build_tokenizer
 from device_runtime.tokenization.folder import (
     MAX_TOKENIZER_BYTES,
@@ -56,6 +57,7 @@ class SourceTokenizer:
         tokenizer: its tokenizer.json, or the same made from its original.
         converted: what was made from an original, None where there is a tokenizer.json.
         config: tokenizer_config.json, empty when there is none.
+        special_map: special_tokens_map.json, likewise.
         generation: generation_config.json, empty when there is none.
         model_config: config.json.
     """
@@ -64,6 +66,7 @@ class SourceTokenizer:
     tokenizer: Tokenizer
     converted: ConvertedTokenizer | None
     config: Mapping[str, object]
+    special_map: Mapping[str, object]
     generation: Mapping[str, object]
     model_config: Mapping[str, object]
 
@@ -102,6 +105,7 @@ class SourceTokenizer:
             tokenizer=tokenizer,
             converted=converted,
             config=settings(names.TOKENIZER_CONFIG),
+            special_map=settings(SPECIAL_TOKENS_MAP),
             generation=settings(names.GENERATION_CONFIG),
             model_config=settings(CONFIG_JSON),
         )
@@ -168,7 +172,7 @@ class SourceTokenizer:
     def _ids(self, kind: str) -> tuple[int, ...]:
         """Return the ids of bos or eos from all places that name one, each once."""
         found: list[int] = []
-        token = self.config.get(f"{kind}_token")
+        token = self.config.get(f"{kind}_token") or self.special_map.get(f"{kind}_token")
         text = token.get("content") if isinstance(token, dict) else token
         if text is None and self.converted is not None:
             text = self.converted.bos_token if kind == "bos" else self.converted.eos_token

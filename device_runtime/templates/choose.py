@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from device_runtime.errors import PackageError, UsageError
+from device_runtime.errors import PackageError, RequestError, UsageError
 from device_runtime.package_format import names
 from device_runtime.package_format.manifest import TemplateChoice
 from device_runtime.templates.builtin import BUILTIN_TEMPLATES, BuiltinTemplate
@@ -81,7 +81,7 @@ def choose_template(
 
     Raises:
         UsageError: there is no built-in of the requested name.
-        PackageError: the model's own template is broken or hostile.
+        PackageError: the model's own template is broken, hostile or refuses a plain question.
     """
     if requested is not None:
         built = find_builtin(requested)
@@ -96,7 +96,12 @@ def choose_template(
         built = find_builtin(model_name)
         return TemplateChoice("builtin", built.name) if built else PLAIN_TEXT
     template = open_template(own, tokenizer_dir, special_tokens=())
-    template.render([Message("user", "hello")])
+    try:
+        template.render([Message("user", "hello")])
+    except RequestError as error:
+        raise PackageError(
+            f"{own.name} takes no plain question ({error}), choose a built-in chat template"
+        ) from error
     return own
 
 

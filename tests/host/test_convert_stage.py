@@ -393,6 +393,14 @@ def test_a_model_without_an_end_is_refused(tmp_path, awq_tensors, eos_token):
         run(source, tmp_path / "tm")
 
 
+@pytest.mark.parametrize("end", ["<|im_end|>", {"content": "<|im_end|>", "lstrip": False}])
+def test_older_checkpoints_name_their_end_in_a_file_of_its_own(tmp_path, awq_tensors, end):
+    source = write_source(tmp_path / "awq", GQA_64.config(), awq_tensors, eos_token=None)
+    (source / "generation_config.json").unlink()
+    (source / "special_tokens_map.json").write_text(json.dumps({"eos_token": end}))
+    assert open_package(run(source, tmp_path / "tm")).manifest.tokenizer.eos_ids == (2,)
+
+
 @pytest.mark.parametrize(
     ("asked", "complaint"),
     [

@@ -294,6 +294,14 @@ def test_a_hostile_template_does_not_get_into_a_package(tmp_path) -> None:
         choose_template(tmp_path, "any")
 
 
+def test_a_template_that_takes_no_plain_question_is_the_packages_fault(tmp_path) -> None:
+    write_config(tmp_path, chat_template="{{ raise_exception('pictures only') }}")
+    with pytest.raises(
+        PackageError, match=r"takes no plain question \(.*pictures only\), choose a"
+    ):
+        choose_template(tmp_path, "any")
+
+
 def test_a_builtin_choice_opens_and_an_unknown_one_does_not(tmp_path) -> None:
     opened = open_template(TemplateChoice("builtin", "llama-2"), tmp_path, special_tokens=())
     assert isinstance(opened, BuiltinTemplate)
