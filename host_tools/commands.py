@@ -123,6 +123,10 @@ def run_evaluate(args: argparse.Namespace) -> int:
     """Measure perplexity of each target and print them side by side."""
     from host_tools.evaluate import evaluate
 
+    if args.work_dir is not None:
+        from host_tools.report.gather import collect_report
+
+        collect_report(args.work_dir)  # what cannot be reported on is said before hours of work
     report = evaluate(args.targets, evaluate_options(args), make_progress())
     if args.work_dir is not None:
         from host_tools.report.gather import write_report

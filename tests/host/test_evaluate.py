@@ -184,5 +184,8 @@ def test_the_command_prints_a_table_or_json(checkpoint_dir: Path, options, capsy
     shown = capsys.readouterr().out
     assert f"{report['results'][0]['perplexity']:.3f}" in shown
     assert "+0.00%" in shown
+    assert cli.main([*argv, "--work-dir", str(checkpoint_dir / "nowhere")]) == 2
+    said = capsys.readouterr().err
+    assert "holds nothing to report" in said and "evaluate:" not in said  # before the first window
     assert cli.main([*argv, "--quant-policy", "3"]) == 2
     assert "quant-policy is 3, choose 0 (fp16)" in capsys.readouterr().err
