@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from device_runtime.errors import InternalError
+from device_runtime.package_format.durable import replacing
 from host_tools.checkpoint_names import SAFETENSORS, SAFETENSORS_INDEX, SINGLE_SAFETENSORS
 
 MAX_SHARD_BYTES = 4 << 30
@@ -85,11 +86,12 @@ def write_shards(
 
     Raises:
         InternalError: a part has another dtype, or the parts are not as large as planned.
+        DeviceError: the disk is full or fails.
     """
     source = iter(tensors)
     shards = split_shards(plans, max_shard_bytes)
     for name, group in shards:
-        with (folder / name).open("wb") as stream:
+        with replacing(folder / name) as stream:
             stream.write(_header(group))
             for plan in group:
                 _write_parts(stream, plan, next(source, ()))

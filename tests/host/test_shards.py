@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from device_runtime.errors import InternalError
+from device_runtime.errors import DeviceError, InternalError
 from host_tools.shards import TensorPlan, split_shards, write_shards
 
 ARRAYS = {
@@ -58,6 +59,17 @@ def test_a_shard_is_closed_before_it_grows_too_large(tmp_path: Path) -> None:
 
 def test_a_tensor_larger_than_a_shard_gets_its_own() -> None:
     assert [len(group) for _, group in split_shards(PLANS, 1)] == [1, 1, 1]
+
+
+def test_a_full_disk_is_said_with_the_file_and_leaves_nothing(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, hard))  # less than the header
+    try:
+        with pytest.raises(DeviceError, match=r"cannot write .*model\.safetensors: File too large"):
+            write_shards(tmp_path, PLANS[1:2], [[ARRAYS["b"]]])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_parts_of_another_type_or_size_are_our_own_mistake(tmp_path: Path) -> None:
