@@ -28,8 +28,8 @@
 // kernel has finished; two more warps store the newest token and attend to it. Codes meet the tensor
 // core as they are: queries and probabilities go in as two 8-bit digits of a 16-bit fixed point
 // number (fp16: as high and low part), so sums over int8 are exact, and scales are applied to sums.
-// The block of the last split adds up what the others leave in `partials`, in the order of the
-// splits, as it comes (decode_share.cuh).
+// Of the blocks that share a head the one that comes last adds up what the others leave in
+// `partials`, in the order of the splits, as it comes (decode_share.cuh).
 
 #include "decode_block.cuh"
 

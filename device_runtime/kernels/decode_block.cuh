@@ -50,6 +50,7 @@ class DecodeBlock {
   static constexpr bool kIsHalf = kKv == Kv::kHalf;
   static constexpr int kQueries = Streamed::kQueries;
   static constexpr int kQuads = kHeadDim / 4;
+  using Places = SharePlaces<kQuads>;
   static constexpr int kStatistics = kQueries * kHeadDim;  // place of (top, total) in results
   static constexpr int kUnitSteps = 64 / kStepTokens;
   static_assert((kStatistics + 2 * kQueries) * 4 <= Streamed::kLeastSlots * Streamed::kSlotBytes,
@@ -102,9 +103,9 @@ class DecodeBlock {
     const int steps = (cached + kStepTokens - 1) / kStepTokens;
     const bool is_split = steps > kUnitSteps * arguments_.split_units &&
                           steps >= kLeastSteps * arguments_.max_splits;
-    const int num_splits = is_split ? arguments_.max_splits : 1;
-    if (split_ >= num_splits) return;
-    is_last_ = split_ == num_splits - 1;
+    num_splits_ = is_split ? arguments_.max_splits : 1;
+    if (split_ >= num_splits_) return;
+    is_last_ = split_ == num_splits_ - 1;
     if (thread_ < arguments_.max_pages) page_list_[thread_] = own_page;
     for (int i = thread_ + kDecodeThreads; i * arguments_.pages.page_size <= cached;
          i += kDecodeThreads)
@@ -197,7 +198,8 @@ class DecodeBlock {
     if (kKv == Kv::kStatic && lane_ == 16) prefetch_line(arguments_.kv_scale + 4 * head_);
   }
 
-  // Queries become columns of operand B; the newest token goes into its page.
+  // Queries become columns of operand B; the newest token goes into its page. The block takes its
+  // turn among those of its head, which it needs to know at the end.
   __device__ __forceinline__ void prepare(const NewHead& own, const StepRange& range) {
     const bool is_query = warp_ < group_;
     const bool is_newest = is_last_ && warp_ >= kKeyWarp;
@@ -205,7 +207,11 @@ class DecodeBlock {
     RawHead<kHeadDim> raw;
     float query_scale = 0.0f;
     float values[4];
+    int turn = 0;
     wait_for_inputs();
+    if (num_splits_ > 1 && thread_ == kKeyWarp * kWarpSize)
+      turn = Places::take_turn(arguments_.partials, pair() * arguments_.max_splits, group_,
+                               num_splits_);
     if (is_query || is_newest) {
       raw.load(own.source, own.norm, own.rotation, lane_);
       query_scale = arguments_.query_scale[row_];
@@ -215,18 +221,23 @@ class DecodeBlock {
       put_query(warp_, values, query_scale);
     }
     __syncthreads();
-    if (!is_newest) return;
-    if (is_value)
-      widen_four(values, raw.values);
-    else
-      raw.finish(values, arguments_.eps);
-    store_newest(range, values, is_value);
-    if (is_value) {
-      if (lane_ < kQuads)
-        reinterpret_cast<float4*>(newest_value_)[lane_] =
-            float4{values[0], values[1], values[2], values[3]};
-    } else {
-      score_newest(values, query_scale);
+    if (is_newest) {
+      if (is_value)
+        widen_four(values, raw.values);
+      else
+        raw.finish(values, arguments_.eps);
+      store_newest(range, values, is_value);
+      if (is_value) {
+        if (lane_ < kQuads)
+          reinterpret_cast<float4*>(newest_value_)[lane_] =
+              float4{values[0], values[1], values[2], values[3]};
+      } else {
+        score_newest(values, query_scale);
+      }
+    }
+    if (warp_ == kKeyWarp) {
+      __syncwarp();  // nobody reads the queries any more
+      if (lane_ == 0) *reinterpret_cast<int*>(queries_) = turn;
     }
   }
 
@@ -311,19 +322,21 @@ class DecodeBlock {
     }
   }
 
-  // Four dimensions of a split: its last block adds those of the others and writes fp16.
+  // Four dimensions of a split: the block that had the last turn adds those of the others to its own
+  // and writes fp16.
   __device__ __forceinline__ void finish(fp16* out, int item) const {
     const int query = item / kQuads;
     const int quad = item % kQuads;
     Share share = add_warps(query, quad);
-    const SharePlaces<kQuads> places(arguments_.partials, pair() * arguments_.max_splits, group_,
-                                     query, quad);
-    if (!is_last_) {
-      // A second store of the same might come after the last block has cleared the place.
-      if (item == thread_) places.give(share, split_);
-      return;
+    if (num_splits_ > 1) {
+      const Places places(arguments_.partials, pair() * arguments_.max_splits, group_, query, quad);
+      if (*reinterpret_cast<const int*>(queries_) < num_splits_ - 1) {
+        // A second store of the same might come after the last block has cleared the place.
+        if (item == thread_) places.give(share, split_);
+        return;
+      }
+      share = places.take(share, split_, num_splits_);
     }
-    places.take(share, split_);
     const float inverse = 1.0f / share.total;
     uint2 words;
     words.x = pack_fp16(value_of(share.sums.x * inverse), value_of(share.sums.y * inverse));
@@ -372,9 +385,10 @@ class DecodeBlock {
   const int head_;   // of keys and values
   const int group_;  // query heads of the block
   const int ring_bytes_;  // of a warp
-  bool is_last_;          // of the row's splits, which has the newest token
+  int num_splits_;        // of the row
+  bool is_last_;          // of them, which has the newest token
   char* columns_;        // [2 * kQueries][row bytes]: high and low digits of each query in turn
-  float* queries_;       // [kQueries][head_dim] rotated
+  float* queries_;       // [kQueries][head_dim] rotated; at the end the block's turn
   float* newest_value_;  // [head_dim]
   float* query_scales_;
   float* query_sums_;

@@ -3,6 +3,7 @@
 #define TURBOJET_DECODE_STREAM_CUH
 
 #include "decode_range.cuh"
+#include "decode_share.cuh"
 #include "fixed_point.cuh"
 #include "fragments.cuh"
 
@@ -16,7 +17,6 @@ constexpr int kStepTokens = 32;
 constexpr int kAheadSteps = TURBOJET_DECODE_AHEAD;
 constexpr int kMostSlots = 4;   // of a warp's ring
 constexpr float kLeastScale = 1.0f / (1 << 24);  // of fp16 beside 0, whose codes are 0
-constexpr float kNothing = -1e30f;  // below every score; unlike -inf its differences are numbers
 
 template <bool kIsHalf>
 struct Sum {
@@ -202,7 +202,10 @@ class Stream {
     if (num_newer == 3) wait_copies<3>();
   }
 
-  // 0 times what no token has written yet may be NaN.
+  // A step is copied whole: what lies behind the cached tokens counts for nothing, and the newest,
+  // which this kernel stores there at the same time, may come along or not. Bytes of other tokens in
+  // the same word stay as they are. Scores behind are kNothing, weights 0; but 0 times what no token
+  // has written yet may be NaN.
   __device__ __forceinline__ void clear_behind(char* values, int tokens) const {
     if (kKv == Kv::kOnline && lane_ >= tokens)
       reinterpret_cast<uint32_t*>(values + kPartBytes)[lane_] = 0;

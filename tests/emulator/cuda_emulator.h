@@ -1,7 +1,8 @@
 // Runs the CUDA kernels of this project on a CPU, so that their indexing, barriers and arithmetic
 // are tested where there is no GPU. One cluster of blocks at a time, every thread a fiber; warp,
 // block and cluster operations are rendezvous of fibers. Asynchronous copies are done as late as the kernel allows
-// (or as early, TURBOJET_EMULATE_EARLY), so that a missing wait shows. Shared memory starts as NaN.
+// (or as early, TURBOJET_EMULATE_EARLY), so that a missing wait shows; blocks run in the order of their
+// index, or the last first (emulate_backwards). Shared memory starts as NaN.
 // A deadlock, lanes at different warp operations or an out-of-range lane stop the launch with a
 // message. It says nothing about speed; what nothing orders is found where TURBOJET_RACE_CHECK is set
 // (race_check.cpp).
@@ -206,6 +207,12 @@ inline void run_cluster() {
   race_end_cluster();
 }
 
+// CUDA says nothing about the order in which blocks start.
+inline bool is_backwards = false;
+inline unsigned in_turn(unsigned index, unsigned count) {
+  return is_backwards ? count - 1 - index : index;
+}
+
 inline const char* run(dim3 grid, int block, int cluster, size_t shared_bytes,
                        std::function<void()> body) {
   if (stacks == nullptr) stacks = static_cast<char*>(malloc(kStackBytes * kMaxThreads));
@@ -227,9 +234,11 @@ inline const char* run(dim3 grid, int block, int cluster, size_t shared_bytes,
   const size_t fixed_bytes = fixed == nullptr ? 0 : __stop_turbojet_shared - fixed;
   if (fixed_bytes && cluster > 1) return "the emulator has __shared__ arrays for one block";
   race_add_shared(fixed, fixed_bytes, "__shared__ array");
-  for (unsigned z = 0; z < grid.z && !state.message[0]; ++z)
-    for (unsigned y = 0; y < grid.y && !state.message[0]; ++y)
-      for (unsigned x = 0; x < grid.x && !state.message[0]; x += cluster) {
+  for (unsigned i = 0; i < grid.z && !state.message[0]; ++i)
+    for (unsigned j = 0; j < grid.y && !state.message[0]; ++j)
+      for (unsigned k = 0; k < grid.x && !state.message[0]; k += cluster) {
+        const unsigned z = in_turn(i, grid.z), y = in_turn(j, grid.y);
+        const unsigned x = in_turn(k / cluster, grid.x / cluster) * cluster;
         for (int i = 0; i < cluster; ++i) {
           memset(state.blocks[i].shared, 0xff, shared_bytes);
           memset(state.blocks[i].shared + shared_bytes, 0xa5, padded + 64 - shared_bytes);
@@ -379,6 +388,9 @@ EMULATED_INLINE T atomicAdd(T* address, T value) {
 template <typename T>
 EMULATED_INLINE T atomicMax(T* address, T value) {
   return emulated_atomic(address, [=](T old) { return value > old ? value : old; });
+}
+EMULATED_INLINE unsigned atomicInc(unsigned* address, unsigned last) {
+  return emulated_atomic(address, [=](unsigned old) { return old >= last ? 0 : old + 1; });
 }
 template <typename T>
 EMULATED_INLINE T atomicOr(T* address, T value) {

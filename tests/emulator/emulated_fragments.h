@@ -22,12 +22,14 @@ void mma_f16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, 
 }
 float exp2_fast(float value) { return exp2f(value); }
 float log2_fast(float value) { return log2f(value); }
-EMULATED_INLINE float4 load_of_other_block(const float4* pointer) {
+template <typename T>
+EMULATED_INLINE T load_of_other_block(const T* pointer) {
   race_atomic(pointer, sizeof *pointer, kRead, kRelaxed);
   const RaceMute mute;
   return *pointer;
 }
-EMULATED_INLINE void store_for_other_block(float4* pointer, float4 value) {
+template <typename T>
+EMULATED_INLINE void store_for_other_block(T* pointer, T value) {
   race_atomic(pointer, sizeof *pointer, kWrite, kRelaxed);
   const RaceMute mute;
   *pointer = value;

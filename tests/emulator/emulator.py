@@ -90,6 +90,7 @@ def build(source: Path, rows: Iterable[table.Kernel], flags: tuple[str, ...]) ->
     """Build the entry points of a .cu file (cached by content)."""
     stubs = "struct Any { void* p; template <typename T> operator T*() const { return (T*)p; } };\n"
     stubs += "".join(_stub(row) for row in rows)
+    stubs += 'extern "C" void emulate_backwards(int is) { emulator::is_backwards = is; }\n'
     files = [*sorted(HEADER.parent.glob("*.h")), *sorted(KERNELS.glob("*.cuh")), source]
     # longjmp between fiber stacks is on purpose: no fortify. Pragmas are for CUDA compilers.
     words = ["-std=c++17", "-O1", "-fPIC", "-w", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE"]

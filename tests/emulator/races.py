@@ -137,14 +137,16 @@ def _is_newest_token(race: Race) -> bool:
     What it gets of that one counts for nothing (decode_stream.cuh); a byte stored leaves its
     neighbours as they are.
     """
-    sides = {race.earlier.kind: race.earlier, race.later.kind: race.later}
-    if set(sides) != {"asynchronous read", "write"} or race.earlier.launch != race.later.launch:
+    first, second = race.earlier, race.later
+    writer, reader = (first, second) if first.kind == "write" else (second, first)
+    if writer.kind != "write" or reader.kind not in ("asynchronous read", "read"):
         return False
-    reader, writer = (sides[kind].line.split(":")[0] for kind in ("asynchronous read", "write"))
-    kernels = emulator.KERNELS.relative_to(emulator.ROOT)
-    return reader == f"{kernels}/decode_stream.cuh" and writer in (
-        f"{kernels}/kv_cache.cuh",
-        f"{kernels}/decode_block.cuh",
+    files = tuple(Path(side.line.split(":")[0]).name for side in (writer, reader))
+    return (
+        first.launch == second.launch
+        and "shared" not in race.array
+        and files[0] in ("kv_cache.cuh", "decode_block.cuh")
+        and files[1] == "decode_stream.cuh"
     )
 
 
