@@ -95,22 +95,32 @@ release=$runtime/$tag-$sum
 mkdir -p "$runtime"
 if command -v flock >/dev/null; then # one at a time
     exec 9>"$runtime/.lock"
-    flock 9
+    flock -n 9 || { say "waiting for another install.sh" && flock 9; }
 fi
+abandon() { # abandon REASON: give back what a half installed release takes
+    rm -rf "$release"
+    fail "$1" 1
+}
 if [ ! -f "$release/complete" ]; then
     say "installing into $release"
     rm -rf "$release"
+    needed=200 # MB: what the wheels unpack to is 155, a Python of python-build-standalone as much again
+    [ -z "$bundle" ] || needed=500
+    free=$(df -Pk "$runtime" | sed -n '$s/.* \([0-9][0-9]*\)  *[0-9]*%.*/\1/p')
+    [ "$((${free:-0} / 1024))" -ge "$needed" ] ||
+        fail "$runtime has $((${free:-0} / 1024)) MB free, $needed are needed; name another disk with --prefix" 4
     if [ -n "$bundle" ]; then
         mkdir "$release"
-        tar xzf "$bundle" -C "$release"
+        tar xzf "$bundle" -C "$release" 2>/dev/null || abandon "$bundle could not be unpacked into $release"
         python=$release/python/bin/python3
     fi
     # The wheel of pip runs as it is, so no ensurepip (Debian's python3-venv) is needed.
-    "$python" -m venv --without-pip "$release"
+    "$python" -m venv --without-pip "$release" || abandon "$python could not make $release"
     "$release/bin/python" "$pip/pip" install --quiet --disable-pip-version-check --no-index \
-        --no-cache-dir --no-deps --find-links "$wheelhouse" --requirement "$pins" >&2
+        --no-cache-dir --no-deps --find-links "$wheelhouse" --requirement "$pins" >&2 ||
+        abandon "the wheels could not be installed into $release"
     # Its help needs every library, so a wheel that does not run on this board is found now.
-    "$release/bin/turbojet" chat --help >/dev/null || fail "turbojet does not start from $release" 1
+    "$release/bin/turbojet" chat --help >/dev/null || abandon "turbojet does not start from $release"
     sync -f "$release" # a power cut must not leave it marked as complete with empty files
     : >"$release/complete"
 fi

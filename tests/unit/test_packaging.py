@@ -85,7 +85,7 @@ def install(
         release.write_text(board)
     env = {
         "HOME": str(home),
-        "PATH": os.environ["PATH"],
+        "PATH": f"{home}/bin:{os.environ['PATH']}",
         "TURBOJET_TEGRA_RELEASE": str(release),
         "LC_ALL": "C",
     }
@@ -217,6 +217,22 @@ def test_a_python_that_the_wheelhouse_brings_serves_a_board_whose_own_is_too_old
     assert (home / ".local/share/turbojet/runtime" / release / "python/bin/python3").exists()
     named = install(wheelhouse, home)  # who names a Python means that one
     assert (named.returncode, f"none for the {TAG}" in named.stderr) == (3, True)
+
+
+def test_too_little_room_is_known_before_anything_is_unpacked(
+    tmp_path: Path, pip_wheel: Path
+) -> None:
+    home = tmp_path / "home"
+    (home / "bin").mkdir(parents=True)
+    df = home / "bin/df"
+    df.write_text("#!/bin/sh\necho 'Filesystem 1024-blocks Used Available Capacity Mounted on'\n")
+    with df.open("a") as script:
+        script.write("echo '/dev/mmcblk0p1 14384136 13281320 102400 100% /'\n")
+    df.chmod(0o755)
+    done = install(make_wheelhouse(tmp_path / "wheels", pip_wheel, "1.0"), home)
+    assert done.returncode == 4
+    assert "runtime has 100 MB free, 200 are needed; name another disk" in done.stderr
+    assert releases(home) == []
 
 
 def test_an_unknown_argument_is_refused(tmp_path: Path) -> None:
