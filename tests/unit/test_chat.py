@@ -16,7 +16,7 @@ from archive_samples import archive_of
 from tiny_package import make_package
 
 from device_runtime import cli
-from device_runtime.apps.chat_input import PlainReader
+from device_runtime.apps.chat_input import PlainReader, open_history
 from device_runtime.engine.chat_session import ChatSession
 from device_runtime.engine.engine import Engine
 from device_runtime.engine.generation import GenerationParams, Output
@@ -85,6 +85,17 @@ def test_what_the_locale_has_no_character_for_is_an_escape(
     shown = stdout.buffer.getvalue()
     assert kept.encode("ascii", "backslashreplace")[:4] == shown[:4]
     assert rb"\ufffd" in shown
+
+
+def test_a_history_that_cannot_be_written_ends_no_conversation(tmp_path: Path) -> None:
+    path = tmp_path / "history"
+    history = open_history(path)
+    history.append_string("one")
+    path.rename(tmp_path / "before")
+    path.mkdir()  # as a full disk: what is written raises
+    history.append_string("two")
+    assert history.get_strings() == ["one", "two"]
+    assert "+one" in (tmp_path / "before").read_text()
 
 
 def test_bytes_that_are_no_utf8_are_question_marks(monkeypatch: pytest.MonkeyPatch) -> None:
