@@ -6,6 +6,7 @@ in 11.7, 11.8 and 12.6: PFN_cuGraphUpload_v11010 is cuGraphUpload since 11.1.
 
 from __future__ import annotations
 
+import ctypes
 import re
 from pathlib import Path
 
@@ -14,11 +15,14 @@ from fake_cuda import ATTRIBUTES, FakeCuda, install, write_cubins
 from tiny_package import make_package, tiny_model
 
 import device_runtime
+from device_runtime.backends.cuda import arena
+from device_runtime.backends.cuda import driver as cuda_driver
 from device_runtime.backends.cuda.driver import CudaDriver
 from device_runtime.engine.engine import Engine
 from device_runtime.engine.generation import GenerationParams
 from device_runtime.engine.options import EngineOptions
 from device_runtime.errors import DeviceError
+from device_runtime.kernels import graphs
 from device_runtime.kernels.graphs import Launch, LaunchShape
 from device_runtime.kernels.libcuda import Module
 
@@ -59,6 +63,26 @@ JETPACKS = {
     "Orin, JetPack 7": (13020, 87, "13.0"),
     "Thor, JetPack 7": (13000, 110, "13.0"),
 }
+
+
+# Size and offset of each field, by sizeof and offsetof with cuda.h of 11.7 (which has no launch
+# attributes yet), 11.8, 12.6 and 13.0; they agree.
+LAYOUTS = {
+    graphs._LaunchConfig: (56, (0, 12, 24, 32, 40, 48)),
+    graphs._LaunchAttribute: (72, (0, 4, 8)),
+    cuda_driver._Copy2D: (
+        128,
+        (0, 8, 16, 24, 32, 40, 48, 56, 64, 72, 80, 88, 96, 104, 112, 120),
+    ),
+    arena._AllocationProperties: (32, (0, 4, 8, 16, 24)),
+    arena._AccessDescription: (12, (0, 8)),
+}
+
+
+@pytest.mark.parametrize("structure", LAYOUTS, ids=lambda structure: structure.__name__)
+def test_structures_are_laid_out_as_in_the_headers_of_every_release(structure) -> None:
+    offsets = tuple(getattr(structure, field[0]).offset for field in structure._fields_)
+    assert (ctypes.sizeof(structure), offsets) == LAYOUTS[structure]
 
 
 def driver_of(version: int, sm: int) -> FakeCuda:
