@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from device_runtime.engine.conversation_file import load_conversation, save_conversation
 from device_runtime.engine.engine import Engine
 from device_runtime.engine.generation import GenerationParams, Output
-from device_runtime.errors import RequestError
+from device_runtime.errors import RequestError, TurbojetError
 from device_runtime.templates.message import Message, joined_text, segments_after
 
 
@@ -34,6 +35,8 @@ class ChatSession:
         self._messages: list[Message] = []
         self._context_ids: list[int] = []
         self._context_text = ""
+        with suppress(TurbojetError):  # what is wrong with the template the first message says
+            self._prompt("hello")  # compiles the template before anybody waits for an answer
 
     @property
     def messages(self) -> tuple[Message, ...]:

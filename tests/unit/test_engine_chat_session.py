@@ -15,6 +15,7 @@ from device_runtime.errors import DeviceError, RequestError
 from device_runtime.package_format.manifest import TemplateChoice
 from device_runtime.package_format.package import open_package
 from device_runtime.templates.message import Message
+from device_runtime.templates.sandbox import GuardedEnvironment
 
 GREEDY = SamplingParams(temperature=0.0)
 SHORT = GenerationParams(max_tokens=12, sampling=GREEDY, ignore_eos=True)
@@ -43,6 +44,12 @@ def test_an_answer_becomes_part_of_the_conversation(engine) -> None:
     answer, _ = say(chat, "hello")
     assert chat.messages == (Message("user", "hello"), Message("assistant", answer))
     assert chat.num_turns == 1
+
+
+def test_the_template_is_compiled_before_the_first_message(engine, monkeypatch) -> None:
+    chat = ChatSession(engine)
+    monkeypatch.setattr(GuardedEnvironment, "compiled", None)
+    assert say(chat, "hello")[1].num_generated == 12
 
 
 def test_a_later_turn_computes_only_what_is_new(engine) -> None:
