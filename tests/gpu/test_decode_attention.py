@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 import pytest
 from attention_cases import Heads, check_decode
-from device_launch import DeviceLaunch, device_launch
+from device_launch import ArrayLaunch, device_launch
 
 
 @pytest.fixture(scope="module")
-def launch() -> Iterator[DeviceLaunch]:
+def launch() -> Iterator[ArrayLaunch]:
     with device_launch("decode_attention") as launch:
         yield launch
 
@@ -30,7 +30,7 @@ def launch() -> Iterator[DeviceLaunch]:
     ],
 )
 def test_a_new_token_attends_to_all_before_it(
-    launch: DeviceLaunch,
+    launch: ArrayLaunch,
     policy: int,
     head_dim: int,
     num_heads: int,
@@ -44,11 +44,11 @@ def test_a_new_token_attends_to_all_before_it(
 
 
 @pytest.mark.parametrize("slots", [2, 3, 4])
-def test_rings_of_any_length_give_the_same(launch: DeviceLaunch, slots: int) -> None:
+def test_rings_of_any_length_give_the_same(launch: ArrayLaunch, slots: int) -> None:
     check_decode(launch, Heads(8, 128, 32, 32), [1023, 4096, 77], max_splits=4, slots=slots)
 
 
-def test_blocks_find_what_others_left_every_time(launch: DeviceLaunch) -> None:
+def test_blocks_find_what_others_left_every_time(launch: ArrayLaunch) -> None:
     # 2112 blocks, far more than run at once; 16 query heads of a kv head in two blocks.
     for seed in range(4):
         lengths = [2049 + 31 * seed] * 12
@@ -57,7 +57,7 @@ def test_blocks_find_what_others_left_every_time(launch: DeviceLaunch) -> None:
 
 @pytest.mark.parametrize("policy", [8, 4, 0])
 def test_queries_and_keys_are_normed_and_may_come_from_several_ranks(
-    launch: DeviceLaunch, policy: int
+    launch: ArrayLaunch, policy: int
 ) -> None:
     heads = Heads(policy, 128, 12, 4, num_ranks=2, has_norm=True)
     check_decode(launch, heads, [700, 96, 32, 1], max_splits=4, split_units=4)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import figures
 import numpy as np
 import pytest
-from device_launch import DeviceLaunch, device_launch
+from device_launch import ArrayLaunch, device_launch
 from linear_cases import HeadCase, relative_error, run_head, run_norm
 
 # fp16: activations are rounded once, 2^-12.6 on average; int8: to 16 bits of the largest, times the
@@ -25,7 +25,7 @@ HEADS += [(4096, 32000, (8,))]
 
 
 @pytest.fixture(scope="module")
-def launch() -> Iterator[DeviceLaunch]:
+def launch() -> Iterator[ArrayLaunch]:
     with device_launch("head_f16", "head_int8", "rms_norm") as launch:
         yield launch
 
@@ -33,7 +33,7 @@ def launch() -> Iterator[DeviceLaunch]:
 @pytest.mark.parametrize("is_int8", [False, True])
 @pytest.mark.parametrize(("hidden_size", "vocab_size", "row_counts"), HEADS)
 def test_logits_are_those_of_float64(
-    launch: DeviceLaunch,
+    launch: ArrayLaunch,
     hidden_size: int,
     vocab_size: int,
     row_counts: tuple[int, ...],
@@ -51,7 +51,7 @@ def test_logits_are_those_of_float64(
 @pytest.mark.parametrize("is_int8", [False, True])
 @pytest.mark.parametrize("hidden_size", [192, 576, 4096])
 def test_a_row_has_the_same_logits_in_any_company_and_on_any_grid(
-    launch: DeviceLaunch, hidden_size: int, is_int8: bool
+    launch: ArrayLaunch, hidden_size: int, is_int8: bool
 ) -> None:
     alone, _ = run_head(launch, HeadCase(1, hidden_size, 5000, is_int8, 132))
     for num_rows, grid in ((1, 264), (2, 7), (4, 1), (5, 132), (8, 400)):
@@ -60,7 +60,7 @@ def test_a_row_has_the_same_logits_in_any_company_and_on_any_grid(
 
 
 @pytest.mark.parametrize("hidden_size", [64, 576, 4096, 8192])
-def test_normed_rows_are_those_of_float64(launch: DeviceLaunch, hidden_size: int) -> None:
+def test_normed_rows_are_those_of_float64(launch: ArrayLaunch, hidden_size: int) -> None:
     for num_tokens in (1, 9, 130):
         got, want = run_norm(launch, num_tokens, hidden_size)
         assert relative_error(got, want) < TOLERANCE

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 import pytest
 from attention_cases import Heads, check_prefill
-from device_launch import DeviceLaunch, device_launch
+from device_launch import ArrayLaunch, device_launch
 
 
 @pytest.fixture(scope="module")
-def launch() -> Iterator[DeviceLaunch]:
+def launch() -> Iterator[ArrayLaunch]:
     with device_launch("store_kv", "prefill_attention") as launch:
         yield launch
 
@@ -28,7 +28,7 @@ def launch() -> Iterator[DeviceLaunch]:
     ],
 )
 def test_a_chunk_attends_to_the_cache_and_itself(
-    launch: DeviceLaunch,
+    launch: ArrayLaunch,
     policy: int,
     head_dim: int,
     num_heads: int,
@@ -41,7 +41,7 @@ def test_a_chunk_attends_to_the_cache_and_itself(
 
 @pytest.mark.parametrize("policy", [8, 4, 0])
 def test_queries_and_keys_are_normed_and_may_come_from_several_ranks(
-    launch: DeviceLaunch, policy: int
+    launch: ArrayLaunch, policy: int
 ) -> None:
     heads = Heads(policy, 128, 12, 4, num_ranks=2, has_norm=True)
     check_prefill(launch, heads, [(700, 33), (31, 70)])

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 import figures
 import numpy as np
 import pytest
-from device_launch import DeviceLaunch, device_launch
+from device_launch import ArrayLaunch, device_launch
 from linear_cases import GemmCase, relative_error, run_gemm
 
 from device_runtime.kernels.gemm_shape import F16_TILES, W4A16_TILES
@@ -26,7 +26,7 @@ GROUP_SIZES = (128, 64, 32)
 
 
 @pytest.fixture(scope="module")
-def launches() -> Iterator[dict[int, DeviceLaunch]]:
+def launches() -> Iterator[dict[int, ArrayLaunch]]:
     """By the group size that kernels are built for; 0 for fp16 weights."""
     with ExitStack() as stack:
         by_size = {
@@ -36,7 +36,7 @@ def launches() -> Iterator[dict[int, DeviceLaunch]]:
         yield by_size | {0: by_size[128]}
 
 
-def check(launches: dict[int, DeviceLaunch], case: GemmCase) -> None:
+def check(launches: dict[int, ArrayLaunch], case: GemmCase) -> None:
     got, want = run_gemm(launches[case.group_size], case)
     error = relative_error(got, want)
     figures.note(f"worst relative error, {'W4A16' if case.group_size else 'fp16'} GEMM", error)
@@ -49,7 +49,7 @@ def check(launches: dict[int, DeviceLaunch], case: GemmCase) -> None:
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
 @pytest.mark.parametrize("tile", W4A16_TILES)
 def test_four_bit_products_at_the_edges(
-    launches: dict[int, DeviceLaunch], tile: int, group_size: int, output: str
+    launches: dict[int, ArrayLaunch], tile: int, group_size: int, output: str
 ) -> None:
     for num_tokens in (1, 9, tile - 1, tile, tile + 1, 3 * tile):
         for num_inputs, num_outputs in ((group_size, 32), (640, 576), (1152, 1536)):
@@ -59,7 +59,7 @@ def test_four_bit_products_at_the_edges(
 @pytest.mark.parametrize("output", OUTPUTS)
 @pytest.mark.parametrize("tile", F16_TILES)
 def test_half_products_at_the_edges(
-    launches: dict[int, DeviceLaunch], tile: int, output: str
+    launches: dict[int, ArrayLaunch], tile: int, output: str
 ) -> None:
     for num_tokens in (1, 9, tile - 1, tile, tile + 1, 3 * tile):
         for num_inputs, num_outputs in ((32, 32), (640, 576), (1152, 1536)):
@@ -69,12 +69,12 @@ def test_half_products_at_the_edges(
 @pytest.mark.parametrize("num_sms", [1, 3, 16, 132])
 @pytest.mark.parametrize("tile", W4A16_TILES)
 def test_products_do_not_depend_on_how_tiles_are_cut(
-    launches: dict[int, DeviceLaunch], tile: int, num_sms: int
+    launches: dict[int, ArrayLaunch], tile: int, num_sms: int
 ) -> None:
     check(launches, GemmCase(tile, 2 * tile + 5, 4096, 1024, 128, "add", num_sms))
 
 
-def test_the_last_block_adds_parts_in_one_order(launches: dict[int, DeviceLaunch]) -> None:
+def test_the_last_block_adds_parts_in_one_order(launches: dict[int, ArrayLaunch]) -> None:
     case = GemmCase(64, 100, 11008, 1024, 128, "add")
     assert case.shape.stream_tiles > 0
     results = {run_gemm(launches[case.group_size], case)[0].tobytes() for _ in range(5)}
@@ -86,7 +86,7 @@ def test_the_last_block_adds_parts_in_one_order(launches: dict[int, DeviceLaunch
     [(4096, 12288, "half"), (4096, 4096, "add"), (4096, 22016, "silu"), (11008, 4096, "add")],
 )
 def test_the_matrices_of_a_7b_layer(
-    launches: dict[int, DeviceLaunch], num_inputs: int, num_outputs: int, output: str
+    launches: dict[int, ArrayLaunch], num_inputs: int, num_outputs: int, output: str
 ) -> None:
     for tile, num_tokens in ((16, 16), (128, 200)):
         check(launches, GemmCase(tile, num_tokens, num_inputs, num_outputs, 128, output))

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 import figures
 import numpy as np
 import pytest
-from device_launch import DeviceLaunch, device_launch
+from device_launch import ArrayLaunch, device_launch
 from gemv_cases import GemvCase, run_gemv
 from linear_cases import relative_error
 
@@ -25,7 +25,7 @@ ORIN_BYTES = 163 * 1024
 
 
 @pytest.fixture(scope="module")
-def launches() -> Iterator[dict[int, DeviceLaunch]]:
+def launches() -> Iterator[dict[int, ArrayLaunch]]:
     """By the group size that kernels are built for."""
     with ExitStack() as stack:
         yield {
@@ -51,7 +51,7 @@ def plan(
     )
 
 
-def check(launches: dict[int, DeviceLaunch], case: GemvCase) -> np.ndarray:
+def check(launches: dict[int, ArrayLaunch], case: GemvCase) -> np.ndarray:
     got, want = run_gemv(launches[case.shape.group_size], case)
     values = got.astype(np.float64)
     error = relative_error(values, want)
@@ -65,7 +65,7 @@ def check(launches: dict[int, DeviceLaunch], case: GemvCase) -> np.ndarray:
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
 @pytest.mark.parametrize("width", GEMV_STAGES)
 def test_products_at_the_edges(
-    launches: dict[int, DeviceLaunch], width: int, group_size: int, output: str
+    launches: dict[int, ArrayLaunch], width: int, group_size: int, output: str
 ) -> None:
     for num_tokens in {1, max(1, width - 1), width}:
         for sizes in ((group_size, 32), (640, 576), (1152, 1536), (4864, 992)):
@@ -87,13 +87,13 @@ def test_products_at_the_edges(
 )
 @pytest.mark.parametrize("width", GEMV_STAGES)
 def test_matrices_of_real_models(
-    launches: dict[int, DeviceLaunch], width: int, sizes: tuple[int, int], output: str
+    launches: dict[int, ArrayLaunch], width: int, sizes: tuple[int, int], output: str
 ) -> None:
     check(launches, GemvCase(width, plan(width, sizes), output))
 
 
 def test_a_token_has_the_same_bits_in_every_width_and_launch_shape(
-    launches: dict[int, DeviceLaunch],
+    launches: dict[int, ArrayLaunch],
 ) -> None:
     for sizes, output in (((4096, 1536), "norm"), ((11008, 1024), "add"), ((576, 1536), "norm")):
         group_size = 64 if sizes[0] == 576 else 128
