@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -69,7 +70,7 @@ def pack(workspace: Path, output: Path, options: PackOptions, progress: Progress
             entries = hash_files(folder, list_files(folder), task.move_to)
         write_manifest(folder, replace(manifest, files=entries))
         durable.sync_folder(folder)
-        with progress.task("pack", unit=BYTES) as task:
+        with _alone_in(output.parent), progress.task("pack", unit=BYTES) as task:
             return write_archive(folder, output, task.move_to)
 
 
@@ -179,6 +180,22 @@ def _staging(root: Path) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Wait for other processes that pack into a folder: their unfinished archive may be ours.
+
+    A folder that cannot be locked, as on some network file systems, is taken as it is.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _link(source: Path, target: Path) -> None:

@@ -1,7 +1,9 @@
+import fcntl
 import os
 import re
 import subprocess
 import tarfile
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import pytest
 from test_convert_bytes import GQA_64, int4_tensors
@@ -163,6 +165,19 @@ def test_a_file_that_is_no_archive_is_not_written_over(workspace, tmp_path):
     assert (tmp_path / "model.safetensors").read_bytes() == b"weights"
     (tmp_path / "x.tgz").touch()  # as mktemp leaves it
     assert pack(workspace, tmp_path / "x.tgz", NANO, Progress()).archive_bytes
+
+
+def test_who_packs_into_the_same_folder_waits(workspace, tmp_path):
+    output = tmp_path / "out" / "x.tgz"
+    output.parent.mkdir()
+    other = os.open(output.parent, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    with ThreadPoolExecutor(1) as pool:
+        packed = pool.submit(pack, workspace, output, NANO, Progress())
+        assert not wait([packed], timeout=0.5).done
+        assert list(output.parent.iterdir()) == []
+        os.close(other)
+        assert packed.result().path == output
 
 
 def test_a_workspace_of_lmdeploy_is_packed_with_tar(source, tmp_path):
