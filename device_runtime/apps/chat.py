@@ -120,9 +120,13 @@ def _talk(
     cut_off = take_notice(data_dir())
     if cut_off is not None:
         repl.say(f"the last conversation was cut off; /load {cut_off} goes on with it")
-    code = repl.run()
-    if repl.is_cut_off:
-        keep_conversation(conversation, data_dir())
+    is_at_its_end = False
+    try:
+        code = repl.run()
+        is_at_its_end = not repl.is_cut_off
+    finally:
+        if not is_at_its_end:
+            keep_conversation(conversation, data_dir())
     return code
 
 

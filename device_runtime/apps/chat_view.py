@@ -19,6 +19,7 @@ MAX_PAINT_SHARE = 0.2
 SWITCH_INTERVAL_S = 0.5e-3
 """How long painting may keep the interpreter from the engine, whose queue of steps lasts 1.5 ms on
 the fastest GPUs. Python's own 5 ms cost 2 % of 2000 tokens a second."""
+DEFAULT_COLUMNS = 80
 _NUM_ROWS_KEPT_FREE = 3
 """Rows of the screen that live text leaves to the status line and to the line above it."""
 
@@ -141,6 +142,9 @@ class PlainView:
 
 def make_console(*, is_error: bool = False) -> Console:
     """Return a console that takes nothing it prints for markup or emoji codes."""
-    return Console(
+    console = Console(
         file=sys.stderr if is_error else sys.stdout, markup=False, emoji=False, highlight=False
     )
+    if console.width < 1:  # COLUMNS=0 stands in the environment
+        console.width = DEFAULT_COLUMNS
+    return console

@@ -17,6 +17,7 @@ from tiny_package import make_package
 
 from device_runtime import cli
 from device_runtime.apps.chat_input import PlainReader, open_history
+from device_runtime.apps.chat_view import make_console
 from device_runtime.engine.chat_session import ChatSession
 from device_runtime.engine.engine import Engine
 from device_runtime.engine.generation import GenerationParams, Output
@@ -184,6 +185,27 @@ def test_a_terminal_needs_both_ends(
     assert "--json answers one prompt" in capsys.readouterr().err
     assert chat(monkeypatch, [tiny], Terminal(io.BytesIO())) == 2
     assert "standard output is no terminal" in capsys.readouterr().err
+
+
+def test_what_was_said_is_kept_whatever_ends_the_chat(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    typed = iter(["hello"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(typed, None) or 1 // 0)
+    monkeypatch.setattr(sys, "stdout", Terminal(io.BytesIO(), encoding="utf-8"))
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setenv("TURBOJET_DATA_DIR", str(tmp_path / "data"))
+    assert chat(monkeypatch, [tiny, "--max-tokens", "4"], Terminal(io.BytesIO())) == 1
+    assert "internal error, ZeroDivisionError" in capsys.readouterr().err
+    kept = json.loads((tmp_path / "data/chat_cut_off.json").read_text("utf-8"))
+    assert [message["role"] for message in kept["messages"]] == ["user", "assistant"]
+
+
+def test_a_terminal_without_columns_has_eighty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "0")
+    assert make_console().width == 80
+    monkeypatch.setenv("COLUMNS", "40")
+    assert make_console().width == 40
 
 
 def test_the_environment_sets_options(
