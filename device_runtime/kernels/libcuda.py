@@ -35,6 +35,8 @@ DEVICE_ATTRIBUTES = {
 
 _BOARD_DEVICE = "/dev/nvmap"
 """Every process that uses the GPU of a Jetson opens it; only the group video may."""
+_SOC_FAMILY = "/sys/devices/soc0/family"
+"""Says Tegra, in a container too (drivers/soc/tegra of Linux)."""
 
 
 class NoDeviceError(DeviceError):
@@ -53,6 +55,14 @@ def _load() -> ctypes.CDLL:
     raise NoDeviceError("no CUDA driver was found (libcuda.so.1); use the reference backend")
 
 
+def _is_tegra() -> bool:
+    try:
+        with open(_SOC_FAMILY, encoding="ascii") as file:
+            return file.read().strip() == "Tegra"
+    except OSError:
+        return False
+
+
 def _check_board(error: DeviceError) -> None:
     """Say what keeps a board's GPU, which must be there, from being opened.
 
@@ -60,6 +70,11 @@ def _check_board(error: DeviceError) -> None:
         DeviceError: this is a board.
     """
     if not os.path.exists(_BOARD_DEVICE):
+        if _is_tegra():
+            raise DeviceError(
+                f"{error}; this is a Jetson without {_BOARD_DEVICE}: a container needs "
+                "`--runtime nvidia`"
+            ) from error
         return
     if os.access(_BOARD_DEVICE, os.R_OK | os.W_OK):
         raise DeviceError(str(error)) from error

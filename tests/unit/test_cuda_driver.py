@@ -139,6 +139,23 @@ def test_a_board_says_why_its_gpu_is_not_used(
         Engine.open(root, EngineOptions(backend="cuda"))
 
 
+def test_a_container_without_the_boards_devices_says_so(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(libcuda.ctypes, "CDLL", lambda name: (_ for _ in ()).throw(OSError(name)))
+    monkeypatch.setitem(sys.modules, "pycuda.driver", None)
+    monkeypatch.setattr(libcuda, "_BOARD_DEVICE", str(tmp_path / "nvmap"))
+    family = tmp_path / "family"
+    monkeypatch.setattr(libcuda, "_SOC_FAMILY", str(family))
+    family.write_text("Tegra\n")
+    with pytest.raises(
+        DeviceError, match=r"no CUDA driver .*a Jetson without .*nvmap: a container needs `--runt"
+    ) as caught:
+        open_driver()
+    assert not isinstance(caught.value, NoDeviceError)
+    family.write_text("Snapdragon\n")
+    with pytest.raises(NoDeviceError, match="no CUDA driver was found"):
+        open_driver()
+
+
 def test_a_failing_call_names_the_call_and_cudas_reason(monkeypatch) -> None:
     install(monkeypatch, FakeCuda(failing={"cuCtxSynchronize": 700}))
     with (
