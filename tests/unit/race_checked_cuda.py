@@ -8,6 +8,8 @@ from emulated_cuda import EmulatedCuda
 from emulator import races
 from fake_cuda import Launched
 
+from device_runtime.kernels.table import kernel
+
 _AFTER_ALL = (
     "cuMemcpyHtoDAsync_v2",
     "cuMemcpyHtoD_v2",
@@ -52,11 +54,27 @@ class RaceCheckedCuda(EmulatedCuda):
         races.drop_global(address.value)
         return super().do_cuMemFree_v2(address)
 
+    def do_cuMemHostAlloc(self, pointer, size, flags):
+        super().do_cuMemHostAlloc(pointer, size, flags)
+        races.add_global(pointer._obj.value, size.value, "pinned memory")
+
+    def do_cuMemFreeHost(self, pointer):
+        races.drop_global(pointer.value)
+        return super().do_cuMemFreeHost(pointer)
+
     def do_cuGraphLaunch(self, executable, stream):
         races.full_edge()
         super().do_cuGraphLaunch(executable, stream)
         races.full_edge()
 
     def _run(self, launched: Launched) -> None:
+        letters = kernel(launched.name).arguments
+        for letter, value in zip(letters, launched.arguments, strict=True):
+            if letter == "P" and value and not self._is_watched(int(value)):
+                raise RuntimeError(f"{launched.name} is given memory that was never allocated")
         with races.watch(launched.name, is_programmatic=launched.is_programmatic):
             super()._run(launched)
+
+    def _is_watched(self, address: int) -> bool:
+        blocks = {**self.device, **self.pinned}
+        return any(place <= address < place + len(block) for place, block in blocks.items())
