@@ -24,8 +24,9 @@ from device_runtime.tokenization.folder import (
     original_file,
 )
 from device_runtime.tokenization.settings_files import read_text
-from host_tools.checkpoint.config_values import MAX_NUMBER, read_json
+from host_tools.checkpoint.config_values import MAX_NUMBER
 from host_tools.checkpoint.reader import CONFIG_JSON
+from host_tools.json_file import read_json
 
 TOKENIZER_FILES = (
     names.TOKENIZER_JSON,

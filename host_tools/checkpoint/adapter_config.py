@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from device_runtime.errors import PackageError
-from host_tools.checkpoint.config_values import ConfigReader, read_json, shown
+from host_tools.checkpoint.config_values import ConfigReader, shown
 from host_tools.checkpoint_names import ADAPTER_CONFIG
+from host_tools.json_file import read_json
 
 _OFF: tuple[object, ...] = (None, False, [], {}, "", "none", "None")
 _REFUSED = {

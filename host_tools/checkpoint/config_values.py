@@ -1,40 +1,15 @@
-"""Typed access to the JSON files of a checkpoint, which may hold anything."""
+"""Typed access to what the JSON files of a checkpoint hold, which may be anything."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 
 from device_runtime.errors import PackageError
 
-MAX_CONFIG_BYTES = 4 << 20
 MAX_NUMBER = 1e30
 """No other number of a model is larger."""
 MAX_SIZE = 1 << 24
 """No size of a model in config.json is larger; keeps a lie from becoming an allocation."""
-
-
-def read_json(path: Path) -> dict[str, object]:
-    """Return the object in a small JSON file of a checkpoint.
-
-    Raises:
-        PackageError: the file is not there, is too large or holds no JSON object.
-    """
-    try:
-        if not path.is_file():  # a pipe would be waited for
-            raise FileNotFoundError(path)
-        size = path.stat().st_size
-        if size > MAX_CONFIG_BYTES:
-            raise PackageError(f"{path.name} has {size} bytes, expected at most {MAX_CONFIG_BYTES}")
-        loaded = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise PackageError(f"{path.parent} has no readable {path.name}") from error
-    except (ValueError, RecursionError) as error:
-        raise PackageError(f"{path.name} in {path.parent} is no JSON, fetch it again") from error
-    if not isinstance(loaded, dict):
-        raise PackageError(f"{path.name} in {path.parent} holds no JSON object, fetch it again")
-    return loaded
 
 
 class ConfigReader:

@@ -10,10 +10,10 @@ from device_runtime.package_format.int4 import CODES_PER_WORD
 from device_runtime.package_format.names import QWEIGHT
 from host_tools.checkpoint.awq_tensors import SCALES, find_awq
 from host_tools.checkpoint.compressed_tensors import PACKED, find_compressed
-from host_tools.checkpoint.config_values import read_json
 from host_tools.checkpoint.gptq_tensors import G_IDX, find_gptq
 from host_tools.checkpoint.packed_format import PackedFormat
 from host_tools.checkpoint.tensor_files import TensorFiles
+from host_tools.json_file import read_json
 
 QUANTIZE_CONFIG = "quantize_config.json"
 """Where AutoGPTQ says what it did, besides or in place of config.json."""

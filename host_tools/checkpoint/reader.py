@@ -16,7 +16,6 @@ from device_runtime.package_format.model_config import ModelConfig
 from device_runtime.package_format.names import BIAS, WEIGHT
 from host_tools.checkpoint.adapter import Adapter
 from host_tools.checkpoint.config_reader import read_family, read_model
-from host_tools.checkpoint.config_values import read_json
 from host_tools.checkpoint.families import Family, LogicalLinear, SourceLinear
 from host_tools.checkpoint.linear_weights import (
     DenseLinear,
@@ -31,6 +30,7 @@ from host_tools.checkpoint.packed_format import PackedFormat
 from host_tools.checkpoint.quantization import find_packed
 from host_tools.checkpoint.tensor_files import TensorFiles
 from host_tools.checkpoint_folder import check_folder
+from host_tools.json_file import read_json
 
 CONFIG_JSON = "config.json"
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)

@@ -18,10 +18,11 @@ from device_runtime.errors import PackageError
 from device_runtime.package_format.model_config import ModelConfig
 from device_runtime.package_format.names import BIAS, WEIGHT
 from host_tools.checkpoint.config_reader import read_family, read_model
-from host_tools.checkpoint.config_values import ConfigReader, read_json
+from host_tools.checkpoint.config_values import ConfigReader
 from host_tools.checkpoint.families import Family
 from host_tools.checkpoint.linear_weights import linear_shape
 from host_tools.checkpoint_names import CONFIG_JSON
+from host_tools.json_file import read_json
 
 MARKER = "synthetic-weights.json"
 """``{"seed": 0, "dtype": "float16"}``; both have to be there."""

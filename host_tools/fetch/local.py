@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,8 +17,7 @@ from host_tools.checkpoint_names import (
     SAFETENSORS,
     VOCABULARY_FILES,
 )
-
-MAX_CONFIG_BYTES = 4 << 20
+from host_tools.json_file import read_json
 
 
 def check_checkpoint(folder: Path) -> None:
@@ -33,7 +31,7 @@ def check_checkpoint(folder: Path) -> None:
         raise PackageError(
             f"{folder} is an adapter without its base, name the base and give this one as --adapter"
         )
-    config = _read_object(folder / CONFIG_JSON, MAX_CONFIG_BYTES)
+    config = read_json(folder / CONFIG_JSON)
     if "architectures" not in config and "model_type" not in config:
         raise PackageError(
             f"{CONFIG_JSON} in {folder} names no architecture, expected a language model"
@@ -62,7 +60,7 @@ def _indexed_files(folder: Path) -> Iterator[str]:
         suffix = Path(index.name.removesuffix(INDEX_SUFFIX)).suffix
         if suffix == PICKLED and any(folder.glob(f"*{SAFETENSORS}")):
             continue
-        weight_map = _read_object(index, MAX_INDEX_BYTES).get("weight_map")
+        weight_map = read_json(index, MAX_INDEX_BYTES).get("weight_map")
         if not isinstance(weight_map, dict):
             raise PackageError(f"{index.name} in {folder} has no weight_map, fetch it again")
         for name in weight_map.values():
@@ -72,22 +70,3 @@ def _indexed_files(folder: Path) -> Iterator[str]:
                     "beside it"
                 )
             yield name
-
-
-def _read_object(path: Path, max_bytes: int) -> dict[str, object]:
-    try:
-        if not path.is_file():  # a pipe would be waited for
-            raise FileNotFoundError(path)
-        size = path.stat().st_size
-        if size > max_bytes:
-            raise PackageError(f"{path} has {size} bytes, expected at most {max_bytes}")
-        loaded = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise PackageError(
-            f"{path.parent} has no readable {path.name}, expected the folder of a checkpoint"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise PackageError(f"{path} is no JSON, fetch it again") from error
-    if not isinstance(loaded, dict):
-        raise PackageError(f"{path} holds no JSON object, fetch it again")
-    return loaded

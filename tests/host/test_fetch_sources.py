@@ -11,9 +11,10 @@ import pytest
 from device_runtime.errors import PackageError, UsageError
 from host_tools.fetch import FetchOptions, fetch
 from host_tools.fetch.aliases import ALIASES
-from host_tools.fetch.local import MAX_CONFIG_BYTES, check_checkpoint
+from host_tools.fetch.local import check_checkpoint
 from host_tools.fetch.repo_files import MAX_FILES, RepoFile, select_files
 from host_tools.fetch.sources import FolderSource, GgufSource, HubSource, parse_source
+from host_tools.json_file import MAX_CONFIG_BYTES
 
 
 @pytest.fixture

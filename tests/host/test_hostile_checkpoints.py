@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 
 from device_runtime.errors import PackageError
 from host_tools.checkpoint import Checkpoint
-from host_tools.checkpoint.config_values import MAX_CONFIG_BYTES
 from host_tools.checkpoint.tensor_files import TensorFiles
 from host_tools.checkpoint_names import MAX_INDEX_BYTES
+from host_tools.json_file import MAX_CONFIG_BYTES
 
 INDEX = "model.safetensors.index.json"
 
@@ -211,8 +211,8 @@ def test_folders_without_a_checkpoint_are_refused(tmp_path: Path, folder: Path) 
 
 def test_a_config_that_is_no_object_is_refused(folder: Path) -> None:
     for text, complaint in (
-        ("{", "config.json in .* is no JSON"),
-        ("[" * 100_000, "config.json in .* is no JSON"),
+        ("{", "config.json is no JSON"),
+        ("[" * 100_000, "config.json is no JSON"),
         ("[]", "holds no JSON object"),
         (" " * (MAX_CONFIG_BYTES + 1), f"has {MAX_CONFIG_BYTES + 1} bytes"),
     ):
