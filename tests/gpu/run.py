@@ -149,6 +149,11 @@ def prepare(folder: Path) -> list[str]:
     return variants
 
 
+def matches(step: Step, patterns: Sequence[str]) -> bool:
+    """Return whether a step's name is like one of the patterns."""
+    return any(fnmatch(step.name, pattern) for pattern in patterns)
+
+
 def finished(folder: Path) -> dict[str, State]:
     """Return how the steps ended that need not run again."""
     return {name: state for name, state in read_states(folder).items() if not state.is_cut_off}
@@ -170,6 +175,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--steps", nargs="+", metavar="PATTERN", help="only steps with such names, as bench-*"
+    )
+    parser.add_argument(
+        "--without", nargs="+", default=[], metavar="PATTERN", help="no steps with such names"
     )
     parser.add_argument(
         "--continue", dest="is_going_on", action="store_true", help="leave out what has run"
@@ -216,7 +224,8 @@ def main() -> int:
         wanted = [
             step
             for step in steps
-            if (not args.steps or any(fnmatch(step.name, pattern) for pattern in args.steps))
+            if matches(step, args.steps or ["*"])
+            and not matches(step, args.without)
             and not (args.is_going_on and step.name in states)
         ]
         runner.run_all(wanted, num_workers)
