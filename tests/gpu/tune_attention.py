@@ -1,6 +1,6 @@
 """Measures variants of decode attention: decoding at several contexts, nodes; one table.
 
-    python3 tests/gpu/tune_attention.py [--model llama-2-7b] [--repeats 5] [--output build/tune]
+    python3 tests/gpu/tune_attention.py [--model llama-2-7b] [--only NAME...] [--output build/tune]
 
 A variant is decode_attention.cu compiled with switches (decode_block.cuh, decode_stream.cuh), other
 constants of the host (workspace.py, attention_shape.py), or both. The first one runs again at the
@@ -9,7 +9,6 @@ end: what it differs by is noise.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -24,13 +23,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
-from tune_gemv import TunedUnit, line_of  # noqa: E402
+from tune_gemv import TunedUnit, line_of, start  # noqa: E402
 
 from device_runtime.kernels.cubins import Cubin, read_record, write_record  # noqa: E402
 from device_runtime.package_format import durable  # noqa: E402
-from host_tools.kernel_sets import build_kernels  # noqa: E402
 from host_tools.kernels import Build, KernelCache, cached_unit  # noqa: E402
-from host_tools.progress import Progress  # noqa: E402
 
 RUNS = (("1", "512", "1,8"), ("4032", "64", "1"), ("448", "64", "8"))
 """Tokens of the prompt, tokens after it, sequences at once."""
@@ -111,27 +108,17 @@ def measure(folder: Path, variant: Variant, model: str, repeats: int) -> list[di
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Build, measure and print all variants."""
-    from device_runtime.backends.cuda.driver import open_driver
-
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", default="llama-2-7b", help="shapes of the random weights")
-    parser.add_argument("--repeats", type=int, default=5, help="rounds that count")
-    parser.add_argument("--output", type=Path, default=ROOT / "build" / "tune")
-    options = parser.parse_args(arguments)
-    with open_driver() as driver:
-        build = Build(driver.sm, "13.0")
-    os.environ.setdefault("TURBOJET_CACHE_DIR", str(ROOT / ".cache"))
-    cache, output = KernelCache.default(), options.output
-    output.mkdir(parents=True, exist_ok=True)
-    base = build_kernels(output / "kernels", [build], cache, Progress())
-    for index, variant in enumerate((*VARIANTS, VARIANTS[0])):
-        folder = make_variant(base, output / f"attention-{index}", build, variant.switches, cache)
-        facts = measure(folder, variant, options.model, options.repeats)
-        path = output / f"attention-{index}.json"
-        path.write_text(json.dumps({"variant": variant.name, "runs": facts}, indent=1))
+    variants = {variant.name: variant for variant in VARIANTS}
+    tuning = start(__doc__.partition("\n")[0], list(variants), arguments)
+    for index, name in enumerate(tuning.names):
+        variant, folder = variants[name], tuning.output / f"attention-{index}"
+        make_variant(tuning.base, folder, tuning.build, variant.switches, tuning.cache)
+        facts = measure(folder, variant, tuning.model, tuning.repeats)
+        path = tuning.output / f"attention-{index}.json"
+        path.write_text(json.dumps({"variant": name, "runs": facts}, indent=1))
         for run, found in zip(RUNS, facts, strict=True):
             line = line_of({"slices": (), **found} if found else {})
-            print(f"{variant.name:26s} {'/'.join(run):12s} {line}", flush=True)
+            print(f"{name:26s} {'/'.join(run):12s} {line}", flush=True)
     return 0
 
 

@@ -1,6 +1,6 @@
 """Measures variants of the GEMV: the step's nodes, slices of the device, decoding; one table.
 
-    python3 tests/gpu/tune_gemv.py [--model llama-2-7b] [--repeats 5] [--output build/tune]
+    python3 tests/gpu/tune_gemv.py [--model llama-2-7b] [--only NAME...] [--output build/tune]
 
 Each variant is a set of kernels in which the sources of some widths were compiled with switches
 (w4a16_ring.cuh, ptx.cuh). The first one runs again at the end: what it differs by is noise.
@@ -106,26 +106,62 @@ def line_of(facts: dict[str, Any]) -> str:
     return f"{decode} tok/s | {nodes} | {slices}"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Build, measure and print all variants."""
+@dataclass(frozen=True)
+class Tuning:
+    """What every variant starts from.
+
+    Attributes:
+        model: whose shapes are measured.
+        repeats: rounds that count.
+        output: folder of kernels and figures.
+        names: of the variants, in their order; the first one again at the end.
+        build: for this device.
+        cache: of compiled kernels.
+        base: folder of the kernels as they are.
+    """
+
+    model: str
+    repeats: int
+    output: Path
+    names: tuple[str, ...]
+    build: Build
+    cache: KernelCache
+    base: Path
+
+
+def start(title: str, names: Sequence[str], arguments: Sequence[str] | None) -> Tuning:
+    """Read the command line and compile the kernels as they are."""
     from device_runtime.backends.cuda.driver import open_driver
 
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=title)
     parser.add_argument("--model", default="llama-2-7b", help="shapes of the random weights")
     parser.add_argument("--repeats", type=int, default=5, help="rounds that count")
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "tune")
+    parser.add_argument(
+        "--only", nargs="+", choices=names, metavar="NAME", help="'" + "', '".join(names) + "'"
+    )
     options = parser.parse_args(arguments)
     with open_driver() as driver:
         build = Build(driver.sm, "13.0")
     os.environ.setdefault("TURBOJET_CACHE_DIR", str(ROOT / ".cache"))
-    cache, output = KernelCache.default(), options.output
-    output.mkdir(parents=True, exist_ok=True)
-    base = build_kernels(output / "kernels", [build], cache, Progress())
-    names = [*VARIANTS, next(iter(VARIANTS))]
-    for index, name in enumerate(names):
-        folder = make_variant(base, output / f"kernels-{index}", build, VARIANTS[name], cache)
-        facts = measure(folder, options.model, options.repeats)
-        (output / f"{index}.json").write_text(json.dumps({"variant": name, **facts}, indent=1))
+    cache = KernelCache.default()
+    options.output.mkdir(parents=True, exist_ok=True)
+    base = build_kernels(options.output / "kernels", [build], cache, Progress())
+    wanted = [name for name in names[1:] if not options.only or name in options.only]
+    chosen = (names[0], *wanted, names[0])
+    return Tuning(options.model, options.repeats, options.output, chosen, build, cache, base)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Build, measure and print all variants."""
+    tuning = start(__doc__.partition("\n")[0], list(VARIANTS), arguments)
+    for index, name in enumerate(tuning.names):
+        folder = tuning.output / f"kernels-{index}"
+        make_variant(tuning.base, folder, tuning.build, VARIANTS[name], tuning.cache)
+        facts = measure(folder, tuning.model, tuning.repeats)
+        (tuning.output / f"{index}.json").write_text(
+            json.dumps({"variant": name, **facts}, indent=1)
+        )
         print(f"{name:28s} {line_of(facts)}", flush=True)
     return 0
 
