@@ -117,6 +117,7 @@ def install(
                 return _keep(store, found, options, manifest.size_bytes, len(manifest.files))
         _check_space(store, source, archive)
         with store.incoming() as folder:
+            store.check_links(folder)
             extracted = archive.extract(folder / "package", progress)
             name = options.name or open_package(extracted.root).name
             if not is_model_name(name):

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from device_runtime.apps.places import data_dir
+from device_runtime.apps.places import DATA_DIR_VARIABLE, data_dir
 from device_runtime.apps.release import (
     RECORD_SUFFIX,
     InstallRecord,
@@ -146,6 +146,23 @@ class Store:
         """
         with temporary_folder(self.models_dir / _INCOMING, "new-") as folder:
             yield folder
+
+    def check_links(self, folder: Path) -> None:
+        """Refuse a disk that cannot say which release is current.
+
+        Args:
+            folder: of `incoming`.
+
+        Raises:
+            DeviceError: the file system has no links, or cannot be written.
+        """
+        try:
+            os.symlink(_CURRENT, folder / _CURRENT)
+        except OSError as error:
+            raise DeviceError(
+                f"{self.models_dir} takes no links ({error.strerror}), as disks with FAT or exFAT "
+                f"do not; choose another disk with {DATA_DIR_VARIABLE}"
+            ) from error
 
     def add(self, name: str, digest: str, root: Path, record: InstallRecord) -> Release:
         """Move a verified and synced package from `incoming` to its place, and no further.

@@ -1,6 +1,7 @@
 """Installing: checked, kept beside the old release, switched to by one rename."""
 
 import dataclasses
+import errno
 import io
 import os
 import shutil
@@ -226,6 +227,22 @@ def test_too_little_space_is_known_before_anything_is_written(
     with pytest.raises(DeviceError, match=r"needs 33\.\d MB"):
         install(store, tmp_path / "x.tgz")
     assert store.names() == ()
+
+
+def test_a_disk_without_links_is_refused_before_anything_is_unpacked(
+    store, archives, monkeypatch
+) -> None:
+    def refuse(*_):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "symlink", refuse)
+    monkeypatch.setattr(
+        install_module.ArchiveReader, "extract", lambda *args: pytest.fail("unpacked")
+    )
+    with pytest.raises(DeviceError, match=r"models takes no links .*FAT.*; choose another disk"):
+        install(store, archives[0])
+    assert store.names() == ()
+    nothing_left(store)
 
 
 def test_a_store_that_cannot_be_written_is_a_sentence(tmp_path, archives) -> None:
