@@ -48,8 +48,11 @@ def _stub(row: table.Kernel) -> str:
     )
 
 
-def _built(name: str, unit: str, files: Iterable[Path], *commands: str) -> Path:
-    """Compile C++ text to a library, cached by the commands and what it includes."""
+def _built(name: str, unit: str, files: Iterable[Path], *commands: list[str]) -> Path:
+    """Compile C++ text to a library, cached by the commands and what it includes.
+
+    SOURCE, OBJECT and TARGET in a command stand for files.
+    """
     digest = hashlib.sha256(repr(commands).encode() + unit.encode())
     for file in files:
         digest.update(file.read_bytes())
@@ -60,8 +63,8 @@ def _built(name: str, unit: str, files: Iterable[Path], *commands: str) -> Path:
         compiled, part = source.with_suffix(".o"), source.with_suffix(".part")
         source.write_text(unit)
         for command in commands:
-            paths = {"source": source, "object": compiled, "target": part}
-            words = [word.format(**paths) for word in command.split()]
+            paths = {"SOURCE": str(source), "OBJECT": str(compiled), "TARGET": str(part)}
+            words = [paths.get(word, word) for word in command]
             done = subprocess.run(["g++", *words], capture_output=True, text=True)
             if done.returncode:
                 raise RuntimeError(f"g++ failed on {name}:\n{done.stderr[:6000]}")
@@ -79,7 +82,7 @@ def race_library() -> ctypes.CDLL:
         "race_check",
         unit,
         [RACE_CHECK, RACE_CHECK.with_suffix(".h")],
-        f"-std=c++17 -O2 -Wall -shared -fPIC -D{RACES} -o {{target}} {{source}}",
+        ["-std=c++17", "-O2", "-Wall", "-shared", "-fPIC", f"-D{RACES}", "-o", "TARGET", "SOURCE"],
     )
     found = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
     found.race_reports.restype = ctypes.c_char_p
@@ -99,10 +102,9 @@ def build(source: Path, rows: Iterable[table.Kernel], flags: tuple[str, ...]) ->
         # Calls before loads and stores; what they call is in race_library, not in libtsan.
         race_library()
         words += ["-g1", "-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0"]
-        commands = [" ".join([*words, "-c -o {object} {source}"])]
-        commands.append("-shared -o {target} {object}")
+        commands = [[*words, "-c", "-o", "OBJECT", "SOURCE"], ["-shared", "-o", "TARGET", "OBJECT"]]
     else:
-        commands = [" ".join([*words, "-shared -o {target} {source}"])]
+        commands = [[*words, "-shared", "-o", "TARGET", "SOURCE"]]
     unit = f'#include "{source}"\n{stubs}'
     return ctypes.CDLL(str(_built(source.stem, unit, files, *commands)))
 

@@ -165,9 +165,9 @@ def test_a_ring_that_is_filled_in_portions_has_no_race(flags: tuple[str, ...]) -
 def test_the_gemm_has_no_race(tile: int, group_size: int, flags: tuple[str, ...]) -> None:
     groups = (f"-DTURBOJET_GROUP_SIZE={group_size}",) if group_size else ()
     launch = partial(races.launch, flags=(*groups, *flags))
-    # Whole tiles, and tiles whose parts several blocks make.
+    # Blocks with several whole tiles, and tiles whose parts several blocks make.
     for num_tokens, sizes, output, num_sms in (
-        (tile - 3, (256, 160), "half", 1),
+        (2 * tile + 1, (256, 160), "half", 1),
         (tile + 1, (1152, 96), "add", 4),
         (tile, (384, 160), "silu", 3),
     ):
