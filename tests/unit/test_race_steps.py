@@ -184,5 +184,6 @@ def test_head_norm_embedding_and_sampling_have_no_race(flags: tuple[str, ...]) -
     for is_half in (False, True):
         check_embedding(launch, is_half=is_half)
     for params in SETTINGS.values():
-        for is_half in (False, True):
-            check_sampling(launch, params, 5003, rows=2, is_half=is_half)
+        # More tokens than a list in shared memory takes, and fewer.
+        for vocab_size in (5003, 1003):
+            check_sampling(launch, params, vocab_size, rows=2, is_half=vocab_size == 1003)
