@@ -51,7 +51,12 @@ def quantize_arguments(parser: argparse.ArgumentParser) -> None:
 
 def convert_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``convert``."""
-    parser.add_argument("checkpoint", type=_path, metavar="AWQ_OR_FP16_DIR")
+    parser.add_argument(
+        "checkpoint",
+        type=_path,
+        metavar="AWQ_OR_FP16_DIR",
+        help="folder of a checkpoint, 4-bit or floating-point",
+    )
     parser.add_argument("--model-name", required=True, help="name of the package")
     parser.add_argument("--output", type=_path, required=True, help="folder for the workspace")
     _option(
@@ -138,7 +143,13 @@ def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         help="checkpoint, AWQ folder, workspace, package folder or archive; the first is compared "
         "with the others",
     )
-    _option(parser, "--dataset", str, defaults.dataset, "wikitext2, ptb or a text file")
+    _option(
+        parser,
+        "--dataset",
+        str,
+        defaults.dataset,
+        "wikitext2, ptb, builtin, or a text, jsonl or parquet file",
+    )
     _option(parser, "--samples", int, defaults.num_samples, "windows from the start of the text")
     _option(parser, "--seqlen", int, defaults.seqlen, "tokens of a window")
     _device(parser, defaults.device)

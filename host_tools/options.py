@@ -18,7 +18,7 @@ class CalibrateOptions:
     """How statistics are gathered; the defaults are those of ``lite calibrate`` (spec section 5.6).
 
     Attributes:
-        dataset: ptb, wikitext2, c4, pileval or the path of a text, jsonl or parquet file.
+        dataset: ptb, wikitext2, c4, pileval, builtin or the path of a text, jsonl or parquet file.
         num_samples: windows drawn from the calibration set.
         seqlen: tokens of one window.
         device: auto takes a GPU where there is one.
@@ -88,7 +88,7 @@ class EvaluateOptions:
     """What perplexity is measured on.
 
     Attributes:
-        dataset: wikitext2, ptb or the path of a text file.
+        dataset: wikitext2, ptb, builtin or the path of a text, jsonl or parquet file.
         num_samples: windows from the start of the text, one after another.
         seqlen: tokens of one window.
         device: where a checkpoint runs; a package runs through the device engine.

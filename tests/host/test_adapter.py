@@ -381,8 +381,8 @@ def test_an_adapter_folder_that_lost_its_weights_is_refused(tmp_path, base, adap
 
 
 def test_only_a_folder_of_ours_is_made_again(tmp_path, base, adapter) -> None:
-    with pytest.raises(UsageError, match="base exists and is no base with an adapter"):
-        adapt(base, adapter, base, Progress())
+    with pytest.raises(UsageError, match="tuned exists and is no base with an adapter"):
+        adapt(base, adapter, adapter, Progress())
     folder = adapt(base, adapter, tmp_path / "both", Progress())
     with pytest.raises(PackageError, match="both has an adapter already, name the base alone"):
         adapt(folder, adapter, tmp_path / "twice", Progress())

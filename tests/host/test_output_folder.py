@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from device_runtime.errors import UsageError
+from host_tools.adapter_folder import adapt
 from host_tools.build import build
 from host_tools.calibrate import calibrate
 from host_tools.convert import convert
@@ -34,8 +35,9 @@ def test_places_beside_a_checkpoint_are_outside_of_it(tmp_path: Path) -> None:
         lambda model, away: convert(model, model / "tm", ConvertOptions("tiny"), Progress()),
         lambda model, away: build(str(model), model / "x.tgz", away, BuildOptions(), Progress()),
         lambda model, away: build(str(model), away, model / "w", BuildOptions(), Progress()),
+        lambda model, away: adapt(model, away, model / "merged", Progress()),
     ],
-    ids=["calibrate", "quantize in", "quantize to", "convert", "build to", "build in"],
+    ids=["calibrate", "quantize in", "quantize to", "convert", "build to", "build in", "adapt"],
 )
 def test_no_stage_writes_into_the_checkpoint(tmp_path: Path, run) -> None:
     (tmp_path / "model").mkdir()
