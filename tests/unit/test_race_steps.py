@@ -10,13 +10,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import numpy as np
 import pytest
 from attention_cases import Heads, check_decode, check_prefill
 from emulator import emulator, races
 from gemv_cases import GemvCase, run_gemv
 from linear_cases import GemmCase, HeadCase, run_gemm, run_head, run_norm
 from race_checked_cuda import RaceCheckedCuda
-from sampling_cases import SETTINGS, check_embedding, check_sampling
+from sampling_cases import SETTINGS, Rows, check_embedding, check_sampling
 from test_emulated_backend import (
     CASES,
     CUDA,
@@ -30,6 +31,7 @@ from test_emulated_backend import (
 )
 
 from device_runtime.backends.cuda.graph_set import EAGER_VARIABLE
+from device_runtime.backends.sampling_params import SamplingParams
 from device_runtime.engine.engine import Engine, GenerationParams
 from device_runtime.kernels.cubins import GROUP_SIZES
 from device_runtime.kernels.gemv_shape import GemvShape
@@ -187,3 +189,7 @@ def test_head_norm_embedding_and_sampling_have_no_race(flags: tuple[str, ...]) -
         # More tokens than a list in shared memory takes, and fewer.
         for vocab_size in (5003, 1003):
             check_sampling(launch, params, vocab_size, rows=2, is_half=vocab_size == 1003)
+    # More of one logit than can be ranked at once.
+    ties = np.random.default_rng(3).integers(0, 3, (1, 9000)).astype(np.float32)
+    for params in (SamplingParams(top_k=40, top_p=0.5), SamplingParams(top_k=0, top_p=0.3)):
+        Rows(ties, 9000, [params]).step(launch)
