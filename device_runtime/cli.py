@@ -83,13 +83,15 @@ def _prepare_streams() -> None:
     """Make streams that take everything.
 
     Where whoever started us closed one, /dev/null, before a file takes its place; in a locale that
-    lacks a character, its escape.
+    lacks a character, its escape; for a typed byte that is no character, a surrogate.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr has it
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # as the C locale has it
 
 
 def build_parser(verb: str | None = None) -> argparse.ArgumentParser:
