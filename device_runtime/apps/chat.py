@@ -15,6 +15,7 @@ from device_runtime.apps.chat_kept import keep_conversation, take_notice
 from device_runtime.apps.chat_once import answer_as_json, answer_as_text, read_piped_prompt
 from device_runtime.apps.chat_settings import ChatSettings, add_chat_arguments, chat_settings
 from device_runtime.apps.chat_view import make_console
+from device_runtime.apps.end_signals import on_end
 from device_runtime.apps.engine_flags import add_engine_arguments, engine_options
 from device_runtime.apps.model import open_model
 from device_runtime.apps.places import data_dir
@@ -117,16 +118,16 @@ def _talk(
         console=console,
         is_markdown=is_markdown,
     )
-    cut_off = take_notice(data_dir())
-    if cut_off is not None:
-        repl.say(f"the last conversation was cut off; /load {cut_off} goes on with it")
+    for path in take_notice(data_dir()):
+        repl.say(f"a conversation was cut off; /load {path} goes on with it")
     is_at_its_end = False
-    try:
-        code = repl.run()
-        is_at_its_end = not repl.is_cut_off
-    finally:
-        if not is_at_its_end:
-            keep_conversation(conversation, data_dir())
+    with on_end(repl.cut_off):
+        try:
+            code = repl.run()
+            is_at_its_end = not repl.is_cut_off
+        finally:
+            if not is_at_its_end:
+                keep_conversation(conversation, data_dir())
     return code
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from device_runtime.apps.chat_conversation import Conversation
 from device_runtime.errors import TurbojetError
 
-_NEW = "chat_cut_off.json"
-_TOLD = "chat_cut_off_last.json"
+_NEW = "chat_cut_off"
+_TOLD = "chat_cut_off_told"
 
 
 def keep_conversation(conversation: Conversation, folder: Path) -> None:
@@ -19,14 +19,21 @@ def keep_conversation(conversation: Conversation, folder: Path) -> None:
         return
     with suppress(OSError, TurbojetError):
         folder.mkdir(parents=True, exist_ok=True)
-        conversation.save(folder / _NEW)
-        (folder / _NEW).chmod(0o600)
+        # What ends one chat often ends others too.
+        path = folder / f"{_NEW}-{os.getpid()}.json"
+        conversation.save(path)
+        path.chmod(0o600)
 
 
-def take_notice(folder: Path) -> Path | None:
-    """Return where the conversation is that was cut off since the last call, if one was."""
-    try:
-        os.replace(folder / _NEW, folder / _TOLD)
-    except OSError:
-        return None
-    return folder / _TOLD
+def take_notice(folder: Path) -> list[Path]:
+    """Return where the conversations are that were cut off since the last call.
+
+    Those of earlier calls are deleted when there are new ones.
+    """
+    new = sorted(folder.glob(f"{_NEW}-*.json"))
+    told = sorted(folder.glob(f"{_TOLD}-*.json")) if new else []
+    with suppress(OSError):
+        for path in told:
+            path.unlink()
+        return [path.replace(folder / path.name.replace(_NEW, _TOLD)) for path in new]
+    return []

@@ -28,7 +28,6 @@ from device_runtime.apps.chat_status import (
 )
 from device_runtime.apps.chat_stream import AnswerStream, MarkdownStream, PlainStream
 from device_runtime.apps.chat_view import AnswerView, PlainView
-from device_runtime.apps.end_signals import on_end
 from device_runtime.backends.memory_plan import MemoryPlan
 from device_runtime.errors import EXIT_INTERRUPTED, RequestError, TurbojetError
 from device_runtime.package_format.amounts import format_bytes
@@ -79,18 +78,21 @@ class Repl:
     def run(self) -> int:
         """Talk until the person leaves; return the exit code, 130 after Ctrl-C.
 
-        SIGTERM and a lost connection end it too, after the step that an answer is in, and set
-        ``is_cut_off``.
+        It also ends after :meth:`cut_off`.
         """
         try:
-            with on_end(self._cut_off):
-                code = self._talk()
+            code = self._talk()
         except (SystemExit, OSError):  # also from writing to a terminal that is gone
             if not self.is_cut_off:
                 raise
         return EXIT_INTERRUPTED if self.is_cut_off else code
 
-    def _cut_off(self) -> None:
+    def cut_off(self) -> None:
+        """End the talk, after the step that an answer is in; for signal handlers.
+
+        Raises:
+            SystemExit: out of whatever else the talk is at.
+        """
         self.is_cut_off = self.is_leaving = True
         if not self._is_answering:
             # Not to be taken for Ctrl-C, and nothing that an event loop keeps to itself.

@@ -25,12 +25,19 @@ def interruptible() -> Iterator[None]:
 def on_end(act: Callable[[], None]) -> Iterator[None]:
     """Call something when SIGTERM or SIGHUP comes, while the block runs; for the main thread.
 
+    Once only: a terminal that goes away says so itself and through its shell, and the second signal
+    must not break off what the first one began.
+
     Args:
         act: runs inside a signal handler; what it raises is raised in the block.
     """
+    is_ending = False
 
     def handle(_number: int, _frame: FrameType | None) -> None:
-        act()
+        nonlocal is_ending
+        if not is_ending:
+            is_ending = True
+            act()
 
     before = {}
     for number in _NUMBERS:

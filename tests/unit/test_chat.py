@@ -13,16 +13,21 @@ from pathlib import Path
 
 import pytest
 from archive_samples import archive_of
+from fake_chat import FakeConversation
 from tiny_package import make_package
 
 from device_runtime import cli
 from device_runtime.apps.chat_input import PlainReader, open_history
+from device_runtime.apps.chat_kept import keep_conversation, take_notice
 from device_runtime.apps.chat_view import make_console
+from device_runtime.apps.end_signals import interruptible
 from device_runtime.engine.chat_session import ChatSession
+from device_runtime.engine.conversation_file import load_conversation
 from device_runtime.engine.engine import Engine
 from device_runtime.engine.generation import GenerationParams, Output
 from device_runtime.engine.options import EngineOptions
 from device_runtime.errors import RequestError
+from device_runtime.templates.message import Message
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -197,8 +202,62 @@ def test_what_was_said_is_kept_whatever_ends_the_chat(
     monkeypatch.setenv("TURBOJET_DATA_DIR", str(tmp_path / "data"))
     assert chat(monkeypatch, [tiny, "--max-tokens", "4"], Terminal(io.BytesIO())) == 1
     assert "internal error, ZeroDivisionError" in capsys.readouterr().err
-    kept = json.loads((tmp_path / "data/chat_cut_off.json").read_text("utf-8"))
-    assert [message["role"] for message in kept["messages"]] == ["user", "assistant"]
+    (kept,) = (tmp_path / "data").glob("chat_cut_off-*.json")
+    messages = json.loads(kept.read_text("utf-8"))["messages"]
+    assert [message["role"] for message in messages] == ["user", "assistant"]
+
+
+def test_a_stray_byte_on_a_plain_terminal_is_a_question_mark(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    talk = tmp_path / "talk.json"
+    typed = Terminal(io.BytesIO(b"caf\xe9\n/save %b\n" % bytes(talk)), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdout", Terminal(io.BytesIO(), encoding="utf-8"))
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setenv("TURBOJET_DATA_DIR", str(tmp_path / "data"))
+    assert chat(monkeypatch, [tiny, "--max-tokens", "1"], typed) == 0
+    assert json.loads(talk.read_text("utf-8"))["messages"][0]["content"] == "caf?"
+
+
+def test_all_that_was_cut_off_at_once_is_kept_and_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut_off(process_id: int, text: str) -> None:
+        monkeypatch.setattr("os.getpid", lambda: process_id)
+        conversation = FakeConversation()
+        conversation.restore(None, [Message("user", text), Message("assistant", text)])
+        keep_conversation(conversation, tmp_path)
+
+    def told() -> list[str]:
+        return [load_conversation(path).messages[0].content for path in take_notice(tmp_path)]
+
+    assert told() == []
+    cut_off(11, "one")
+    cut_off(22, "two")
+    assert told() == ["one", "two"]
+    assert told() == []
+    assert len(list(tmp_path.iterdir())) == 2
+    cut_off(33, "three")
+    assert told() == ["three"]
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_second_signal_does_not_break_off_what_the_first_began() -> None:
+    seen = []
+    before = signal.getsignal(signal.SIGHUP)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        with pytest.raises(KeyboardInterrupt), interruptible():
+            try:
+                signal.raise_signal(signal.SIGHUP)
+            finally:
+                signal.raise_signal(signal.SIGHUP)
+                signal.raise_signal(signal.SIGTERM)
+                seen.append("cleaned up")
+        assert seen == ["cleaned up"]
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_terminal_without_columns_has_eighty(monkeypatch: pytest.MonkeyPatch) -> None:
