@@ -161,10 +161,10 @@ class Snapshots:
             durable.sync_file(part)
             seconds_s = self._clock() - started_s
             part.replace(path)
+            durable.sync_folder(self.folder)  # the name is there before the older one goes
             for other in self.folder.iterdir():
                 if _NAME.match(other.name) and other != path:
                     other.unlink()
-            durable.sync_folder(self.folder)
         except OSError as error:
             raise DeviceError(f"cannot write {path}: {error.strerror or error}") from error
         return seconds_s

@@ -350,6 +350,18 @@ def test_the_latest_snapshot_is_kept_with_its_notes(tmp_path: Path) -> None:
     assert Snapshots(tmp_path, loaded[:1]).load() == (0, b"")
 
 
+def test_a_power_cut_finds_a_snapshot_at_any_moment(tmp_path: Path, monkeypatch) -> None:
+    names: list[list[str]] = []
+    monkeypatch.setattr(
+        durable, "sync_folder", lambda path: names.append(sorted(os.listdir(tmp_path)))
+    )
+    with Snapshots(tmp_path, streams()) as snapshots:
+        snapshots.save(3)
+        snapshots.save(7)
+    # What is deleted before its successor's name is on the disk may leave neither.
+    assert names[-1] == ["before-00003.states", "before-00007.states"]
+
+
 @pytest.mark.parametrize("is_written", [False, True])
 def test_a_full_disk_is_said_in_one_sentence(tmp_path: Path, monkeypatch, is_written) -> None:
     def full(*arguments: object) -> None:
