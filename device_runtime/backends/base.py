@@ -85,7 +85,7 @@ class Backend(Protocol):
 
     @property
     def max_steps_ahead(self) -> int:
-        """Steps that may be outstanding between submit and collect (reference: 0)."""
+        """Most steps outstanding beside the one collected next (reference: 0); see `RunAhead`."""
 
     def survey(
         self, package: Package, request: CacheRequest, memory_limit_bytes: int | None

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Generator, Iterator
 from collections.abc import Sequence as Items
 from contextlib import closing
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from types import TracebackType
 
@@ -37,6 +37,7 @@ from device_runtime.engine.generation import (
 )
 from device_runtime.engine.options import EngineOptions
 from device_runtime.engine.page_pool import PagePool, root_digest
+from device_runtime.engine.run_ahead import RunAhead
 from device_runtime.engine.scheduler import Scheduler
 from device_runtime.engine.sequence import Row, Sequence
 from device_runtime.engine.session import Session
@@ -85,6 +86,7 @@ class Engine:
         self._answers: dict[int, Answer] = {}
         self._mailboxes: dict[int, deque[Output]] = {}
         self._in_flight: deque[tuple[Row, ...]] = deque()
+        self._run_ahead = RunAhead(backend.max_steps_ahead)
         self._cancelled: set[int] = set()
         self._is_closed = False
 
@@ -204,7 +206,7 @@ class Engine:
         self._check_open()
         outputs = self._finish_cancelled()
         try:
-            while len(self._in_flight) <= self._backend.max_steps_ahead:
+            while len(self._in_flight) <= self._run_ahead.num_steps:
                 rows = self._scheduler.schedule()
                 self._tidy()
                 if not rows:
@@ -355,6 +357,7 @@ class Engine:
                 self._scheduler.finish(sequence)
             outputs.append(output)
         self._tidy()
+        self._run_ahead.collected(is_more=bool(self._in_flight))
         return outputs
 
     def _finish_cancelled(self) -> list[Output]:
@@ -376,9 +379,8 @@ class Engine:
 
     def _abandon(self) -> None:
         """End every generation after a failure, so that the books stay right."""
-        for rows in self._in_flight:
-            for row in rows:
-                row.sequence.num_in_flight = 0
+        for row in chain.from_iterable(self._in_flight):
+            row.sequence.num_in_flight = 0
         self._in_flight.clear()
         for answer in self._answers.values():
             answer.sequence.num_in_flight = 0

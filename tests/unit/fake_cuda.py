@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from device_runtime.backends.cuda import survey
+from device_runtime.engine import run_ahead
 from device_runtime.kernels import libcuda
 from device_runtime.kernels.cubins import SOURCES, Cubin, cubin_file, has_group_size, write_record
 from device_runtime.kernels.table import KERNELS
@@ -252,8 +253,12 @@ class FakeCuda:
 
 
 def install(monkeypatch: pytest.MonkeyPatch, fake: FakeCuda | None = None) -> FakeCuda:
-    """Put a fake in place of libcuda; nothing of pycuda or NVML is asked."""
+    """Put a fake in place of libcuda; nothing of pycuda or NVML is asked.
+
+    An engine queues as many steps as it may, however long a fake takes for one.
+    """
     fake = fake or FakeCuda()
+    monkeypatch.setattr(run_ahead, "COVERED_S", 1e6)
     monkeypatch.setattr(libcuda, "_load", lambda: fake)
     monkeypatch.setattr(survey, "device_used_bytes", lambda: 0)
     monkeypatch.setitem(__import__("sys").modules, "pycuda.driver", None)
