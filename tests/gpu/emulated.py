@@ -8,6 +8,8 @@ from pathlib import Path
 IS_ON = "TURBOJET_EMULATED" in os.environ
 CLOCK = {"TURBOJET_EMULATED": "clock", "REPEATS": "1"} if IS_ON else {}
 """For benchmarks: a device that computes nothing but whose time goes on."""
+SLOWER = 5 if IS_ON else 1
+"""Times that the self test, which is run whole, takes longer than a GPU may."""
 SMALL = {
     "test_cuda_backend.py": "prompt and online and int8-9]",
     "test_decode_attention.py": "lengths2-8-8]",

@@ -71,7 +71,8 @@ def correctness_steps(folder: Path, variants: Sequence[str]) -> list[Step]:
     files = sorted(path.name for path in HERE.glob("test_*.py") if path.name not in ALONE)
     for variant in variants:
         command = [*CLI, "selftest", "--json"]
-        steps.append(Step(f"selftest-{variant}", command, VARIANTS[variant], 20, 120))
+        limit_s = 120 * emulated.SLOWER
+        steps.append(Step(f"selftest-{variant}", command, VARIANTS[variant], 20, limit_s))
         steps += [
             test_step(folder, file, variant)
             for file in files
