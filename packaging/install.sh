@@ -8,6 +8,9 @@
 # Every release gets a folder of its own under PREFIX/runtime; `current` is switched at the end by one
 # rename, so a broken or interrupted run leaves the old release working. Running it again is harmless.
 set -eu
+# What others want of the user's Python and pip is not for ours: ROS, for one, sets PYTHONPATH.
+unset PYTHONPATH PYTHONHOME
+export PIP_CONFIG_FILE=/dev/null
 
 say() { echo "install.sh: $1" >&2; }
 fail() {
@@ -107,8 +110,8 @@ if [ ! -f "$release/complete" ]; then
     needed=200 # MB: what the wheels unpack to is 155, a Python of python-build-standalone as much again
     [ -z "$bundle" ] || needed=500
     free=$(df -Pk "$runtime" | sed -n '$s/.* \([0-9][0-9]*\)  *[0-9]*%.*/\1/p')
-    [ "$((${free:-0} / 1024))" -ge "$needed" ] ||
-        fail "$runtime has $((${free:-0} / 1024)) MB free, $needed are needed; name another disk with --prefix" 4
+    [ -z "$free" ] || [ "$((free / 1024))" -ge "$needed" ] || # not every file system says
+        fail "$runtime has $((free / 1024)) MB free, $needed are needed; name another disk with --prefix" 4
     if [ -n "$bundle" ]; then
         mkdir "$release"
         tar xzf "$bundle" -C "$release" 2>/dev/null || abandon "$bundle could not be unpacked into $release"
@@ -116,9 +119,12 @@ if [ ! -f "$release/complete" ]; then
     fi
     # The wheel of pip runs as it is, so no ensurepip (Debian's python3-venv) is needed.
     "$python" -m venv --without-pip "$release" || abandon "$python could not make $release"
-    "$release/bin/python" "$pip/pip" install --quiet --disable-pip-version-check --no-index \
+    "$release/bin/python" "$pip/pip" install --isolated --quiet --disable-pip-version-check --no-index \
         --no-cache-dir --no-deps --find-links "$wheelhouse" --requirement "$pins" >&2 ||
         abandon "the wheels could not be installed into $release"
+    # By itself when it runs, too: pip names Python in one line, or in two where the path is long or
+    # has a blank.
+    sed -i '1s|^#!.*/python[0-9.]*$|& -I|; 2s|"$0"|-I "$0"|' "$release/bin/turbojet"
     # Its help needs every library, so a wheel that does not run on this board is found now.
     "$release/bin/turbojet" chat --help >/dev/null || abandon "turbojet does not start from $release"
     sync -f "$release" # a power cut must not leave it marked as complete with empty files

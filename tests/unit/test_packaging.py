@@ -78,6 +78,7 @@ def install(
     *arguments: str,
     python: str | None = sys.executable,
     board: str | None = None,
+    **environ: str,
 ) -> subprocess.CompletedProcess[str]:
     home.mkdir(exist_ok=True)
     release = home / "nv_tegra_release"
@@ -88,6 +89,7 @@ def install(
         "PATH": f"{home}/bin:{os.environ['PATH']}",
         "TURBOJET_TEGRA_RELEASE": str(release),
         "LC_ALL": "C",
+        **environ,
     }
     script = str(PACKAGING / "install.sh")
     command = ["sh", script, "--wheelhouse", str(wheelhouse)]
@@ -233,6 +235,27 @@ def test_too_little_room_is_known_before_anything_is_unpacked(
     assert done.returncode == 4
     assert "runtime has 100 MB free, 200 are needed; name another disk" in done.stderr
     assert releases(home) == []
+
+
+@pytest.mark.parametrize("name", ["home", "ho me"])
+def test_nothing_that_surrounds_it_gets_into_the_release(
+    tmp_path: Path, pip_wheel: Path, name: str
+) -> None:
+    home, foreign = tmp_path / name, tmp_path / "foreign"
+    (foreign / "lean-1.0.dist-info").mkdir(parents=True)
+    (foreign / "lean-1.0.dist-info/METADATA").write_text("Name: lean\nVersion: 1.0\n")
+    (foreign / "toy.py").write_text("def main(): print('foreign')\n")
+    (home / "bin").mkdir(parents=True)
+    (home / "bin/df").write_text("#!/bin/sh\necho 'overlay 0 0 0 - /'\n")  # says no size
+    (home / "bin/df").chmod(0o755)
+    wheelhouse = make_wheelhouse(tmp_path / "wheels", pip_wheel, "1.0")
+    done = install(wheelhouse, home, PYTHONPATH=str(foreign), PIP_USER="1")
+    assert done.returncode == 0, done.stderr
+    (release,) = (home / ".local/share/turbojet/runtime").glob("cp*")
+    assert list(release.rglob("lean.py"))
+    command = [str(home / ".local/bin/turbojet")]
+    found = subprocess.run(command, capture_output=True, env={"PYTHONPATH": str(foreign)})
+    assert found.stdout == b"turbojet 1.0\n"
 
 
 def test_an_unknown_argument_is_refused(tmp_path: Path) -> None:
