@@ -228,8 +228,13 @@ class Checkpoint:
                 f"quantize the checkpoint without its head"
             )
         head = f"{family.head}.{WEIGHT}"
-        if not model.tie_word_embeddings or head in self._files:
+        if head in self._files:
             names.add(self._check(head, table))
+        elif not model.tie_word_embeddings:
+            raise PackageError(
+                f"the output head {head} is missing in {self.path}, fetch the checkpoint again; "
+                f'where the head is the embedding, config.json says "tie_word_embeddings": true'
+            )
         for layer in range(model.num_hidden_layers):
             for module, size in (
                 (family.attention_norm, model.hidden_size),

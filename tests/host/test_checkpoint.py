@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import tiny_checkpoints as tiny
 import torch
+from safetensors.torch import save_file
 
 from device_runtime.errors import PackageError
 from device_runtime.package_format import int4
@@ -51,6 +52,20 @@ def test_dense_weights_are_the_files_own(tmp_path: Path) -> None:
 def test_a_tied_head_is_the_embedding(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(tiny.write_llama(tmp_path, tie_word_embeddings=True))
     assert torch.equal(checkpoint.head(), checkpoint.embedding())
+
+
+def test_a_missing_head_is_named_and_how_a_tied_one_is_declared(tmp_path: Path) -> None:
+    folder = tiny.write_llama(tmp_path)
+    tensors = tiny.read_tensors(folder)
+    del tensors["lm_head.weight"]
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(
+        PackageError,
+        match=r'the output head lm_head\.weight is missing in .* says "tie_word_embeddings": true$',
+    ):
+        Checkpoint.open(folder)
+    tied = Checkpoint.open(edit_config(folder, tie_word_embeddings=True))
+    assert torch.equal(tied.head(), tied.embedding())
 
 
 def test_shards_and_torch_files_hold_the_same_model(tmp_path: Path) -> None:
