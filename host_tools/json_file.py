@@ -11,7 +11,7 @@ MAX_CONFIG_BYTES = 4 << 20
 
 
 def read_json(path: Path, max_bytes: int = MAX_CONFIG_BYTES) -> dict[str, object]:
-    """Return the object in a JSON file of a checkpoint.
+    """Return the object in a JSON file of a checkpoint, with or without a byte order mark.
 
     Raises:
         PackageError: the file is not there, is too large or holds no JSON object.
@@ -22,7 +22,7 @@ def read_json(path: Path, max_bytes: int = MAX_CONFIG_BYTES) -> dict[str, object
         size = path.stat().st_size
         if size > max_bytes:
             raise PackageError(f"{path} has {size} bytes, expected at most {max_bytes}")
-        loaded = json.loads(path.read_text(encoding="utf-8"))
+        loaded = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise PackageError(
             f"{path.parent} has no readable {path.name}, expected the folder of a checkpoint"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
 from device_runtime.errors import PackageError
 from host_tools.checkpoint_names import MAX_INDEX_BYTES
+from host_tools.json_file import read_json
 
 _NUMBERED = re.compile(r"^(?P<stem>.+)-(?P<part>\d{5})-of-(?P<total>\d{5})\.(safetensors|bin)$")
 
@@ -18,17 +18,10 @@ def read_index(path: Path) -> dict[str, str]:
     Raises:
         PackageError: the file is too large, unreadable, empty, or points outside of its folder.
     """
-    size = path.stat().st_size
-    if size > MAX_INDEX_BYTES:
-        raise PackageError(
-            f"{path.name} has {size} bytes, expected at most {MAX_INDEX_BYTES}; "
-            f"it is not the index of a checkpoint"
-        )
-    try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        entries = {str(name): str(file) for name, file in dict(weight_map).items()}
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise PackageError(f"{path.name} has no readable weight_map, fetch it again") from error
+    weight_map = read_json(path, MAX_INDEX_BYTES).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise PackageError(f"{path} has no weight_map, fetch it again")
+    entries = {name: str(file) for name, file in weight_map.items()}
     for file in set(entries.values()):
         if file in ("", ".", "..") or "/" in file or "\\" in file or "\0" in file:
             raise PackageError(

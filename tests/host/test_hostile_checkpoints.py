@@ -162,9 +162,15 @@ def test_an_index_that_points_outside_is_refused(sharded: Path) -> None:
 
 
 def test_an_index_that_is_no_index_is_refused(sharded: Path) -> None:
-    for text in ("{", "[]", "{}", '{"weight_map": 3}', "[" * 100_000):
+    for text, complaint in (
+        ("{", "index.json is no JSON"),
+        ("[" * 100_000, "index.json is no JSON"),
+        ("[]", "index.json holds no JSON object"),
+        ("{}", "index.json has no weight_map"),
+        ('{"weight_map": 3}', "index.json has no weight_map"),
+    ):
         (sharded / INDEX).write_text(text)
-        refused(sharded, "has no readable weight_map")
+        refused(sharded, complaint)
     (sharded / INDEX).write_text('{"weight_map": {}}')
     refused(sharded, "lists no tensors")
 
@@ -218,6 +224,14 @@ def test_a_config_that_is_no_object_is_refused(folder: Path) -> None:
     ):
         (folder / "config.json").write_text(text)
         refused(folder, complaint)
+
+
+def test_a_byte_order_mark_before_a_config_is_read_over(sharded: Path) -> None:
+    expected = Checkpoint.open(sharded)
+    for name in ("config.json", INDEX):
+        (sharded / name).write_bytes(b"\xef\xbb\xbf" + (sharded / name).read_bytes())
+    found = Checkpoint.open(sharded)
+    assert (found.model, found.names()) == (expected.model, expected.names())
 
 
 def test_links_of_a_hugging_face_cache_are_followed(tmp_path: Path) -> None:
