@@ -27,7 +27,7 @@ from host_tools.kernels import KernelCache
 from host_tools.package_options import ALL_TARGETS, PackOptions
 from host_tools.plan import choose_boards, describe_plan, plan_boards
 from host_tools.progress import BYTES, Progress
-from host_tools.stage import RECORD_DIR, Stage
+from host_tools.stage import RECORD_DIR, Stage, exclusive
 
 STAGE_VERSION = 1
 
@@ -45,14 +45,14 @@ def pack(workspace: Path, output: Path, options: PackOptions, progress: Progress
         What was written.
 
     Raises:
-        UsageError: a target is unknown or too small for the model, or ``output`` is a folder
-            or a file that is no archive.
+        UsageError: a target is unknown or too small for the model, ``output`` is a folder or
+            something that is no archive, or another process packs this workspace.
         PackageError: the workspace is damaged, or LMDeploy's own.
     """
     check_archive_place(output)
     package = open_package(workspace)
     manifest = planned_manifest(package, options, progress)
-    with _staging(package.root) as folder:
+    with exclusive(package.root), _staging(package.root) as folder:
         boards = [BOARDS[name] for name in manifest.target_boards]
         write_package_kernels(
             folder / names.KERNELS_DIR,
@@ -70,7 +70,7 @@ def pack(workspace: Path, output: Path, options: PackOptions, progress: Progress
             entries = hash_files(folder, list_files(folder), task.move_to)
         write_manifest(folder, replace(manifest, files=entries))
         durable.sync_folder(folder)
-        with _alone_in(output.parent), progress.task("pack", unit=BYTES) as task:
+        with _alone_in(output.parent, progress), progress.task("pack", unit=BYTES) as task:
             return write_archive(folder, output, task.move_to)
 
 
@@ -78,14 +78,16 @@ def check_archive_place(output: Path) -> None:
     """Refuse to write over what is no archive.
 
     Raises:
-        UsageError: a folder is there, or a file of another kind.
+        UsageError: a folder is there, a device, or a file of another kind.
     """
     if output.is_dir():
         raise UsageError(f"{output} is a folder, name the archive to write in it")
-    if not output.is_file():
+    if not output.exists():
         return
-    with output.open("rb") as stream:
-        start = stream.read(len(GZIP_MAGIC))
+    start = None
+    if output.is_file():  # a pipe would be waited for
+        with output.open("rb") as stream:
+            start = stream.read(len(GZIP_MAGIC))
     if start not in (GZIP_MAGIC, b""):
         raise UsageError(f"{output} exists and is no archive, name another output or remove it")
 
@@ -183,16 +185,21 @@ def _staging(root: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
+def _alone_in(folder: Path, progress: Progress) -> Iterator[None]:
     """Wait for other processes that pack into a folder: their unfinished archive may be ours.
 
-    A folder that cannot be locked, as on some network file systems, is taken as it is.
+    The kernel lets go of it when a process dies. A folder that cannot be locked, as on some
+    network file systems, is taken as it is.
     """
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                progress.note(f"pack: waiting for another process that packs into {folder}")
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
         os.close(descriptor)

@@ -18,6 +18,7 @@ from host_tools.convert import convert
 from host_tools.pack import pack, pack_once
 from host_tools.package_options import ConfigValues, ConvertOptions, PackOptions
 from host_tools.progress import Progress
+from host_tools.stage import exclusive
 
 NANO = PackOptions("orin-nano-8gb", "none")
 
@@ -163,6 +164,9 @@ def test_a_file_that_is_no_archive_is_not_written_over(workspace, tmp_path):
     with pytest.raises(UsageError, match="exists and is no archive, name another output or remov"):
         pack(workspace, tmp_path / "model.safetensors", NANO, Progress())
     assert (tmp_path / "model.safetensors").read_bytes() == b"weights"
+    os.mkfifo(tmp_path / "pipe")  # as /dev/null, which root could replace
+    with pytest.raises(UsageError, match="pipe exists and is no archive"):
+        pack(workspace, tmp_path / "pipe", NANO, Progress())
     (tmp_path / "x.tgz").touch()  # as mktemp leaves it
     assert pack(workspace, tmp_path / "x.tgz", NANO, Progress()).archive_bytes
 
@@ -172,12 +176,24 @@ def test_who_packs_into_the_same_folder_waits(workspace, tmp_path):
     output.parent.mkdir()
     other = os.open(output.parent, os.O_RDONLY)
     fcntl.flock(other, fcntl.LOCK_EX)
+    notes = Notes()
     with ThreadPoolExecutor(1) as pool:
-        packed = pool.submit(pack, workspace, output, NANO, Progress())
+        packed = pool.submit(pack, workspace, output, NANO, notes)
         assert not wait([packed], timeout=0.5).done
         assert list(output.parent.iterdir()) == []
         os.close(other)
         assert packed.result().path == output
+    assert notes.lines[-1] == f"pack: waiting for another process that packs into {output.parent}"
+
+
+def test_who_packs_the_same_workspace_is_refused(workspace, tmp_path):
+    """Its links to the workspace's files would be taken away."""
+    with (
+        exclusive(workspace),
+        pytest.raises(UsageError, match="another turbojet-host is at work in"),
+    ):
+        pack(workspace, tmp_path / "x.tgz", NANO, Progress())
+    assert pack(workspace, tmp_path / "x.tgz", NANO, Progress()).archive_bytes
 
 
 def test_a_workspace_of_lmdeploy_is_packed_with_tar(source, tmp_path):
