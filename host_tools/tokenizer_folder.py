@@ -42,8 +42,10 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 _SAMPLING_OFF = SamplingDefaults(
     temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0
 )
-"""What null means in generation_config.json, to transformers (``GenerationConfig``) and to vLLM:
-that nothing is changed or left out."""
+"""What null means in generation_config.json, to vLLM and to transformers before 5: that nothing is
+changed or left out. transformers 5 takes its own defaults then, of which only top_k, 50, differs
+(``GenerationConfig._get_default_generation_params``).
+"""
 
 _ALL_TOKENS = -1
 """vLLM's other way to say that top_k is off (``SamplingParams``)."""
