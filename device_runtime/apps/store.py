@@ -108,10 +108,9 @@ class Store:
         return None
 
     def release_at(self, root: Path) -> Release | None:
-        """Return the release that has a folder; None for a folder outside the store."""
-        if root.parent.parent != self.models_dir:
-            return None
-        return self.get(root.parent.name, root.name)
+        """Return the release that has a folder; None for any other folder."""
+        found = (entry for entry in self.releases(root.parent.name) if entry.root == root)
+        return next(found, None)
 
     @contextmanager
     def locked(self, tell: Callable[[str], None]) -> Iterator[None]:

@@ -302,6 +302,9 @@ def test_a_damaged_model_is_listed_as_such(turbojet, archives, data) -> None:
     )
     for verb in ("verify", "info", "chat", "bench"):
         assert turbojet(verb, NAME) == (3, "", damage), verb
+    # A path is taken as one, whatever is behind it.
+    code, out, err = turbojet("info", str(data / "models" / NAME / "current"))
+    assert (code, out, "has 0 bytes, expected 128" in err) == (3, "", True)
     assert "installed" in turbojet("install", archives[0])[1]
     assert turbojet("verify", NAME)[0] == 0
 
