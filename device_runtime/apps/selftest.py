@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from contextlib import closing
 from dataclasses import asdict
@@ -43,16 +44,19 @@ def run_selftest(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     with closing(open_driver()) as driver:
         device = f"{driver.device_name}, sm_{driver.sm}"
-        checks = list(run_checks(driver, kernel_folders(_folder(args.target)), args.seed))
+        checks = []
+        for check in run_checks(driver, kernel_folders(_folder(args.target)), args.seed):
+            checks.append(check)
+            word = "ok  " if check.is_passed else "FAIL"
+            row = f"{word}  {check.name:<36}  error {check.error:.1e} of {check.tolerance:.0e}"
+            # At once: where a kernel hangs or ends the context, the last row says what came before.
+            print(row, file=sys.stderr if args.json else sys.stdout, flush=True)
     seconds = time.perf_counter() - start
     failed = [check for check in checks if not check.is_passed]
     if args.json:
         rows = [asdict(check) | {"is_passed": check.is_passed} for check in checks]
         print(json.dumps({"device": device, "seconds": seconds, "checks": rows}, indent=2))
     else:
-        for check in checks:
-            word = "ok  " if check.is_passed else "FAIL"
-            print(f"{word}  {check.name:<36}  error {check.error:.1e} of {check.tolerance:.0e}")
         print(f"{len(checks) - len(failed)} of {len(checks)} ok on {device} in {seconds:.1f} s")
     return _EXIT_FAILED if failed else 0
 

@@ -91,6 +91,21 @@ def test_the_command_fails_where_kernels_do_nothing(tmp_path, monkeypatch, capsy
     assert f"0 of {len(facts['checks'])} ok on Fake GPU, sm_90" in out
 
 
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_what_came_before_a_lost_device_is_told(tmp_path, monkeypatch, capsys, options) -> None:
+    def lose_device(*_args):
+        yield Check("the first kernel", 0.0, 1.0)
+        raise DeviceError("the device is lost")
+
+    install(monkeypatch)
+    monkeypatch.setattr("device_runtime.backends.cuda.selftest.run_checks", lose_device)
+    monkeypatch.setenv("TURBOJET_KERNELS", str(tmp_path))
+    assert cli.main(["selftest", *options]) == DeviceError.exit_code
+    captured = capsys.readouterr()
+    assert "ok    the first kernel" in (captured.err if options else captured.out)
+    assert captured.err.endswith("turbojet: the device is lost\n")
+
+
 def test_a_gpu_without_kernels_is_told(tmp_path, monkeypatch, capsys) -> None:
     install(monkeypatch)
     monkeypatch.setenv("TURBOJET_KERNELS", str(tmp_path))
