@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 MAX_ROWS = 8
-"""Rows of logits that one launch computes."""
+"""Rows of logits that one launch computes at most."""
 _WARPS = 8
 _STAGES = 4
 _SLOT_BYTES = 16 * 128
@@ -53,3 +54,24 @@ class HeadShape:
         pitch = self.hidden_size + (64 if self.hidden_size % 128 == 0 else 0)
         # A last unit of half the length reads 64 bytes past its column.
         return memory + 2 * self.num_rows * pitch + 64
+
+
+def head_shapes(
+    num_rows: int, hidden_size: int, *, is_int8: bool, max_shared_bytes: int
+) -> list[HeadShape]:
+    """Return the launches that compute rows of logits, in order: few, and alike in their rows.
+
+    The columns of all rows of a launch lie in shared memory: 8 of 4096 fit on sm_87, 1 on sm_72.
+
+    Args:
+        num_rows: at least 1.
+        hidden_size: as in `HeadShape`, like the next.
+        is_int8: whether the weights are int8.
+        max_shared_bytes: what one block may have; one row is tried where not even that fits.
+    """
+    sizes = range(MAX_ROWS, 1, -1)
+    shapes = (HeadShape(rows, hidden_size, is_int8) for rows in sizes)
+    most = next((s.num_rows for s in shapes if s.shared_bytes <= max_shared_bytes), 1)
+    num_launches = -(-num_rows // most)
+    bounds = [num_rows * index // num_launches for index in range(num_launches + 1)]
+    return [HeadShape(end - start, hidden_size, is_int8) for start, end in pairwise(bounds)]

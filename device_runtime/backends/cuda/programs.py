@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from device_runtime.backends.cuda.kernel_set import KernelSet
 from device_runtime.backends.cuda.linears import (
@@ -20,7 +21,7 @@ from device_runtime.backends.cuda.weights import layer_name, padded_rows
 from device_runtime.backends.cuda.workspace import RING_SIZE, StepLimits
 from device_runtime.kernels.attention_shape import prefill_shared_bytes
 from device_runtime.kernels.graphs import Launch
-from device_runtime.kernels.head_shape import MAX_ROWS, HeadShape
+from device_runtime.kernels.head_shape import HeadShape, head_shapes
 from device_runtime.kernels.sampling_row import DRAW_SHARED_BYTES
 from device_runtime.package_format import names
 
@@ -73,8 +74,7 @@ class Programs:
         launches = [self._embed(width, b["tokens"], b["positions"], None)]
         for index in range(len(self._layers)):
             launches += self.decode_layer(index, width)
-        for start in range(0, width, MAX_ROWS):
-            launches.append(self._head(start, min(MAX_ROWS, width - start), None))
+        launches += self._head(width, None)
         return launches + self.sample(width, None, is_greedy=is_greedy)
 
     def decode_layer(self, index: int, width: int) -> list[Launch]:
@@ -108,12 +108,8 @@ class Programs:
         return self._linears.program_key(num_tokens)
 
     def head(self, num_rows: int) -> list[Launch]:
-        """Return the logits of the tokens that ``head_rows`` names, 8 at a time."""
-        rows = self._buffers["head_rows"]
-        return [
-            self._head(start, min(MAX_ROWS, num_rows - start), rows + 4 * start)
-            for start in range(0, num_rows, MAX_ROWS)
-        ]
+        """Return the logits of the tokens that ``head_rows`` names."""
+        return self._head(num_rows, self._buffers["head_rows"])
 
     def sample(self, num_rows: int, slots: int | None, *, is_greedy: bool) -> list[Launch]:
         """Return the choice of a token for rows of logits.
@@ -298,27 +294,40 @@ class Programs:
             Step(attend, lambda size: ((heads, size.num_tiles, 1), {})),
         ]
 
-    def _head(self, start: int, num_rows: int, rows: int | None) -> Launch:
-        """Logits ``start`` and on: of the tokens that ``rows`` names, else of the same numbers."""
+    def _head(self, num_rows: int, rows: int | None) -> list[Launch]:
+        """Logits of the tokens that ``rows`` names, else of the first ones."""
+        model = self._model
+        shapes = head_shapes(
+            num_rows,
+            model.hidden_size,
+            is_int8=model.head_type == "int8",
+            max_shared_bytes=self._kernels.max_shared_bytes,
+        )
+        starts = accumulate((shape.num_rows for shape in shapes), initial=0)
+        return [
+            self._head_launch(shape, start, rows)
+            for shape, start in zip(shapes, starts, strict=False)
+        ]
+
+    def _head_launch(self, shape: HeadShape, start: int, rows: int | None) -> Launch:
         model, b, weights = self._model, self._buffers, self._memory.weights
-        is_int8 = model.head_type == "int8"
-        shape = HeadShape(num_rows, model.hidden_size, is_int8)
-        if is_int8:
+        if shape.is_int8:
             table: tuple[int, ...] = (weights[names.OUTPUT_QWEIGHT], weights[names.OUTPUT_SCALES])
         else:
             tied = model.tie_word_embeddings
             table = (weights[names.TOK_EMBEDDINGS if tied else names.OUTPUT],)
         first_row = 0 if rows is not None else 4 * start * model.hidden_size
+        named = None if rows is None else rows + 4 * start
         return self._kernels.launch(
             shape.kernel,
             (shape.grid(self._kernels.num_sms, self._kernels.max_shared_bytes), 1, 1),
             (
                 b["logits"] + 4 * start * padded_rows(model),
                 b["residual"] + first_row,
-                rows,
+                named,
                 weights[names.FINAL_NORM],
                 *table,
-                num_rows,
+                shape.num_rows,
                 model.hidden_size,
                 padded_rows(model),
                 float(model.rms_norm_eps),
