@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 from device_runtime.errors import InternalError
 from device_runtime.kernels.table import GEMV_STAGES, GEMV_WARPS, QUANTIZE_THREADS
@@ -86,6 +87,7 @@ class GemvShape:
         return 4 * self.num_outputs * self.width if self.phase_units < self.num_units else 0
 
 
+@cache  # all layers ask for the same few
 def plan_gemv(
     *,
     width: int,
