@@ -75,14 +75,27 @@ def test_a_damaged_record_is_refused(tmp_path, change, message) -> None:
         read_record(tmp_path)
 
 
-def test_where_no_cubin_fits_the_message_says_what_there_is(tmp_path, monkeypatch) -> None:
-    install(monkeypatch)
+@pytest.mark.parametrize(
+    ("is_integrated", "remedy"),
+    [
+        (1, "pack for this board, set TURBOJET_KERNELS to a folder of them or use"),
+        (
+            0,
+            "packages hold those of Jetsons, so set TURBOJET_KERNELS to a folder that "
+            "`turbojet-host kernels --sm 90` made, if it can, or use",
+        ),
+    ],
+)
+def test_where_no_cubin_fits_the_message_says_what_there_is(
+    tmp_path, monkeypatch, is_integrated, remedy
+) -> None:
+    install(monkeypatch).attributes[18] = is_integrated
     write_cubins(tmp_path, sm=87, cuda="12.6")
     with CudaDriver() as driver:
         with pytest.raises(
             DeviceError,
             match=r"no kernels for sm_90 and a driver of CUDA 13.0 in .*missing embedding; "
-            r"there are sm_87 by CUDA 12.6\); pack for this board, set TURBOJET_KERNELS",
+            rf"there are sm_87 by CUDA 12.6\); {remedy} the reference backend",
         ):
             find_cubins((tmp_path,), ("embedding",), 0, driver)
         with pytest.raises(DeviceError, match="there are none"):

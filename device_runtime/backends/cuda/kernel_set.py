@@ -56,12 +56,17 @@ def find_cubins(
     missing = [source for source, group in wanted.items() if (source, group) not in chosen]
     if missing:
         built = sorted({cubin.build for cubin in found})
+        remedy = f"pack for this board, set {VARIABLE} to a folder of them"
+        if not driver.attribute("integrated"):
+            remedy = (
+                f"packages hold those of Jetsons, so set {VARIABLE} to a folder that "
+                f"`turbojet-host kernels --sm {sm}` made, if it can,"
+            )
         raise DeviceError(
             f"no kernels for sm_{sm} and a driver of CUDA {version[0]}.{version[1]} in "
             f"{' or '.join(str(folder) for folder in folders)} (missing {missing[0]}"
             f"{f', group size {group_size}' if group_size else ''}; there are "
-            f"{', '.join(built) or 'none'}); pack for this board, set {VARIABLE} to a folder of "
-            "them or use the reference backend"
+            f"{', '.join(built) or 'none'}); {remedy} or use the reference backend"
         )
     return {source: folder / chosen[source, group].file for source, group in wanted.items()}
 
