@@ -12,9 +12,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from device_runtime.errors import PackageError
-from host_tools.checkpoint.shard_index import check_shards, read_index
 from host_tools.checkpoint.synthetic import MARKER, SyntheticFile
 from host_tools.checkpoint_names import SECOND_WEIGHTS
+from host_tools.shard_index import check_shards, read_index
 
 _SAFETENSORS_DTYPES = {
     "F64": torch.float64,

@@ -12,12 +12,12 @@ from host_tools.checkpoint_names import (
     CONFIG_JSON,
     GGUF,
     INDEX_SUFFIX,
-    MAX_INDEX_BYTES,
     PICKLED,
     SAFETENSORS,
     VOCABULARY_FILES,
 )
 from host_tools.json_file import read_json
+from host_tools.shard_index import read_index
 
 
 def check_checkpoint(folder: Path) -> None:
@@ -60,13 +60,4 @@ def _indexed_files(folder: Path) -> Iterator[str]:
         suffix = Path(index.name.removesuffix(INDEX_SUFFIX)).suffix
         if suffix == PICKLED and any(folder.glob(f"*{SAFETENSORS}")):
             continue
-        weight_map = read_json(index, MAX_INDEX_BYTES).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise PackageError(f"{index.name} in {folder} has no weight_map, fetch it again")
-        for name in weight_map.values():
-            if not isinstance(name, str) or Path(name).name != name:
-                raise PackageError(
-                    f"{index.name} in {folder} names the file {str(name)[:80]!r}, expected one "
-                    "beside it"
-                )
-            yield name
+        yield from read_index(index).values()

@@ -239,10 +239,13 @@ def index(*files: str) -> str:
         ),
         (
             {"model.safetensors.index.json": index("../model.safetensors")},
-            "names the file '../model.safetensors', expected one beside it",
+            "points to '../model.safetensors', outside of the checkpoint's folder",
         ),
         ({"model.safetensors.index.json": '{"weight_map": 3}'}, "has no weight_map"),
-        ({"model.safetensors.index.json": '{"weight_map": {"a": 3}}'}, "names the file '3'"),
+        (
+            {"model.safetensors.index.json": '{"weight_map": {"a": 3}}'},
+            "lacks 1 of the 1 weight files that its index names, such as '3'",
+        ),
     ],
 )
 def test_a_folder_that_is_no_checkpoint_is_refused(

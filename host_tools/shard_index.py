@@ -25,10 +25,10 @@ def read_index(path: Path) -> dict[str, str]:
     for file in set(entries.values()):
         if file in ("", ".", "..") or "/" in file or "\\" in file or "\0" in file:
             raise PackageError(
-                f"{path.name} points to {file[:80]!r}, outside of the checkpoint's folder"
+                f"{path} points to {file[:80]!r}, outside of the checkpoint's folder"
             )
     if not entries:
-        raise PackageError(f"{path.name} lists no tensors, fetch it again")
+        raise PackageError(f"{path} lists no tensors, fetch it again")
     return entries
 
 
