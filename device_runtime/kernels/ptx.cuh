@@ -39,7 +39,8 @@ __device__ __forceinline__ void copy16_async(void* shared, const void* global) {
 }
 
 // Copies of weights: where TURBOJET_READ_ONCE is set they tell L2 to give them up before anything
-// else, since a step reads them once ("createpolicy", evict_first).
+// else, since a step reads them once ("createpolicy", evict_first). A hint, without a part in the
+// order of memory.
 #ifndef TURBOJET_READ_ONCE
 #define TURBOJET_READ_ONCE 0
 #endif
@@ -95,6 +96,12 @@ __device__ __forceinline__ void wait_copies() {
 }
 
 // Programmatic dependent launch: PTX ISA "griddepcontrol". No-ops when not launched so.
+//
+// A kernel may start when every block of the one before has let it or has ended, and that one may
+// not have waited yet: several kernels of a step are under way at once, but the blocks of each have
+// all started before the next one's. The wait ends when the kernel before is complete and its writes
+// are seen; as that one has waited as well, so is everything before it. A launch in which nobody
+// waits would break this chain for all that follow. tests/unit/test_race_steps.py checks it.
 
 __device__ __forceinline__ void let_dependents_launch() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
@@ -102,7 +109,8 @@ __device__ __forceinline__ void let_dependents_launch() {
 #endif
 }
 
-// Before it a kernel may touch only what no kernel of the step writes: weights and tables.
+// Before it a kernel writes nothing and reads only what the step writes nowhere before it: weights,
+// tables, cached tokens.
 __device__ __forceinline__ void wait_for_inputs() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -149,7 +157,8 @@ __device__ __forceinline__ void add_to_memory(float* pointer, float value) {
   asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(pointer), "f"(value) : "memory");
 }
 
-// A 16-byte load of data that is read once: past L1.
+// A 16-byte load of data that is read once: past L1. Nobody may write it while the kernel runs, the
+// kernel before it included (.nc).
 __device__ __forceinline__ uint4 load_streaming(const uint4* pointer) {
   uint4 value;
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
