@@ -19,6 +19,7 @@ from device_runtime.backends.cuda import state as state_module
 from device_runtime.backends.cuda.linears import Linears
 from device_runtime.backends.cuda.slices import measure_slices
 from device_runtime.backends.cuda.slots import IDLE, Slots
+from device_runtime.backends.cuda.uploads import Uploads
 from device_runtime.backends.sampling_params import SamplingParams
 from device_runtime.backends.synthetic import SHAPES, synthetic_package
 from device_runtime.engine.engine import Engine, EngineOptions, GenerationParams, Request
@@ -361,6 +362,26 @@ def test_a_failing_step_ends_generations_and_leaves_the_engine_usable(root, fake
         fake.failing.clear()
         assert len(tokens_of(engine, [range(3, 12)], params(30))[0]) == 30
     assert (fake.num_bytes, fake.contexts) == (0, 0)
+
+
+def test_pages_that_did_not_go_up_go_up_in_a_later_step(root, fake, monkeypatch) -> None:
+    put = Uploads.put
+    with Engine.open(root, CUDA) as engine:
+        table = engine._backend._runner.memory.buffers["page_table"]
+
+        def interrupted(uploads, address, values) -> None:
+            if address == table:
+                raise KeyboardInterrupt
+            put(uploads, address, values)
+
+        monkeypatch.setattr(Uploads, "put", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            tokens_of(engine, [[5] * 100], params(3))
+        monkeypatch.setattr(Uploads, "put", put)
+        tokens_of(engine, [[5] * 100], params(3))
+        used = engine._backend._runner.state.slots.pages[0]
+        assert len(used) == 2
+        assert tuple((ctypes.c_int32 * 2).from_address(table)) == used
 
 
 def test_a_lost_device_is_told_once_and_the_context_is_left(root, fake) -> None:

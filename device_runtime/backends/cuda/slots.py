@@ -103,9 +103,10 @@ class Slots:
         slot.index = place
 
     def stop_all(self) -> None:
-        """Note that every row is idle."""
+        """Note that every row is idle, and that of page tables nothing is sure."""
         self.positions = [IDLE] * len(self.positions)
         self.chosen = [IDLE] * len(self.chosen)
+        self.pages = [()] * len(self.pages)
 
     @property
     def num_taken(self) -> int:
