@@ -168,6 +168,8 @@ class SourceTokenizer:
                     f"expected a {'whole ' if kind is int else ''}number"
                 )
             given[name] = kind(value)
+        if self.generation.get("do_sample") is False:
+            given["temperature"] = 0.0  # the likeliest token, whatever else is said
         if fault := sampling_fault(**given):
             raise PackageError(f"{names.GENERATION_CONFIG} in {self.folder}: {fault}")
         return SamplingDefaults(**given)

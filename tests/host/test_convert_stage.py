@@ -431,6 +431,11 @@ def test_impossible_sampling_defaults_are_refused(awq_dir, tmp_path, asked, comp
         ({"top_k": 0, "top_p": 1}, SamplingDefaults(top_k=0, top_p=1.0)),  # transformers
         ({"top_k": 50.0}, SamplingDefaults(top_k=50)),
         (
+            {"do_sample": False, "temperature": 0.7, "top_k": 20},
+            SamplingDefaults(temperature=0.0, top_k=20),
+        ),
+        ({"do_sample": True, "temperature": 0.7}, SamplingDefaults(temperature=0.7)),
+        (
             dict.fromkeys(("temperature", "top_k", "top_p", "min_p", "repetition_penalty")),
             SamplingDefaults(1.0, 0, 1.0, 0.0, 1.0),
         ),
