@@ -5,10 +5,13 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+from collections import deque
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
-from fake_cuda import install
+from fake_cuda import FakeCuda, install
 from tiny_package import make_package, tiny_model
 
 from device_runtime.backends.cuda import loader
@@ -16,6 +19,7 @@ from device_runtime.backends.cuda.arena import allocate_arena
 from device_runtime.backends.cuda.driver import CudaDriver
 from device_runtime.backends.cuda.loader import drop_from_page_cache, load_weights, plan_fills
 from device_runtime.backends.cuda.loader_pairs import load_pairs
+from device_runtime.backends.cuda.sizes import STAGING_BYTES
 from device_runtime.backends.cuda.weights import (
     layer_name,
     padded_rows,
@@ -171,9 +175,7 @@ def test_the_page_cache_is_told_to_forget_every_file(tmp_path, monkeypatch) -> N
     assert advised == [(0, 0, os.POSIX_FADV_DONTNEED)] * files
 
 
-def test_loading_leaves_the_page_cache_and_64_mb_of_pinned_memory_as_it_should(
-    tmp_path, monkeypatch
-) -> None:
+def test_loading_leaves_the_page_cache_and_pins_two_buffers(tmp_path, monkeypatch) -> None:
     # A file of 8 MiB, so that what is left of it in the page cache is no accident.
     model = tiny_model(vocab_size=1 << 15)
     made = make_package(tmp_path / "tiny", model)
@@ -197,7 +199,64 @@ def test_loading_leaves_the_page_cache_and_64_mb_of_pinned_memory_as_it_should(
     assert cached_share(path) == 1.0
     load_with(fake, made.root)
     assert cached_share(path) < 0.01
-    assert max(pinned) <= 64 << 20
+    assert max(pinned) == 2 * STAGING_BYTES
+
+
+class LateCuda(FakeCuda):
+    """Copies on a stream happen when somebody waits for them, and not before."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.late: deque[Callable[[], None]] = deque()
+        self.num_done = 0
+        self.recorded: dict[int, int] = {}
+
+    def do_cuMemcpyHtoDAsync_v2(self, *arguments):
+        self.late.append(partial(super().do_cuMemcpyHtoDAsync_v2, *arguments))
+
+    def do_cuMemcpy2DAsync_v2(self, *arguments):
+        self.late.append(partial(super().do_cuMemcpy2DAsync_v2, *arguments))
+
+    def do_cuEventCreate(self, event, flags):
+        event._obj.value = id(event._obj)
+
+    def do_cuEventRecord(self, event, stream):
+        self.recorded[event.value] = self.num_done + len(self.late)
+
+    def do_cuEventSynchronize(self, event):
+        self.do_copies(self.recorded.get(event.value, 0))
+
+    def do_cuStreamSynchronize(self, stream):
+        self.do_copies(self.num_done + len(self.late))
+
+    def do_cuMemFreeHost(self, pointer):
+        assert not self.late, "what copies still read is freed"
+        return super().do_cuMemFreeHost(pointer)
+
+    def do_copies(self, end: int) -> None:
+        while self.num_done < end:
+            self.late.popleft()()
+            self.num_done += 1
+
+
+@pytest.mark.parametrize("model", [TWO_RANKS, tiny_model(weight_type="fp16", group_size=0)])
+def test_copies_that_are_late_find_what_they_were_to_copy(tmp_path, monkeypatch, model) -> None:
+    monkeypatch.setattr(loader, "STAGING_BYTES", 4096)
+    monkeypatch.setattr(loader, "plan_fills", lambda pieces: plan_fills(pieces, 4096))
+    monkeypatch.setattr("device_runtime.backends.cuda.loader_pairs.STAGING_BYTES", 4096)
+    made = make_package(tmp_path / "tiny", model)
+    want = load(made.root, monkeypatch)
+    got = load_with(install(monkeypatch, LateCuda()), made.root)
+    assert all(np.array_equal(got[name], data) for name, data in want.items())
+    # A load that fails waits for what is on its way, too.
+    path = made.root / names.weight_path(names.OUTPUT)
+    path.write_bytes(path.read_bytes()[:-2])
+    monkeypatch.setattr(loader, "check_file", lambda *arguments: 0)
+    monkeypatch.setattr("device_runtime.package_format.package.check_tensor_files", _all_files)
+    fake = install(monkeypatch, LateCuda())
+    with pytest.raises(PackageError, match=r"output.weight ends at byte \d+"):
+        load_with(fake, made.root)
+    assert not fake.pinned
 
 
 def cached_share(path) -> float:
@@ -222,14 +281,15 @@ def test_a_file_that_shrank_while_it_is_read_is_told(tmp_path, monkeypatch) -> N
         load(made.root, monkeypatch)
 
 
-def test_a_file_that_cannot_be_read_is_told(tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize("call", ["open", "preadv"])
+def test_a_file_that_cannot_be_read_is_told(tmp_path, monkeypatch, call) -> None:
     made = make_package(tmp_path / "tiny")
 
     def fail(*arguments: object) -> int:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(os, "preadv", fail)
-    with pytest.raises(PackageError, match=r"cannot be read: .*Input/output error"):
+    monkeypatch.setattr(os, call, fail)
+    with pytest.raises(PackageError, match=r"weight cannot be read: .*Input/output error"):
         load(made.root, monkeypatch)
 
 

@@ -188,7 +188,10 @@ class _Files:
         path = piece.spec.path
         if path not in self._open:
             check_file(self._root, path, piece.spec.size_bytes)
-            self._open[path] = os.open(self._root / path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                self._open[path] = os.open(self._root / path, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as error:
+                raise PackageError(f"{path} cannot be read: {error}") from error
         return self._open[path]
 
     def read(self, piece: Piece, first_byte: int, target: memoryview) -> None:
