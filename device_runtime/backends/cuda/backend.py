@@ -93,7 +93,7 @@ class CudaBackend:
     def load(self, package: Package, plan: MemoryPlan) -> None:
         """See `Backend.load`."""
         driver = self._open().driver
-        self._runner = Runner(driver, package, plan, MAX_STEPS_AHEAD)
+        self._runner = Runner(driver, package, plan)
 
     def submit(self, batch: Batch) -> None:
         """See `Backend.submit`."""

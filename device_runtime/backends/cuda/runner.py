@@ -13,7 +13,7 @@ from device_runtime.backends.cuda.driver import CudaDriver
 from device_runtime.backends.cuda.graph_set import GraphSet
 from device_runtime.backends.cuda.loading import LoadedMemory, load_memory
 from device_runtime.backends.cuda.prompt import PromptRunner, single_row
-from device_runtime.backends.cuda.sizes import upload_bytes
+from device_runtime.backends.cuda.sizes import STEPS_IN_FLIGHT, upload_bytes
 from device_runtime.backends.cuda.slots import IDLE, Slot
 from device_runtime.backends.cuda.state import Awaited, StepState
 from device_runtime.backends.cuda.uploads import Uploads
@@ -31,9 +31,7 @@ class Runner:
         state: rows of sequences.
     """
 
-    def __init__(
-        self, driver: CudaDriver, package: Package, plan: MemoryPlan, max_steps_ahead: int
-    ) -> None:
+    def __init__(self, driver: CudaDriver, package: Package, plan: MemoryPlan) -> None:
         """Load the package.
 
         Raises:
@@ -46,8 +44,8 @@ class Runner:
             memory: LoadedMemory = load_memory(driver, package, plan, self._exits)
             self._stream = memory.stream
             self._limits = memory.limits
-            parts = max_steps_ahead + 2
-            self._uploads = Uploads(driver, self._stream, parts, upload_bytes(self._limits))
+            part_bytes = upload_bytes(self._limits)
+            self._uploads = Uploads(driver, self._stream, STEPS_IN_FLIGHT, part_bytes)
             self._exits.callback(self._uploads.close)
             self.state = StepState(
                 driver, self._stream, self._limits, memory.buffers, self._uploads
