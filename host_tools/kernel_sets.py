@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from pathlib import Path
 
 from device_runtime.errors import DeviceError, PackageError, UsageError
@@ -29,6 +28,7 @@ from host_tools.nvrtc import WHEELS, fetch_compiler
 from host_tools.output_folder import replace_folder
 from host_tools.package_options import KERNELS_AUTO, KERNELS_NONE
 from host_tools.progress import Progress
+from host_tools.worker_processes import worker_processes
 
 
 def build_kernels(
@@ -141,7 +141,7 @@ def _compile_into(
         fetch_compiler(release, cache.compilers)
     with (
         progress.task("kernels", len(units), "cubins") as task,
-        ProcessPoolExecutor(os.cpu_count()) as pool,
+        worker_processes() as pool,
     ):
         running = {pool.submit(cached_unit, unit, cache): unit for unit in units}
         cubins = []
