@@ -49,15 +49,17 @@ class AnswerView:
         self._thread = threading.Thread(target=self._paint_until_done, name="paint", daemon=True)
 
     def __enter__(self) -> AnswerView:
-        sys.setswitchinterval(min(self._switch_interval_s, SWITCH_INTERVAL_S))
         self._thread.start()
+        sys.setswitchinterval(min(self._switch_interval_s, SWITCH_INTERVAL_S))
         return self
 
     def __exit__(self, *_: object) -> None:
         """Leave the whole answer on the screen, without the status line."""
         self._is_done.set()
-        self._thread.join()
-        sys.setswitchinterval(self._switch_interval_s)
+        try:
+            self._thread.join()
+        finally:
+            sys.setswitchinterval(self._switch_interval_s)
         if self._failure is not None:
             self._show_plainly(self._failure)
 

@@ -137,3 +137,22 @@ def test_while_an_answer_is_painted_the_engine_gets_the_interpreter_back_soon() 
     with AnswerView(console, PlainStream(), lambda width: Text("status")):
         assert sys.getswitchinterval() < 1.5e-3 < before
     assert sys.getswitchinterval() == before
+
+
+@pytest.mark.parametrize("call", ["start", "join"])
+def test_the_interpreters_own_interval_comes_back_whatever_ends_an_answer(
+    monkeypatch, call
+) -> None:
+    before = sys.getswitchinterval()
+    view = AnswerView(Console(file=io.StringIO()), PlainStream(), lambda width: Text("status"))
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(view._thread, call, interrupted)
+        with view:
+            pass
+    assert sys.getswitchinterval() == before
+    if call == "join":
+        view._thread.join()
