@@ -30,18 +30,21 @@ def check_replaceable(output: Path, stage: Stage) -> None:
         )
 
 
-def check_outside(checkpoint: Path, *places: Path) -> None:
-    """Refuse to write into a checkpoint: stages know their finished work by what is in it.
+def check_outside(source: Path, *places: Path) -> None:
+    """Refuse to write into what is read: stages know their finished work by what is in it.
+
+    Args:
+        source: folder of a checkpoint or a workspace.
+        places: what will be written.
 
     Raises:
-        UsageError: one of the places lies in the checkpoint's folder, or is it.
+        UsageError: one of the places lies in the folder, or is it.
     """
-    folder = checkpoint.resolve()
+    folder = source.resolve()
     for place in places:
         if place.resolve().is_relative_to(folder):
             raise UsageError(
-                f"{place} lies in the checkpoint {checkpoint}, which stays as it is; name a place "
-                f"outside of it"
+                f"{place} lies in {source}, which stays as it is; name a place outside of it"
             )
 
 

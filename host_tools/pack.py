@@ -24,6 +24,7 @@ from device_runtime.package_format.manifest import Manifest, write_manifest
 from device_runtime.package_format.package import Package, open_package
 from host_tools.kernel_sets import kernels_fingerprint, write_package_kernels
 from host_tools.kernels import KernelCache
+from host_tools.output_folder import check_outside
 from host_tools.package_options import ALL_TARGETS, PackOptions
 from host_tools.plan import choose_boards, describe_plan, plan_boards
 from host_tools.progress import BYTES, Progress
@@ -45,10 +46,11 @@ def pack(workspace: Path, output: Path, options: PackOptions, progress: Progress
         What was written.
 
     Raises:
-        UsageError: a target is unknown or too small for the model, ``output`` is a folder or
-            something that is no archive, or another process packs this workspace.
+        UsageError: a target is unknown or too small for the model, ``output`` is a folder,
+            something that is no archive or in the workspace, or another process packs this one.
         PackageError: the workspace is damaged, or LMDeploy's own.
     """
+    check_outside(workspace, output)
     check_archive_place(output)
     package = open_package(workspace)
     manifest = planned_manifest(package, options, progress)

@@ -9,11 +9,12 @@ from host_tools.calibrate import calibrate
 from host_tools.convert import convert
 from host_tools.options import CalibrateOptions, QuantizeOptions
 from host_tools.output_folder import check_outside
-from host_tools.package_options import BuildOptions, ConvertOptions
+from host_tools.pack import pack
+from host_tools.package_options import BuildOptions, ConvertOptions, PackOptions
 from host_tools.progress import Progress
 from host_tools.quantize import quantize
 
-REFUSED = "lies in the checkpoint .*, which stays as it is; name a place outside of it"
+REFUSED = "lies in .*, which stays as it is; name a place outside of it"
 
 
 def test_places_beside_a_checkpoint_are_outside_of_it(tmp_path: Path) -> None:
@@ -36,8 +37,18 @@ def test_places_beside_a_checkpoint_are_outside_of_it(tmp_path: Path) -> None:
         lambda model, away: build(str(model), model / "x.tgz", away, BuildOptions(), Progress()),
         lambda model, away: build(str(model), away, model / "w", BuildOptions(), Progress()),
         lambda model, away: adapt(model, away, model / "merged", Progress()),
+        lambda model, away: pack(model, model / "x.tgz", PackOptions("thor"), Progress()),
     ],
-    ids=["calibrate", "quantize in", "quantize to", "convert", "build to", "build in", "adapt"],
+    ids=[
+        "calibrate",
+        "quantize in",
+        "quantize to",
+        "convert",
+        "build to",
+        "build in",
+        "adapt",
+        "pack",
+    ],
 )
 def test_no_stage_writes_into_the_checkpoint(tmp_path: Path, run) -> None:
     (tmp_path / "model").mkdir()
