@@ -22,6 +22,7 @@ from device_runtime.engine.board_plan import (
 )
 from device_runtime.engine.options import DEFAULT_TOKENS_PER_STEP
 from device_runtime.errors import UsageError
+from device_runtime.package_format.amounts import MIB
 from device_runtime.package_format.boards import Board
 from device_runtime.package_format.config_ini import QUANT_POLICY_ONLINE_INT8
 from device_runtime.package_format.kv_page import kv_page_bytes
@@ -29,7 +30,6 @@ from device_runtime.package_format.manifest import PlannedMemory
 from device_runtime.package_format.model_config import ModelConfig
 from host_tools.package_options import ConfigValues
 
-MIB = 1 << 20
 PAGE_SIZE = 64
 MAX_BATCH_SIZE = 8
 """Sequences that one pass of the 4-bit GEMV takes; more would not decode faster on a board."""

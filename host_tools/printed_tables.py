@@ -9,9 +9,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from device_runtime.package_format.amounts import format_bytes
-
-MIB = 1 << 20
+from device_runtime.package_format.amounts import MIB, format_bytes
 
 if TYPE_CHECKING:
     from host_tools.build import BuildReport

@@ -8,9 +8,8 @@ import numpy as np
 
 from device_runtime.backends.kv_format import PAGE_SIZE_MULTIPLE, KvFormat, kv_page_bytes
 from device_runtime.errors import OutOfMemoryError, PackageError, UsageError
+from device_runtime.package_format.amounts import MIB
 from device_runtime.package_format.model_config import ModelConfig
-
-MIB = 1 << 20
 
 
 @dataclass(frozen=True)

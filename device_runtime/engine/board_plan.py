@@ -13,7 +13,6 @@ from device_runtime.backends.cuda.footprint import DeviceFigures, package_survey
 from device_runtime.backends.cuda.support import check_model
 from device_runtime.backends.kv_format import KvFormat
 from device_runtime.backends.memory_plan import (
-    MIB,
     CacheRequest,
     MemoryPlan,
     MemorySurvey,
@@ -21,6 +20,7 @@ from device_runtime.backends.memory_plan import (
     plan_memory,
 )
 from device_runtime.errors import DeviceError
+from device_runtime.package_format.amounts import MIB
 from device_runtime.package_format.boards import Board
 from device_runtime.package_format.model_config import ModelConfig
 

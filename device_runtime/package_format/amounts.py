@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+MIB = 1 << 20
+
 
 def format_bytes(num_bytes: float) -> str:
     """Return a size in decimal units: ``"512 B"``, ``"1.5 kB"``, ``"98.2 MB"``, ``"3.74 GB"``."""

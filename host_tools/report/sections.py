@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from device_runtime.package_format.amounts import format_bytes
+from device_runtime.package_format.amounts import MIB, format_bytes
 from device_runtime.package_format.config_ini import (
     QUANT_POLICY_ONLINE_INT8,
     QUANT_POLICY_STATIC_INT8,
@@ -23,7 +23,6 @@ from host_tools.report.plots import (
     stacked_bars,
 )
 
-MIB = 1 << 20
 KV_NAMES = {
     0: "fp16",
     QUANT_POLICY_STATIC_INT8: "static int8",

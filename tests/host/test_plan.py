@@ -11,11 +11,11 @@ from device_runtime.engine.board_plan import (
     longest_sessions,
 )
 from device_runtime.errors import UsageError
+from device_runtime.package_format.amounts import MIB
 from device_runtime.package_format.boards import BOARDS, Board
 from device_runtime.package_format.model_config import ModelConfig
 from host_tools.package_options import ConfigValues
 from host_tools.plan import (
-    MIB,
     arithmetic,
     choose_boards,
     describe_plan,

@@ -15,7 +15,7 @@ from device_runtime.backends.cuda import survey
 from device_runtime.backends.cuda.footprint import LAUNCH_BYTES, pinned_bytes
 from device_runtime.backends.cuda.sizes import STAGING_BYTES, step_limits
 from device_runtime.backends.kv_format import KvFormat
-from device_runtime.backends.memory_plan import MIB, CacheRequest
+from device_runtime.backends.memory_plan import CacheRequest
 from device_runtime.engine.board_plan import (
     LongestSession,
     assumed_bytes,
@@ -27,6 +27,7 @@ from device_runtime.engine.board_plan import (
 )
 from device_runtime.engine.configure import cache_request
 from device_runtime.engine.engine import Engine, EngineOptions
+from device_runtime.package_format.amounts import MIB
 from device_runtime.package_format.boards import BOARDS
 from device_runtime.package_format.package import open_package
 

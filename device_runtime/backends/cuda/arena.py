@@ -23,9 +23,9 @@ from device_runtime.backends.cuda.regions import (
 )
 from device_runtime.backends.cuda.survey import free_bytes
 from device_runtime.errors import DeviceError, OutOfMemoryError
+from device_runtime.package_format.amounts import MIB
 
 CHUNK_BYTES = 512 << 20
-_MIB = 1 << 20
 _ALLOCATION_TYPE_PINNED = 1  # CU_MEM_ALLOCATION_TYPE_PINNED
 _LOCATION_TYPE_DEVICE = 1  # CU_MEM_LOCATION_TYPE_DEVICE
 _ACCESS_READ_WRITE = 3  # CU_MEM_ACCESS_FLAGS_PROT_READWRITE
@@ -97,7 +97,7 @@ def allocate_arena(driver: CudaDriver, sizes: Sequence[int], what: str) -> Arena
             failures.append(error)  # no virtual memory management here
     free = free_bytes(driver)
     raise OutOfMemoryError(
-        f"{what} need {total // _MIB} MiB of GPU memory and {free // _MIB} MiB are free, but "
+        f"{what} need {total // MIB} MiB of GPU memory and {free // MIB} MiB are free, but "
         "neither one block nor chunks could be had; close other programs, raise the CMA size or "
         "reboot a board whose memory is fragmented"
     ) from failures[0]

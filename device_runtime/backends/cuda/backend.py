@@ -17,9 +17,10 @@ from device_runtime.backends.cuda.state import Awaited
 from device_runtime.backends.cuda.support import check_model, sources_for
 from device_runtime.backends.cuda.survey import OpenDevice, free_bytes, open_device
 from device_runtime.backends.kv_format import KvFormat
-from device_runtime.backends.memory_plan import MIB, CacheRequest, MemoryPlan, MemorySurvey
+from device_runtime.backends.memory_plan import CacheRequest, MemoryPlan, MemorySurvey
 from device_runtime.backends.reference.kv_cache import read_kv_scales
 from device_runtime.errors import InternalError
+from device_runtime.package_format.amounts import MIB
 from device_runtime.package_format.package import Package
 
 

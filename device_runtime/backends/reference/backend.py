@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from device_runtime.backends.base import Batch
 from device_runtime.backends.kv_format import KvFormat, kv_page_bytes
-from device_runtime.backends.memory_plan import MIB, CacheRequest, MemoryPlan, MemorySurvey
+from device_runtime.backends.memory_plan import CacheRequest, MemoryPlan, MemorySurvey
 from device_runtime.backends.reference.attention import MAX_SCORES
 from device_runtime.backends.reference.blas_threads import make_governor
 from device_runtime.backends.reference.decoder import Decoder
@@ -22,6 +22,7 @@ from device_runtime.backends.reference.weights import (
     layer_weight_bytes,
 )
 from device_runtime.errors import DeviceError, InternalError, OutOfMemoryError
+from device_runtime.package_format.amounts import MIB
 from device_runtime.package_format.model_config import ModelConfig
 from device_runtime.package_format.package import Package
 
