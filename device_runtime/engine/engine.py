@@ -350,14 +350,14 @@ class Engine:
 
     def _collect(self, rows: tuple[Row, ...]) -> list[Output]:
         outputs = []
-        for sequence, token_id in self._scheduler.collect(rows, self._backend.collect()):
+        drawn = self._run_ahead.collect(self._backend.collect, is_more=bool(self._in_flight))
+        for sequence, token_id in self._scheduler.collect(rows, drawn):
             output = self._answers[sequence.sequence_id].take(token_id)
             if output.finish_reason is not None:
                 del self._answers[sequence.sequence_id]
                 self._scheduler.finish(sequence)
             outputs.append(output)
         self._tidy()
-        self._run_ahead.collected(is_more=bool(self._in_flight))
         return outputs
 
     def _finish_cancelled(self) -> list[Output]:

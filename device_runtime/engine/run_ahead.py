@@ -14,7 +14,10 @@ from collections.abc import Callable
 COVERED_S = 10e-3
 """How late the host may be before the device has nothing to do: 9 ms was its longest gap between
 tokens while an answer is painted, 3 ms since painting hands the interpreter over (DECISIONS.md)."""
-_NUM_INTERVALS = 8
+_AT_ONCE_S = 1e-3
+"""A step that is collected in less was done before the host asked for it."""
+_NUM_STEPS = 8
+"""Steps that count, the newest ones."""
 
 
 class RunAhead:
@@ -34,22 +37,29 @@ class RunAhead:
         self.num_steps = most
         self._most = most
         self._clock = clock
-        self._intervals_s: deque[float] = deque(maxlen=_NUM_INTERVALS)
+        self._steps_s: deque[float] = deque(maxlen=_NUM_STEPS)
         self._last_s: float | None = None
 
-    def collected(self, *, is_more: bool) -> None:
-        """Note that a step was collected.
+    def collect(
+        self, collect: Callable[[], list[tuple[int, int]]], *, is_more: bool
+    ) -> list[tuple[int, int]]:
+        """Return what `Backend.collect` does, and learn how long the step took.
 
-        The shortest interval of late counts. After a delay of the host, steps that were done
-        meanwhile are collected at once: whenever the queue was not deep enough it gets deeper.
+        The shortest of late counts, and one that was done before the host came counts as 0: then
+        the host was late, and for a while the queue is as deep as it may be.
 
         Args:
-            is_more: other steps were outstanding meanwhile, so that the next one takes its own
-                time from now on, not that of a queue that was empty.
+            collect: of the backend.
+            is_more: other steps are outstanding, so that the next one takes its own time from now
+                on, not that of a queue that is empty.
         """
+        asked_s = self._clock()
+        drawn = collect()
         now_s = self._clock()
         if self._last_s is not None:
-            self._intervals_s.append(now_s - self._last_s)
-            step_s = max(min(self._intervals_s), 1e-6)
+            is_late = now_s - asked_s < _AT_ONCE_S
+            self._steps_s.append(0.0 if is_late else now_s - self._last_s)
+            step_s = max(min(self._steps_s), 1e-6)
             self.num_steps = min(self._most, math.ceil(COVERED_S / step_s))
         self._last_s = now_s if is_more else None
+        return drawn

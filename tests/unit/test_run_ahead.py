@@ -25,17 +25,21 @@ class Clock:
         return self.now_s
 
 
-def depths(most, *intervals_s, clock=None):
-    """The depth after each of some steps, others outstanding meanwhile."""
+def depths(most, *steps, clock=None, is_more=True):
+    """The depth after each step: (seconds until the host asks for it, seconds it waits then)."""
     clock = clock or Clock()
-    watch = RunAhead(most, clock)
-    watch.collected(is_more=True)
+    run_ahead = RunAhead(most, clock)
     found = []
-    for interval_s in intervals_s:
-        clock.now_s += interval_s
-        watch.collected(is_more=True)
-        found.append(watch.num_steps)
-    return found
+    for late_s, wait_s in ((0, 0), *steps):
+        clock.now_s += late_s
+
+        def collect(wait_s=wait_s) -> list[tuple[int, int]]:
+            clock.now_s += wait_s
+            return []
+
+        assert run_ahead.collect(collect, is_more=is_more) == []
+        found.append(run_ahead.num_steps)
+    return found[1:]
 
 
 # 10 ms are covered: by one step of 10 ms or more, two of 5 to 10 ms, else by all three.
@@ -44,31 +48,24 @@ def depths(most, *intervals_s, clock=None):
     [(0.0, 3), (5e-4, 3), (4e-3, 3), (6e-3, 2), (0.011, 1), (0.04, 1), (1.0, 1)],
 )
 def test_queued_steps_cover_ten_milliseconds_of_the_host(step_s, depth) -> None:
-    assert depths(3, *[step_s] * 20) == [depth] * 20
-    assert depths(0, *[step_s] * 3) == [0, 0, 0]  # a backend that cannot
+    assert depths(3, *[(step_s / 9, step_s * 8 / 9)] * 20) == [depth] * 20
+    assert depths(0, *[(0, step_s)] * 3) == [0, 0, 0]  # a backend that cannot
     assert RunAhead(3).num_steps == 3  # before anything is known
 
 
 def test_a_host_that_was_late_queues_deeper_for_a_while() -> None:
-    # Two steps of 40 ms were done when it came back after 100 ms: the second is there at once.
-    found = depths(3, 0.04, 0.1, 1e-4, *[0.04] * 9)
-    assert found == [1, 1, 3, *[3] * 7, 1, 1]
+    step = (1e-3, 0.039)
+    # Late by two steps of 40 ms: what it asks for is there at once. Eight steps later it is forgotten.
+    assert depths(3, step, (0.1, 1e-4), *[step] * 9) == [1, *[3] * 8, 1, 1]
 
 
-def test_one_long_step_among_short_ones_changes_nothing() -> None:
-    assert depths(3, 1e-3, 0.5, 1e-3, 0.5) == [3] * 4  # prompts between decode steps
+def test_a_long_step_among_short_ones_changes_nothing() -> None:
+    prompt, decode = (0, 0.5), (0, 2e-3)
+    assert depths(3, decode, prompt, decode, prompt) == [3] * 4
 
 
-def test_the_time_between_two_answers_is_no_step() -> None:
-    clock = Clock()
-    watch = RunAhead(3, clock)
-    watch.collected(is_more=False)
-    clock.now_s += 60
-    watch.collected(is_more=True)
-    assert watch.num_steps == 3
-    clock.now_s += 0.04
-    watch.collected(is_more=True)
-    assert watch.num_steps == 1
+def test_time_in_which_nothing_was_queued_is_no_step() -> None:
+    assert depths(3, (60, 0.04), (60, 0.04), is_more=False) == [3, 3]
 
 
 class SlowBackend(FakeBackend):
