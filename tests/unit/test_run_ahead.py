@@ -55,7 +55,7 @@ def test_queued_steps_cover_ten_milliseconds_of_the_host(step_s, depth) -> None:
 
 def test_a_host_that_was_late_queues_deeper_for_a_while() -> None:
     step = (1e-3, 0.039)
-    # Late by two steps of 40 ms: what it asks for is there at once. Eight steps later it is forgotten.
+    # Late by two steps of 40 ms: what it asks for is there at once. Eight steps later all is well.
     assert depths(3, step, (0.1, 1e-4), *[step] * 9) == [1, *[3] * 8, 1, 1]
 
 
