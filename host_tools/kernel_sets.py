@@ -145,13 +145,9 @@ def _compile_into(
     ):
         running = {pool.submit(cached_unit, unit, cache): unit for unit in units}
         cubins = []
-        try:
-            for done in as_completed(running):
-                cubins.append(_write(folder, running[done], done.result()))
-                task.advance(1)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        for done in as_completed(running):
+            cubins.append(_write(folder, running[done], done.result()))
+            task.advance(1)
     write_record(folder, cubins)
 
 

@@ -4,6 +4,8 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 from host_tools.stage import exclusive
 from host_tools.worker_processes import worker_processes
 
@@ -33,16 +35,26 @@ def test_workers_run_elsewhere():
         assert pool.submit(os.getpid).result() != os.getpid()
 
 
-def test_a_kill_takes_the_workers_along_and_frees_the_folder(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_what_ends_the_parent_ends_its_workers_and_frees_the_folder(tmp_path, number):
     (tmp_path / "at_work.py").write_text(AT_WORK)
-    command = [sys.executable, tmp_path / "at_work.py", tmp_path]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        worker = int(process.stdout.readline())
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    process = subprocess.Popen(
+        [sys.executable, tmp_path / "at_work.py", tmp_path],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    worker = int(process.stdout.readline())
+    if number == signal.SIGINT:  # a terminal tells all of them
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
+    process.wait(30)
     with exclusive(tmp_path):
         pass
     deadline = time.monotonic() + 30
     while is_alive(worker):
         assert time.monotonic() < deadline, "the worker is still there"
         time.sleep(0.01)
+    assert "SpawnProcess" not in process.communicate()[1]  # no traceback but the parent's
