@@ -124,7 +124,8 @@ def _talk(
     with on_end(repl.cut_off):
         try:
             code = repl.run()
-            is_at_its_end = not repl.is_cut_off
+            # A terminal that is gone has no more lines, which may be known before a signal comes.
+            is_at_its_end = not repl.is_cut_off and sys.stdin.isatty()
         finally:
             if not is_at_its_end:
                 keep_conversation(conversation, data_dir())

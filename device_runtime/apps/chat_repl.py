@@ -69,6 +69,7 @@ class Repl:
         self.is_markdown = is_markdown
         self.is_leaving = False
         self.is_cut_off = False
+        self._is_talking = False
         self._is_answering = False
         self._was_interrupted = False  # by the newest thing the person did
         self._plan = plan
@@ -80,8 +81,12 @@ class Repl:
 
         It also ends after :meth:`cut_off`.
         """
+        self._is_talking = True
         try:
-            code = self._talk()
+            try:
+                code = self._talk()
+            finally:
+                self._is_talking = False
         except (SystemExit, OSError):  # also from writing to a terminal that is gone
             if not self.is_cut_off:
                 raise
@@ -91,13 +96,14 @@ class Repl:
         """End the talk, after the step that an answer is in; for signal handlers.
 
         Raises:
-            SystemExit: out of whatever else the talk is at.
+            SystemExit: out of whatever else the talk is at; nothing when it is over.
         """
         self.is_cut_off = self.is_leaving = True
-        if not self._is_answering:
+        if self._is_answering:
+            self.conversation.cancel()
+        elif self._is_talking:
             # Not to be taken for Ctrl-C, and nothing that an event loop keeps to itself.
             raise SystemExit(EXIT_INTERRUPTED)
-        self.conversation.cancel()
 
     @contextmanager
     def _answering(self) -> Iterator[None]:

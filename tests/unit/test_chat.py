@@ -207,6 +207,36 @@ def test_what_was_said_is_kept_whatever_ends_the_chat(
     assert [message["role"] for message in messages] == ["user", "assistant"]
 
 
+def test_a_signal_that_comes_while_a_conversation_is_kept_does_not_end_that(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lost connection: the input ends first, then the shell tells of it, then the kernel."""
+    terminal, typed = Terminal(io.BytesIO()), iter(["hello"])
+
+    def read(prompt: str) -> str:
+        for text in typed:
+            return text
+        monkeypatch.setattr(terminal, "isatty", lambda: False)
+        raise EOFError
+
+    def hang_up(descriptor: int) -> None:
+        signal.raise_signal(signal.SIGHUP)
+        signal.raise_signal(signal.SIGHUP)
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        monkeypatch.setattr("builtins.input", read)
+        monkeypatch.setattr("os.fsync", hang_up)
+        monkeypatch.setattr(sys, "stdout", Terminal(io.BytesIO(), encoding="utf-8"))
+        monkeypatch.setenv("TERM", "dumb")
+        monkeypatch.setenv("TURBOJET_DATA_DIR", str(tmp_path / "data"))
+        assert chat(monkeypatch, [tiny, "--max-tokens", "4"], terminal) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    (kept,) = (tmp_path / "data").glob("chat_cut_off-*.json")
+    assert load_conversation(kept).messages[0].content == "hello"
+
+
 def test_a_stray_byte_on_a_plain_terminal_is_a_question_mark(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
