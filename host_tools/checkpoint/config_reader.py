@@ -95,18 +95,16 @@ def read_model(config: Mapping[str, object], family: Family, group_size: int) ->
         rope_scaling=rope_scaling,
         has_attention_bias=any(family.has_bias(linear, config) for linear in ("q", "o")),
         has_qk_norm=family.has_qk_norm,
-        tie_word_embeddings=bool(config.get("tie_word_embeddings", family.is_tied)),
-        use_logn_attn=family.has_stretch and bool(config.get("use_logn_attn")),
+        tie_word_embeddings=reader.flag("tie_word_embeddings", family.is_tied),
+        use_logn_attn=family.has_stretch and reader.flag("use_logn_attn"),
         layers_without_rope=_layers_without_rope(reader, family.rope_layers, num_layers),
-        sliding_window=_sliding_window(reader, config, family, context),
+        sliding_window=_sliding_window(reader, family, context),
     )
 
 
-def _sliding_window(
-    reader: ConfigReader, config: Mapping[str, object], family: Family, context: int
-) -> int:
+def _sliding_window(reader: ConfigReader, family: Family, context: int) -> int:
     """Return how far layers look back, 0 where that is the whole context."""
-    if not config.get("use_sliding_window", family.has_window):
+    if not reader.flag("use_sliding_window", family.has_window):
         return 0
     window = reader.integer("sliding_window", context)
     return window if window < context else 0
@@ -160,7 +158,7 @@ def _read_rope(
             )
     theta = reader.number("rope_theta", 10000.0)
     if section is None:
-        is_stretched = family.has_stretch and config.get("use_dynamic_ntk")
+        is_stretched = family.has_stretch and reader.flag("use_dynamic_ntk")
         return theta, RopeScaling("qwen1" if is_stretched else "none")
     theta = section.number("rope_theta", theta)
     name = section.text("rope_type", section.text("type", "default"))

@@ -77,6 +77,19 @@ class ConfigReader:
             raise self.fault(key, value, "a string")
         return value
 
+    def flag(self, key: str, default: bool = False) -> bool:
+        """Return true or false; a string that says false would count as true.
+
+        Raises:
+            PackageError: it is something else.
+        """
+        key, value = self._get(key)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            raise self.fault(key, value, "true or false")
+        return value
+
     def items(self, key: str) -> list[object] | None:
         """Return a list, None when it is absent or null.
 

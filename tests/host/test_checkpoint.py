@@ -285,6 +285,7 @@ def test_a_sliding_window_limits_the_context(tmp_path: Path) -> None:
         ({"hidden_size": 66}, "hidden_size 66, which num_attention_heads 4 does not divide"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers 1000000000, expected an integer from 1"),
         ({"rms_norm_eps": -1}, "rms_norm_eps -1, expected a positive number"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings 'false', expected true or false"),
         ({"rope_scaling": {"type": "yarn", "factor": 2}}, "rope scaling 'yarn', turbojet runs"),
         ({"rope_scaling": "dynamic"}, "rope_scaling 'dynamic', expected an object"),
         (
