@@ -32,6 +32,8 @@ from gpu_record import PLAN, RECORD, SANITIZER_ERRORS, results_file  # noqa: E40
 from steps import STATES, Runner, State, Step, read_states  # noqa: E402
 from write_record import commit, write  # noqa: E402
 
+from device_runtime.errors import TurbojetError  # noqa: E402
+
 PLAIN = {"TURBOJET_PLAIN_KERNELS": "1"}
 VARIANTS: dict[str, dict[str, str]] = {"default": {}, "plain": PLAIN}
 ALONE = ("test_process_end.py", "test_real_model.py")
@@ -52,9 +54,14 @@ def test_step(folder: Path, file: str, variant: str) -> Step:
     """Return the run of one file with one variant of the kernels."""
     name = f"{variant}-{Path(file).stem}"
     command = [*PYTEST, f"tests/gpu/{file}", *emulated.selection(file)]
-    results = {"TURBOJET_GPU_RESULTS": str(folder / results_file(name))}
+    environment = VARIANTS[variant] | results_of(folder, name)
     seconds = SECONDS.get(file, (40, 240))
-    return Step(name, command, VARIANTS[variant] | results, *seconds, (results_file(name),))
+    return Step(name, command, environment, *seconds, (results_file(name),))
+
+
+def results_of(folder: Path, name: str) -> dict[str, str]:
+    """Return what makes pytest tell the outcomes of a step, and fail where it finds no GPU."""
+    return {"TURBOJET_GPU_RESULTS": str(folder / results_file(name))}
 
 
 def correctness_steps(folder: Path, variants: Sequence[str]) -> list[Step]:
@@ -67,7 +74,9 @@ def correctness_steps(folder: Path, variants: Sequence[str]) -> list[Step]:
         # A prompt and decode steps of the whole backend, launched one by one: the tool cannot look
         # into graphs.
         engine = [*check, *PYTEST, "tests/gpu/test_cuda_backend.py", "-k", "greedy_tokens"]
-        steps.append(Step(f"sanitizer-{tool}-engine", engine, {"TURBOJET_EAGER": "1"}, 60, 240))
+        name = f"sanitizer-{tool}-engine"
+        environment = {"TURBOJET_EAGER": "1"} | results_of(folder, name)
+        steps.append(Step(name, engine, environment, 60, 240, (results_file(name),)))
     files = sorted(path.name for path in HERE.glob("test_*.py") if path.name not in ALONE)
     for variant in variants:
         command = [*CLI, "selftest", "--json"]
@@ -193,19 +202,32 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> int:
     """Run everything; return 1 where a step failed or is left."""
     end = time.monotonic()
-    args = build_parser().parse_args()
+    parser = build_parser()
+    args = parser.parse_args()
     end += args.seconds - _RECORD_S
     folder = Path(args.folder).resolve()
+    every = correctness_steps(folder, [*VARIANTS]) + alone_steps(folder, [*VARIANTS])
+    if args.quantize or args.list:
+        every += quantize_steps(folder)
+    for pattern in (*(args.steps or ()), *args.without):
+        if not any(matches(step, [pattern]) for step in every):
+            hint = " (those of quantization need --quantize)" * (not args.quantize)
+            parser.error(f"no step is called {pattern}{hint}; --list tells all")
     if args.list:
-        shared, alone = correctness_steps(folder, [*VARIANTS]), alone_steps(folder, [*VARIANTS])
-        for step in [*shared, *alone, *quantize_steps(folder)]:
+        for step in every:
             print(f"{step.expected_s:4.0f} s of at most {step.timeout_s:3.0f}  {step.name}")
         return 0
     folder.mkdir(parents=True, exist_ok=True)
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)
 
-    variants = prepare(folder)
+    try:
+        variants = prepare(folder)
+    except TurbojetError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return error.exit_code
+    except subprocess.CalledProcessError as error:  # it has said why
+        return error.returncode
     shared, alone = correctness_steps(folder, variants), alone_steps(folder, variants)
     if args.no_bench:
         alone = [step for step in alone if not step.name.startswith("bench-")]
@@ -219,8 +241,9 @@ def main() -> int:
     def stop(number: int, frame: FrameType | None) -> None:
         runner.stop(signal.Signals(number).name)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup asks for
+            signal.signal(number, stop)
     for steps, num_workers in ((shared, args.jobs), (alone, 1)):
         wanted = [
             step

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from gpu_record import RECORD, REFRESH, faults_of, read_record
 
+from device_runtime.errors import DeviceError
 from device_runtime.kernels.cubins import SOURCES, Cubin, write_record
 from host_tools.kernels import sources_sha256
 
@@ -325,20 +326,51 @@ def test_a_step_that_hangs_takes_with_it_what_it_started(
 def test_a_file_that_cannot_be_imported_is_told(
     tmp_path: Path, text: str, outcome: str, exit_code: int
 ) -> None:
-    shutil.copy(GPU_TESTS / "conftest.py", tmp_path)
-    shutil.copy(GPU_TESTS.parent / "figures.py", tmp_path)
-    (tmp_path / "pytest.ini").write_text("[pytest]\n")
-    (tmp_path / "test_a.py").write_text(text)
     results = tmp_path / "results.json"
-    environment = os.environ | {
-        "TURBOJET_GPU_RESULTS": str(results),
-        "PYTHONPATH": str(GPU_TESTS.parents[1]),
-    }
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_a.py"]
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
+    done = run_file(tmp_path / "of", text, {"TURBOJET_GPU_RESULTS": str(results)})
     assert done.returncode == exit_code, done.stdout + done.stderr
     (told,) = map(json.loads, results.read_text().splitlines())
     assert (told["test"], told["outcome"]) == ("test_a.py", outcome)
     assert ("not here" in told["reason"]) == (outcome == "skipped")
+
+
+def run_file(
+    folder: Path, text: str, environment: dict[str, str]
+) -> subprocess.CompletedProcess[str]:
+    """Run a file of tests as one of tests/gpu, where no GPU is seen."""
+    folder.mkdir()
+    shutil.copy(GPU_TESTS / "conftest.py", folder)
+    shutil.copy(GPU_TESTS.parent / "figures.py", folder)
+    (folder / "pytest.ini").write_text("[pytest]\n")
+    (folder / "test_a.py").write_text(text)
+    usual = {key: value for key, value in os.environ.items() if "TURBOJET" not in key}
+    usual |= {"PYTHONPATH": str(GPU_TESTS.parents[1]), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "test_a.py"]
+    return subprocess.run(
+        command, cwd=folder, env=usual | environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_a_run_of_a_gpu_that_cannot_be_opened_fails_and_skips_nothing(tmp_path: Path) -> None:
+    text = "def test_one() -> None:\n    pass\n"
+    skipped = run_file(tmp_path / "gpu", text, {})
+    assert skipped.returncode == 0 and "1 skipped" in skipped.stdout
+    (tmp_path / "of").mkdir()
+    results = {"TURBOJET_GPU_RESULTS": str(tmp_path / "results.jsonl")}
+    failed = run_file(tmp_path / "of" / "gpu", text, results)
+    assert failed.returncode == pytest.ExitCode.USAGE_ERROR, failed.stdout
+    assert "the tests that need a GPU cannot run: " in failed.stderr
+
+
+def test_what_a_run_cannot_do_is_said_before_it_begins(tmp_path: Path) -> None:
+    def run(*arguments: str) -> tuple[int, str]:
+        command = [sys.executable, str(GPU_TESTS / "run.py"), str(tmp_path / "run"), *arguments]
+        environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert not (tmp_path / "run" / "steps").exists()
+        return done.returncode, done.stderr.strip().splitlines()[-1]
+
+    code, said = run("--steps", "bench-*", "quantize-*")
+    assert code == 2 and "no step is called quantize-* (those of quantization need" in said
+    code, said = run()
+    assert code == DeviceError.exit_code and said.startswith("scripts/test-gpu: ")
