@@ -7,15 +7,26 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-_NUMBERS = (signal.SIGTERM, signal.SIGHUP)
+AGAIN_S = 1.0
+"""Until the same is tried again: what a handler raises inside a finalizer is lost."""
+
+_NUMBERS = (signal.SIGTERM, signal.SIGHUP, signal.SIGALRM)
 
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Clean up on SIGTERM and on a lost connection as on Ctrl-C."""
+    """Clean up on SIGTERM and on a lost connection as on Ctrl-C.
+
+    Once: a terminal that goes away says so itself and through its shell, and the second signal must
+    not break off the cleaning up.
+    """
+    is_ending = False
 
     def interrupt() -> None:
-        raise KeyboardInterrupt
+        nonlocal is_ending
+        if not is_ending:
+            is_ending = True
+            raise KeyboardInterrupt
 
     with on_end(interrupt):
         yield
@@ -23,21 +34,18 @@ def interruptible() -> Iterator[None]:
 
 @contextmanager
 def on_end(act: Callable[[], None]) -> Iterator[None]:
-    """Call something when SIGTERM or SIGHUP comes, while the block runs; for the main thread.
+    """Call something when SIGTERM or SIGHUP comes, and again each second until the block ends.
 
-    Once only: a terminal that goes away says so itself and through its shell, and the second signal
-    must not break off what the first one began.
+    For the main thread.
 
     Args:
         act: runs inside a signal handler; what it raises is raised in the block.
     """
-    is_ending = False
 
     def handle(_number: int, _frame: FrameType | None) -> None:
-        nonlocal is_ending
-        if not is_ending:
-            is_ending = True
-            act()
+        if signal.SIGALRM in before:
+            signal.setitimer(signal.ITIMER_REAL, AGAIN_S)
+        act()
 
     before = {}
     for number in _NUMBERS:
@@ -47,5 +55,7 @@ def on_end(act: Callable[[], None]) -> Iterator[None]:
     try:
         yield
     finally:
+        if signal.SIGALRM in before:
+            signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
             signal.signal(number, handler)

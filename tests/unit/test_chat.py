@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import signal
@@ -17,10 +18,10 @@ from fake_chat import FakeConversation
 from tiny_package import make_package
 
 from device_runtime import cli
+from device_runtime.apps import end_signals
 from device_runtime.apps.chat_input import PlainReader, open_history
 from device_runtime.apps.chat_kept import keep_conversation, take_notice
 from device_runtime.apps.chat_view import make_console
-from device_runtime.apps.end_signals import interruptible
 from device_runtime.engine.chat_session import ChatSession
 from device_runtime.engine.conversation_file import load_conversation
 from device_runtime.engine.engine import Engine
@@ -272,12 +273,27 @@ def test_all_that_was_cut_off_at_once_is_kept_and_told_once(
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_an_end_that_got_lost_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a handler raises inside a finalizer, or an event loop keeps what is raised."""
+    monkeypatch.setattr(end_signals, "AGAIN_S", 0.05)
+
+    def act() -> None:
+        raise SystemExit(130)
+
+    with pytest.raises(SystemExit), end_signals.on_end(act):
+        with contextlib.suppress(SystemExit):
+            signal.raise_signal(signal.SIGTERM)
+        time.sleep(20)
+        raise AssertionError("nobody tried again")
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
 def test_a_second_signal_does_not_break_off_what_the_first_began() -> None:
     seen = []
     before = signal.getsignal(signal.SIGHUP)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     try:
-        with pytest.raises(KeyboardInterrupt), interruptible():
+        with pytest.raises(KeyboardInterrupt), end_signals.interruptible():
             try:
                 signal.raise_signal(signal.SIGHUP)
             finally:
