@@ -9,25 +9,19 @@ end: what it differs by is noise.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
-from tune_gemv import TunedUnit, line_of, start  # noqa: E402
+from tune_gemv import TunedUnit, facts_of, line_of, make_variant, start  # noqa: E402
 
-from device_runtime.kernels.cubins import Cubin, read_record, write_record  # noqa: E402
-from device_runtime.package_format import durable  # noqa: E402
-from host_tools.kernels import Build, KernelCache, cached_unit  # noqa: E402
+from host_tools.kernels import Build  # noqa: E402
 
 RUNS = (("1", "512", "1,8"), ("4032", "64", "1"), ("448", "64", "8"))
 """Tokens of the prompt, tokens after it, sequences at once."""
@@ -71,38 +65,20 @@ VARIANTS = (
 )
 
 
-def make_variant(
-    base: Path, folder: Path, build: Build, switches: dict[str, int], cache: KernelCache
-) -> Path:
-    """Copy a folder of cubins and compile decode attention anew.
-
-    Returns:
-        ``folder``.
-    """
-    shutil.copytree(base, folder, dirs_exist_ok=True)
-    rows: dict[str, Cubin] = {row.file: row for row in read_record(base)}
+def units_of(build: Build, switches: dict[str, int]) -> list[TunedUnit]:
+    """Return the source of a variant that differs."""
     flags = tuple(f"-DTURBOJET_DECODE_{name}={value}" for name, value in switches.items())
-    unit = TunedUnit("decode_attention", build, 0, flags)
-    cubin = cached_unit(unit, cache)
-    durable.write_atomically(folder / unit.file, cubin)
-    digest = hashlib.sha256(cubin).hexdigest()
-    rows[unit.file] = replace(rows[unit.file], sha256=digest, flags=unit.flags)
-    write_record(folder, rows.values())
-    return folder
+    return [TunedUnit("decode_attention", build, 0, flags)] if flags else []
 
 
 def measure(folder: Path, variant: Variant, model: str, repeats: int) -> list[dict[str, Any]]:
     """Return the facts of a benchmark for each of `RUNS`; an empty one where it failed."""
-    environment = os.environ | {"TURBOJET_KERNELS": str(folder)}
     facts: list[dict[str, Any]] = []
     for prompt, completion, concurrency in RUNS:
-        command = [sys.executable, "-c", _RUN, json.dumps(variant.constants), "bench"]
-        command += ["--synthetic", model, "--prompt", prompt, "--completion", completion]
-        command += ["--concurrency", concurrency, "--nodes", "--repeats", str(repeats), "--json"]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, check=False)
-        if done.returncode:
-            sys.stderr.buffer.write(done.stderr[-2000:])
-        facts.append({} if done.returncode else json.loads(done.stdout))
+        command = ["-c", _RUN, json.dumps(variant.constants), "bench", "--synthetic", model]
+        command += ["--prompt", prompt, "--completion", completion, "--concurrency", concurrency]
+        command += ["--nodes", "--repeats", str(repeats), "--json"]
+        facts.append(facts_of(command, folder))
     return facts
 
 
@@ -112,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tuning = start(__doc__.partition("\n")[0], list(variants), arguments)
     for index, name in enumerate(tuning.names):
         variant, folder = variants[name], tuning.output / f"attention-{index}"
-        make_variant(tuning.base, folder, tuning.build, variant.switches, tuning.cache)
+        make_variant(tuning.base, folder, units_of(tuning.build, variant.switches), tuning.cache)
         facts = measure(folder, variant, tuning.model, tuning.repeats)
         path = tuning.output / f"attention-{index}.json"
         path.write_text(json.dumps({"variant": name, "runs": facts}, indent=1))

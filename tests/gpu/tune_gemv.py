@@ -30,6 +30,8 @@ from host_tools.kernels import Build, KernelCache, Unit, cached_unit  # noqa: E4
 from host_tools.progress import Progress  # noqa: E402
 
 GROUP_SIZE = 128
+LIMIT_S = 180.0
+"""Seconds that one measurement may take."""
 _POLICY, _PARTS, _EARLY = "READ_ONCE", "GEMV_PARTS", "GEMV_EARLY_PARTS"
 VARIANTS: dict[str, dict[int, dict[str, int]]] = {
     "as built": {},
@@ -54,19 +56,24 @@ class TunedUnit(Unit):
         return (*super().flags, *self.switches)
 
 
-def make_variant(
-    base: Path, folder: Path, build: Build, switches: dict[int, dict[str, int]], cache: KernelCache
-) -> Path:
-    """Copy a folder of cubins and compile the GEMV of some widths anew.
+def units_of(build: Build, switches: dict[int, dict[str, int]]) -> list[TunedUnit]:
+    """Return the sources of a variant of the GEMV that differ, by the switches of each width."""
+    flags = {
+        width: tuple(f"-DTURBOJET_{name}={value}" for name, value in values.items())
+        for width, values in switches.items()
+    }
+    return [TunedUnit(f"w4a16_gemv_{width}", build, GROUP_SIZE, flags[width]) for width in flags]
+
+
+def make_variant(base: Path, folder: Path, units: Sequence[TunedUnit], cache: KernelCache) -> Path:
+    """Copy a folder of cubins and compile some of its sources anew.
 
     Returns:
         ``folder``.
     """
     shutil.copytree(base, folder, dirs_exist_ok=True)
     rows: dict[str, Cubin] = {row.file: row for row in read_record(base)}
-    for width, values in switches.items():
-        flags = tuple(f"-DTURBOJET_{name}={value}" for name, value in values.items())
-        unit = TunedUnit(f"w4a16_gemv_{width}", build, GROUP_SIZE, flags)
+    for unit in units:
         cubin = cached_unit(unit, cache)
         durable.write_atomically(folder / unit.file, cubin)
         digest = hashlib.sha256(cubin).hexdigest()
@@ -75,18 +82,37 @@ def make_variant(
     return folder
 
 
-def measure(folder: Path, model: str, repeats: int) -> dict[str, Any]:
-    """Return the facts of a benchmark with a folder of kernels."""
-    command = [sys.executable, "-m", "device_runtime.cli", "bench", "--synthetic", model]
-    command += ["--prompt", "1", "--completion", "512", "--concurrency", "1,8", "--nodes"]
-    command += ["--project", "agx-orin-64gb", "--repeats", str(repeats), "--json"]
+def facts_of(command: Sequence[str], folder: Path) -> dict[str, Any]:
+    """Return the facts that a benchmark tells as JSON with a folder of kernels.
+
+    Nothing where it failed or hung, which is said.
+    """
     environment = os.environ | {"TURBOJET_KERNELS": str(folder)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, check=False)
-    if done.returncode:
-        sys.stderr.buffer.write(done.stderr[-2000:])
+    try:
+        done = subprocess.run(
+            [sys.executable, *command],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            timeout=LIMIT_S,
+            check=True,
+        )
+    except subprocess.CalledProcessError as error:
+        sys.stderr.buffer.write(error.stderr[-2000:])
+        return {}
+    except subprocess.TimeoutExpired:
+        print(f"ended after {LIMIT_S:.1f} s", file=sys.stderr)
         return {}
     facts: dict[str, Any] = json.loads(done.stdout)
     return facts
+
+
+def measure(folder: Path, model: str, repeats: int) -> dict[str, Any]:
+    """Return the facts of a benchmark with a folder of kernels."""
+    command = ["-m", "device_runtime.cli", "bench", "--synthetic", model]
+    command += ["--prompt", "1", "--completion", "512", "--concurrency", "1,8", "--nodes"]
+    command += ["--project", "agx-orin-64gb", "--repeats", str(repeats), "--json"]
+    return facts_of(command, folder)
 
 
 def line_of(facts: dict[str, Any]) -> str:
@@ -157,7 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tuning = start(__doc__.partition("\n")[0], list(VARIANTS), arguments)
     for index, name in enumerate(tuning.names):
         folder = tuning.output / f"kernels-{index}"
-        make_variant(tuning.base, folder, tuning.build, VARIANTS[name], tuning.cache)
+        make_variant(tuning.base, folder, units_of(tuning.build, VARIANTS[name]), tuning.cache)
         facts = measure(folder, tuning.model, tuning.repeats)
         (tuning.output / f"{index}.json").write_text(
             json.dumps({"variant": name, **facts}, indent=1)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from host_tools.kernels import Build
+
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = ROOT / "device_runtime" / "kernels"
 
@@ -26,6 +28,8 @@ def test_every_switch_and_constant_is_there(tune_attention) -> None:
     for variant in tune_attention.VARIANTS:
         for switch in variant.switches:
             assert f"#ifndef TURBOJET_DECODE_{switch}\n" in sources
+        units = tune_attention.units_of(Build(90, "13.0"), variant.switches)
+        assert sum(len(unit.switches) for unit in units) == len(variant.switches)
         for name in variant.constants:
             module, _, constant = name.rpartition(".")
             assert isinstance(getattr(importlib.import_module(module), constant), int)

@@ -36,7 +36,8 @@ def test_a_variant_is_the_base_with_some_sources_compiled_anew(tmp_path: Path) -
     (base / other.file).write_bytes(b"as it is")
     write_record(base, [row, other])
     switches = {1: {"READ_ONCE": 0, "GEMV_PARTS": 2}}
-    folder = tune_gemv.make_variant(base, tmp_path / "made", build, switches, CACHE)
+    units = tune_gemv.units_of(build, switches)
+    folder = tune_gemv.make_variant(base, tmp_path / "made", units, CACHE)
     assert (folder / unit.file).read_bytes() != usual
     assert (folder / other.file).read_bytes() == b"as it is"
     made = {cubin.file: cubin for cubin in read_record(folder)}
@@ -55,6 +56,17 @@ def test_every_switch_is_one_of_the_sources() -> None:
         for values in switches.values():
             for name in values:
                 assert f"#ifndef TURBOJET_{name}\n" in text
+
+
+def test_a_measurement_that_fails_or_hangs_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    told = "import json, os; print(json.dumps({'kernels': os.environ['TURBOJET_KERNELS']}))"
+    assert tune_gemv.facts_of(["-S", "-c", told], tmp_path) == {"kernels": str(tmp_path)}
+    assert tune_gemv.facts_of(["-S", "-c", "raise SystemExit('on purpose')"], tmp_path) == {}
+    monkeypatch.setattr(tune_gemv, "LIMIT_S", 0.5)
+    assert tune_gemv.facts_of(["-S", "-c", "import time; time.sleep(60)"], tmp_path) == {}
+    assert capfd.readouterr().err == "on purpose\nended after 0.5 s\n"
 
 
 def test_a_measurement_is_a_line() -> None:
