@@ -63,6 +63,9 @@ struct Share {
 // plain ones would be a data race. From one launch to the next it is the kernel's end that orders.
 template <int kQuads>
 class SharePlaces {
+  // Places are cleared when one warp has found all of them: no other may still look for them.
+  static_assert(kWarpSize % kQuads == 0, "a query's dimensions are of one warp");
+
  public:
   // first: the head's first place.
   __device__ __forceinline__ SharePlaces(float* partials, int64_t first, int num_queries, int query,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any, TypeAlias
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ pytestmark = pytest.mark.skipif(
 )
 PLAIN = partial(emulator.launch, flags=("-DTURBOJET_PLAIN=1",))
 EARLY = partial(emulator.launch, flags=("-DTURBOJET_EMULATE_EARLY=1",))
+Grid: TypeAlias = tuple[int, int, int]
 
 
 @pytest.mark.parametrize(
@@ -41,6 +43,31 @@ def test_a_new_token_attends_to_all_before_it(
     heads: Heads, lengths: list[int], splits: int, slots: int
 ) -> None:
     check_decode(emulator.launch, heads, lengths, max_splits=splits, slots=slots)
+
+
+def test_a_query_that_is_no_number_spoils_its_own_result_and_nothing_else() -> None:
+    """Blocks that share a head know by the bits of a number that it is there (decode_share.cuh)."""
+    dim = 64
+
+    def launch(name: str, grid: Grid, arguments: list[Any], shared_bytes: int) -> None:
+        partials = arguments[2]
+        for value, is_spoiled in ((np.nan, True), (np.inf, True), (0.0, False)):
+            others = [item.copy() if isinstance(item, np.ndarray) else item for item in arguments]
+            others[2] = partials
+            others[3][0, :dim] = value
+            emulator.launch(name, grid, others, shared_bytes)
+            assert not partials.view(np.uint32).any()
+            out = others[0].view(np.uint16)
+            assert np.isnan(others[0][0, :dim]).all() == is_spoiled
+            results.append((out[0, dim:].tobytes(), out[1:].tobytes()))
+        emulator.launch(name, grid, arguments, shared_bytes)
+        out = arguments[0].view(np.uint16)
+        assert set(results) == {(out[0, dim:].tobytes(), out[1:].tobytes())}
+        results.clear()
+
+    results: list[tuple[bytes, bytes]] = []
+    for policy in (0, 8):
+        check_decode(launch, Heads(policy, dim, 8, 2), [300, 270])
 
 
 @pytest.mark.parametrize(
