@@ -10,7 +10,7 @@ from emulator import emulator
 from fake_cuda import install, write_cubins
 
 from device_runtime import cli
-from device_runtime.backends.cuda import selftest_linear, selftest_sampling
+from device_runtime.backends.cuda import selftest_attention, selftest_linear, selftest_sampling
 from device_runtime.backends.cuda.array_launch import ArrayLaunch
 from device_runtime.backends.cuda.driver import CudaDriver
 from device_runtime.backends.cuda.kernel_set import KernelSet
@@ -25,18 +25,19 @@ needs_compiler = pytest.mark.skipif(
 
 
 class EmulatedRun:
-    """Stands for `ArrayLaunch`; `spoil` changes what a kernel leaves."""
+    """Stands for `ArrayLaunch`; `spoil` changes what a kernel leaves in the array at a place."""
 
     num_sms = 2
     max_shared_bytes = 227 << 10
 
-    def __init__(self, spoil: str = "") -> None:
+    def __init__(self, spoil: str = "", place: int = 0) -> None:
         self._spoil = spoil
+        self._place = place
 
     def __call__(self, name, grid, arguments, shared_bytes=0) -> None:
         emulator.launch(name, grid, list(arguments), shared_bytes)
         if name == self._spoil:
-            arguments[0].reshape(-1)[:1] += 1
+            arguments[self._place].reshape(-1)[:1] += 1
 
 
 @needs_compiler
@@ -59,6 +60,14 @@ def test_one_wrong_number_fails_the_kernel_that_made_it() -> None:
     run = EmulatedRun(spoil="rms_norm_f16")
     found = list(selftest_linear.check_norm_and_head(run, np.random.default_rng(0)))
     assert [check.name for check in found if not check.is_passed] == ["rms_norm_f16"]
+
+
+@needs_compiler
+def test_attention_that_leaves_something_to_the_next_launch_fails() -> None:
+    run = EmulatedRun(spoil="decode_attention_half", place=2)
+    checks = selftest_attention.check_attention(run, np.random.default_rng(0))
+    found = next(check for check in checks if check.name == "decode_attention_half")
+    assert found.error == 1.0 and not found.is_passed
 
 
 def test_every_kernel_runs(tmp_path, monkeypatch) -> None:
