@@ -81,7 +81,7 @@ def race_library() -> ctypes.CDLL:
     path = _built(
         "race_check",
         unit,
-        [RACE_CHECK, RACE_CHECK.with_suffix(".h")],
+        [RACE_CHECK, *sorted(RACE_CHECK.parent.glob("race_*.h"))],
         ["-std=c++17", "-O2", "-Wall", "-shared", "-fPIC", f"-D{RACES}", "-o", "TARGET", "SOURCE"],
     )
     found = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
