@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -22,6 +23,8 @@ PASSED = (0, 5)
 """Exit codes of a step that did; 5 is pytest's for a file that is skipped as a whole."""
 CUT_OFF = "cut off"
 """How the reason begins where a step was ended with the run, not by its own limit."""
+GONE_S = 30.0
+"""Seconds that a process may take to be gone."""
 STATES = "steps"
 """Folder of how each step ended."""
 
@@ -145,7 +148,8 @@ class Runner:
                     why = f"{CUT_OFF} after {left_s:.0f} s"
                 # With what it has started, which would hold the device against the steps after it.
                 _kill(process.pid)
-                process.wait()
+                with suppress(subprocess.TimeoutExpired):  # where the driver holds it, go on
+                    process.wait(GONE_S)
             self._running.discard(process.pid)
         why = why or self._why
         return State(None if why else process.returncode, round(time.monotonic() - start, 1), why)

@@ -316,6 +316,22 @@ def test_a_step_that_hangs_takes_with_it_what_it_started(
     pytest.fail("the process that the step had started still runs")
 
 
+def test_a_step_that_the_driver_does_not_let_go_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = load("steps", monkeypatch)
+    monkeypatch.setattr(steps, "_kill", lambda group: None)
+    monkeypatch.setattr(steps, "GONE_S", 0.1)
+    listed = [
+        step(steps, "held", ["sleep", "10"], 0.1),
+        step(steps, "next", [sys.executable, "-S", "-c", "pass"]),
+    ]
+    steps.Runner(tmp_path).run_all(listed, 1)
+    states = steps.read_states(tmp_path)
+    assert states["held"].why == "ended after 0 s" and states["held"].seconds < 8
+    assert states["next"].is_passed
+
+
 @pytest.mark.parametrize(
     ("text", "outcome", "exit_code"),
     [
