@@ -32,10 +32,11 @@ from gpu_record import PLAN, RECORD, SANITIZER_ERRORS, results_file  # noqa: E40
 from steps import STATES, Runner, State, Step, read_states  # noqa: E402
 from write_record import commit, write  # noqa: E402
 
+from device_runtime.backends.cuda.graph_set import EAGER_VARIABLE  # noqa: E402
+from device_runtime.backends.cuda.kernel_set import PLAIN_VARIABLE  # noqa: E402
 from device_runtime.errors import TurbojetError  # noqa: E402
 
-PLAIN = {"TURBOJET_PLAIN_KERNELS": "1"}
-VARIANTS: dict[str, dict[str, str]] = {"default": {}, "plain": PLAIN}
+VARIANTS: dict[str, dict[str, str]] = {"default": {}, "plain": {PLAIN_VARIABLE: "1"}}
 ALONE = ("test_process_end.py", "test_real_model.py")
 """They fill the device's memory or look at how much is free."""
 SECONDS = {"test_real_model.py": (150, 400), "test_layer_streaming.py": (90, 300)}
@@ -75,7 +76,7 @@ def correctness_steps(folder: Path, variants: Sequence[str]) -> list[Step]:
         # into graphs.
         engine = [*check, *PYTEST, "tests/gpu/test_cuda_backend.py", "-k", "greedy_tokens"]
         name = f"sanitizer-{tool}-engine"
-        environment = {"TURBOJET_EAGER": "1"} | results_of(folder, name)
+        environment = {EAGER_VARIABLE: "1"} | results_of(folder, name)
         steps.append(Step(name, engine, environment, 60, 240, (results_file(name),)))
     files = sorted(path.name for path in HERE.glob("test_*.py") if path.name not in ALONE)
     for variant in variants:
@@ -213,6 +214,9 @@ def main() -> int:
         if not any(matches(step, [pattern]) for step in every):
             hint = " (those of quantization need --quantize)" * (not args.quantize)
             parser.error(f"no step is called {pattern}{hint}; --list tells all")
+    for name in (PLAIN_VARIABLE, EAGER_VARIABLE):
+        if os.environ.get(name):
+            parser.error(f"{name} is set, and every step would run so; unset it")
     if args.list:
         for step in every:
             print(f"{step.expected_s:4.0f} s of at most {step.timeout_s:3.0f}  {step.name}")

@@ -379,14 +379,16 @@ def test_a_run_of_a_gpu_that_cannot_be_opened_fails_and_skips_nothing(tmp_path: 
 
 
 def test_what_a_run_cannot_do_is_said_before_it_begins(tmp_path: Path) -> None:
-    def run(*arguments: str) -> tuple[int, str]:
+    def run(*arguments: str, **variables: str) -> tuple[int, str]:
         command = [sys.executable, str(GPU_TESTS / "run.py"), str(tmp_path / "run"), *arguments]
-        environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+        environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""} | variables
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert not (tmp_path / "run" / "steps").exists()
         return done.returncode, done.stderr.strip().splitlines()[-1]
 
     code, said = run("--steps", "bench-*", "quantize-*")
     assert code == 2 and "no step is called quantize-* (those of quantization need" in said
+    code, said = run(TURBOJET_EAGER="1")
+    assert code == 2 and "TURBOJET_EAGER is set" in said
     code, said = run()
     assert code == DeviceError.exit_code and said.startswith("scripts/test-gpu: ")
