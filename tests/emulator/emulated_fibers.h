@@ -20,6 +20,7 @@ namespace emulator {
 constexpr int kLanes = 32;
 constexpr int kMaxThreads = 4096;  // of a cluster
 constexpr size_t kStackBytes = 128 * 1024;
+constexpr unsigned kMostCollectives = 1 << 18;  // of a thread that is not in a loop without end
 constexpr int kSyncWarp = 2;  // the operation of lanes that memory is ordered by
 
 struct Copy { void* to; const void* from; int bytes; };
@@ -115,6 +116,7 @@ inline bool meet(Rendezvous& meeting, int expected, int operation) {
 // Every lane puts words in and then sees what all lanes put in.
 inline const Slot* exchange(const void* data, int bytes, int operation) {
   Warp& warp = my_warp();
+  if (me().collectives == kMostCollectives) fail("a warp waits for what does not come");
   Slot* slots = warp.slots[me().collectives++ % 2];
   memcpy(slots[my_lane()].words, data, bytes);
   if (meet(warp.meeting, kLanes, operation) && operation == kSyncWarp)

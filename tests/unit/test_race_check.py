@@ -39,6 +39,7 @@ ROWS = {
         Kernel("ticket_of_block", "", "PPPi", THREADS, 0),
         Kernel("counter_of_block", "", "PPPi", THREADS, 0),
         Kernel("word_that_tells", "", "PPi", THREADS, 0),
+        Kernel("waits_for_block", "", "PPi", THREADS, 0),
         Kernel("first_of_step", "", "PPi", THREADS, 0),
         Kernel("reads_early", "", "PPPi", THREADS, 0),
         Kernel("writes_early", "", "PPi", THREADS, 0),
@@ -85,6 +86,18 @@ def test_a_race_of_blocks_is_told(name: str) -> None:
         arrays = [words(), np.zeros(4 * THREADS, np.uint32), np.zeros(1, np.uint32)]
         found = launch(name, *arrays[: len(ROWS[name].arguments) - 1], is_broken, grid=3)
         assert {race.array for race in found} == ({OF_TWO_BLOCKS[name]} if is_broken else set())
+
+
+def test_a_block_that_waits_for_one_that_has_not_begun_is_told() -> None:
+    built = emulator.build(SOURCE, ROWS.values(), ())
+
+    def run(is_broken: int) -> None:
+        arrays = [np.zeros(4, np.float32) for _ in range(2)]
+        emulator.run(built, ROWS["waits_for_block"], (2, 1, 1), [*arrays, is_broken])
+
+    run(0)
+    with pytest.raises(RuntimeError, match="waits_for_block: a warp waits for what does not come"):
+        run(1)
 
 
 class Stream:

@@ -64,7 +64,7 @@ def test_a_step_has_no_race(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_blocks_of_decode_attention_may_start_in_any_order() -> None:
-    """No race and the same bits; a block that waited for one that has not begun would hang."""
+    """No race and the same bits; a block that waited for one that has not begun would be told."""
     library = emulator.library("decode_attention", races.RACE_FLAG)
     results: tuple[list[bytes], list[bytes]] = ([], [])
 
