@@ -89,7 +89,10 @@ class Driver:
 
     Attributes:
         device_name: as the driver spells it.
+        is_lost: a kernel or the device failed, and nothing more can be done in this process.
     """
+
+    is_lost = False
 
     def __init__(self, device: int = 0) -> None:
         """Open the library and the device's primary context.
@@ -157,6 +160,7 @@ class Driver:
             kind = _KINDS.get(code, DeviceError)
             remedy = ""
             if code in _ERRORS_OF_A_LOST_DEVICE:
+                self.is_lost = True
                 remedy = "; start again, and if it comes back see what `turbojet selftest` says"
             raise kind(f"{function} failed: {reason} (CUDA error {code}){remedy}")
 

@@ -63,14 +63,27 @@ class FakePycuda:
         assert mem_flags == 3
         return FakePinned(size).view_of()
 
-    def Stream(self, flags: int) -> SimpleNamespace:
+    def Stream(self, flags: int) -> FakeStream:
         assert flags == 1
-        return SimpleNamespace(handle=77)
+        return FakeStream(self.log)
+
+
+class FakeStream:
+    handle = 77
+
+    def __init__(self, log: list[str]) -> None:
+        self._log = log
+
+    def __del__(self) -> None:
+        self._log.append("stream destroyed")
 
 
 class FakeAllocation:
     def __init__(self, log: list[str], size: int) -> None:
         self._log, self._address = log, 4096 * size
+
+    def __del__(self) -> None:
+        self._log.append("allocation destroyed")
 
     def __int__(self) -> int:
         return self._address
@@ -258,11 +271,34 @@ def test_pycuda_owns_context_memory_and_streams_where_it_is_there(monkeypatch) -
     address = driver.allocate(10)
     assert address == 40960
     driver.free(address)
-    assert driver.new_stream().pointer.value == 77
+    stream = driver.new_stream()
+    assert stream.pointer.value == 77
+    stream.close()
+    forgotten = driver.new_stream()
     assert "cuMemAlloc_v2" not in fake.calls
     driver.close()
     driver.close()
-    assert pycuda.log == ["init", "device 0", "push", "free", "pop", "detach"]
+    forgotten.close()
+    log = ["init", "device 0", "push", "free", "allocation destroyed", "stream destroyed"]
+    assert pycuda.log == [*log, "stream destroyed", "pop", "detach"]
+    assert fake.contexts == 0
+
+
+def test_of_a_lost_device_pycuda_destroys_nothing(monkeypatch) -> None:
+    fake = install(monkeypatch)
+    pycuda = FakePycuda()
+    driver = PycudaDriver(pycuda)
+    address, pinned, stream = driver.allocate(10), driver.allocate_pinned(10), driver.new_stream()
+    driver.new_stream()  # which nobody closes
+    driver.allocate(11)
+    fake.failing["cuStreamSynchronize"] = 700
+    with pytest.raises(DeviceError, match="start again"):
+        stream.synchronize()
+    driver.free(address)
+    driver.free_pinned(pinned)
+    stream.close()
+    driver.close()
+    assert pycuda.log == ["init", "device 0", "push", "pop", "detach"]
     assert fake.contexts == 0
 
 

@@ -177,7 +177,11 @@ class CudaDriver(Driver):
 
 
 class PycudaDriver(CudaDriver):
-    """The same through pycuda: its context stack, allocations and streams."""
+    """The same through pycuda: its context stack, allocations and streams.
+
+    Once the device is lost no object of pycuda's is destroyed any more: each would print a warning,
+    and the driver frees everything with the process.
+    """
 
     name = "pycuda"
 
@@ -192,6 +196,7 @@ class PycudaDriver(CudaDriver):
         self._pycuda: Any = module
         self._allocations: dict[int, Any] = {}
         self._pinned: dict[int, Any] = {}
+        self._streams: dict[int, Any] = {}
         self._pycuda_context: Any = None
         try:
             module.init()
@@ -207,8 +212,10 @@ class PycudaDriver(CudaDriver):
         context, self._pycuda_context = self._pycuda_context, None
         if context is not None:
             # Their destructors need the context.
-            self._allocations.clear()
-            self._pinned.clear()
+            for objects in (self._allocations, self._pinned, self._streams):
+                for each in objects.values() if self.is_lost else ():
+                    ctypes.pythonapi.Py_IncRef(ctypes.py_object(each))
+                objects.clear()
             context.pop()
             context.detach()
         super().close()
@@ -226,7 +233,9 @@ class PycudaDriver(CudaDriver):
         return address
 
     def free(self, address: int) -> None:
-        """See `Driver.free`."""
+        """See `Driver.free`; of a lost device nothing is freed."""
+        if self.is_lost:
+            return
         allocation = self._allocations.pop(address, None)
         if allocation is None:
             super().free(address)
@@ -242,7 +251,13 @@ class PycudaDriver(CudaDriver):
             stream = self._pycuda.Stream(_STREAM_NON_BLOCKING)
         except self._pycuda.Error as error:
             raise DeviceError(f"pycuda's Stream failed: {error}") from error
+        self._streams[id(stream)] = stream
         return _PycudaStream(self, stream)
+
+    def destroy_stream(self, key: int) -> None:
+        """Let go of one of pycuda's streams, which nobody else holds."""
+        if not self.is_lost:
+            self._streams.pop(key, None)
 
     def allocate_pinned(self, num_bytes: int) -> PinnedMemory:
         """See `CudaDriver.allocate_pinned`."""
@@ -263,7 +278,9 @@ class PycudaDriver(CudaDriver):
         return memory
 
     def free_pinned(self, memory: PinnedMemory) -> None:
-        """See `CudaDriver.free_pinned`."""
+        """See `CudaDriver.free_pinned`; of a lost device nothing is freed."""
+        if self.is_lost:
+            return
         try:
             self._pinned.pop(memory.address).free()
         except self._pycuda.Error as error:
@@ -271,14 +288,15 @@ class PycudaDriver(CudaDriver):
 
 
 class _PycudaStream(Stream):
-    """pycuda's stream under libcuda.py's surface; the object must outlive its handle."""
+    """pycuda's stream under libcuda.py's surface; the driver holds it until it is closed."""
 
-    def __init__(self, driver: Driver, stream: Any) -> None:
+    def __init__(self, driver: PycudaDriver, stream: Any) -> None:
         super().__init__(driver, int(stream.handle))
-        self._stream = stream
+        self._pycuda_driver = driver
+        self._key = id(stream)
 
     def close(self) -> None:
-        self._stream = None
+        self._pycuda_driver.destroy_stream(self._key)
         super().close()
 
 
