@@ -65,19 +65,27 @@ def results_of(folder: Path, name: str) -> dict[str, str]:
     return {"TURBOJET_GPU_RESULTS": str(folder / results_file(name))}
 
 
+def sanitizer(tool: str) -> list[str]:
+    """Return how a command begins that compute-sanitizer watches."""
+    path = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    return [path, "--tool", tool, "--error-exitcode", str(SANITIZER_ERRORS)]
+
+
+def sanitizer_engine_step(folder: Path, tool: str) -> Step:
+    """Return prompts and steps of the whole backend, launched singly: tools see no graphs."""
+    command = [*sanitizer(tool), *PYTEST, "tests/gpu/test_cuda_backend.py", "-k", "greedy_tokens"]
+    name = f"sanitizer-{tool}-engine"
+    environment = {EAGER_VARIABLE: "1"} | results_of(folder, name)
+    return Step(name, command, environment, 60, 240, (results_file(name),))
+
+
 def correctness_steps(folder: Path, variants: Sequence[str]) -> list[Step]:
     """Return what may share the device, the longest first."""
-    sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    steps = []
-    for tool in ("memcheck", "racecheck"):
-        check = [sanitizer, "--tool", tool, "--error-exitcode", str(SANITIZER_ERRORS)]
-        steps.append(Step(f"sanitizer-{tool}-kernels", [*check, *CLI, "selftest"], {}, 60, 240))
-        # A prompt and decode steps of the whole backend, launched one by one: the tool cannot look
-        # into graphs.
-        engine = [*check, *PYTEST, "tests/gpu/test_cuda_backend.py", "-k", "greedy_tokens"]
-        name = f"sanitizer-{tool}-engine"
-        environment = {EAGER_VARIABLE: "1"} | results_of(folder, name)
-        steps.append(Step(name, engine, environment, 60, 240, (results_file(name),)))
+    steps = [
+        Step(f"sanitizer-{tool}-kernels", [*sanitizer(tool), *CLI, "selftest"], {}, 60, 240)
+        for tool in ("memcheck", "racecheck")
+    ]
+    steps.append(sanitizer_engine_step(folder, "memcheck"))
     files = sorted(path.name for path in HERE.glob("test_*.py") if path.name not in ALONE)
     for variant in variants:
         command = [*CLI, "selftest", "--json"]
@@ -94,6 +102,7 @@ def correctness_steps(folder: Path, variants: Sequence[str]) -> list[Step]:
 def alone_steps(folder: Path, variants: Sequence[str]) -> list[Step]:
     """Return what has the device to itself: what looks at its memory, then what takes times."""
     steps = [test_step(folder, file, variant) for file in ALONE for variant in variants]
+    steps.append(sanitizer_engine_step(folder, "racecheck"))  # it takes much of the host's memory
     for run in bench.RUNS:
         command = [sys.executable, str(HERE / "bench.py"), str(folder / "bench")]
         command += ["--no-table", "--only", run.name]
@@ -176,7 +185,8 @@ def build_parser() -> argparse.ArgumentParser:
         prog="scripts/test-gpu", description=__doc__.partition("\n")[0]
     )
     parser.add_argument("folder", nargs="?", default="build/test-gpu", help="for logs and cubins")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes at once")
+    jobs = max(1, (os.cpu_count() or 1) // 2)
+    parser.add_argument("--jobs", type=int, default=jobs, help=f"processes at once ({jobs})")
     parser.add_argument(
         "--record", type=Path, default=RECORD, help="where it goes (tests/gpu/record.json)"
     )
