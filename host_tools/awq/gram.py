@@ -12,6 +12,10 @@ from host_tools.checkpoint.families import LogicalLinear
 Tap = Literal["qkv", "o", "gate_up", "down"]
 """A place in the layer whose activations enter one or more linears."""
 
+STRIP_ROWS = 2048
+"""Rows of a Gram matrix that a GPU sums up at once, from the diagonal on: 2048 columns of them are
+128 tiles of 128 x 256, about one for each multiprocessor of a large GPU."""
+
 CONSUMERS: dict[Tap, tuple[LogicalLinear, ...]] = {
     "qkv": ("q", "k", "v"),
     "o": ("o",),
@@ -75,7 +79,7 @@ class MomentSums:
         exact = exact.flatten(0, -2)
         inputs = exact if quantized is None else quantized.flatten(0, -2)
         self._num_tokens += len(exact)
-        self._gram = _plus_product(self._gram, inputs, inputs)
+        self._gram = _plus_gram(self._gram, inputs)
         magnitude = (exact.new_ones(1, len(exact)) @ exact.abs())[0]
         self._magnitude = magnitude if self._magnitude is None else self._magnitude.add_(magnitude)
         inputs = inputs.to(exact.device)
@@ -94,6 +98,8 @@ class MomentSums:
         if self._gram is None or self._magnitude is None:
             raise ValueError("no activations were added")
         device = self._gram.device
+        if _is_halved(self._gram):
+            _mirror(self._gram)
         drifts = (
             None if total is None else total.div_(self._num_tokens).to(device)
             for total in (self._drift, self._residual_drift)
@@ -114,3 +120,31 @@ def _plus_product(
 ) -> torch.Tensor:
     """Add ``left^T right`` of ``[tokens, ...]`` to a total."""
     return left.T @ right if total is None else total.addmm_(left.T, right)
+
+
+def _plus_gram(total: torch.Tensor | None, inputs: torch.Tensor) -> torch.Tensor:
+    """Add ``x^T x`` of ``[tokens, in]`` to a total, of which `_mirror` completes a halved one."""
+    if not _is_halved(inputs):
+        return _plus_product(total, inputs, inputs)
+    num_inputs = inputs.shape[1]
+    if total is None:
+        total = inputs.new_zeros(num_inputs, num_inputs)
+    for start in range(0, num_inputs, STRIP_ROWS):
+        strip = slice(start, start + STRIP_ROWS)
+        total[strip, start:].addmm_(inputs[:, strip].T, inputs[:, start:])
+    return total
+
+
+def _mirror(total: torch.Tensor) -> None:
+    """Fill what lies below the strips of :func:`_plus_gram` with what lies above the diagonal."""
+    for start in range(0, len(total), STRIP_ROWS):
+        stop = start + STRIP_ROWS
+        total[stop:, start:stop] = total[start:stop, stop:].T
+
+
+def _is_halved(matrix: torch.Tensor) -> bool:
+    """Tell whether a Gram matrix of as many inputs as ``matrix`` has columns is summed in strips.
+
+    A GPU's products take longer than their starts; a CPU keeps the bits that it always had.
+    """
+    return matrix.is_cuda and matrix.shape[1] > STRIP_ROWS

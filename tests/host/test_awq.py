@@ -10,7 +10,7 @@ import tiny_checkpoints as tiny
 import torch
 
 from device_runtime.errors import PackageError
-from host_tools.awq import layer_solver, linear_solver, output_errors
+from host_tools.awq import gram, layer_solver, linear_solver, output_errors
 from host_tools.awq.channel_scales import (
     HeadSharing,
     centred,
@@ -100,6 +100,19 @@ def test_batches_add_up_to_the_moments_of_both_streams() -> None:
     torch.testing.assert_close(moments.residual_drift, d.T @ y / 20)
     with pytest.raises(ValueError, match="no activations were added"):
         sums.take()
+
+
+@pytest.mark.parametrize("channels", [16, 21, 40])
+def test_a_gpu_sums_half_of_a_gram_matrix(channels: int, monkeypatch) -> None:
+    monkeypatch.setattr(gram, "STRIP_ROWS", 8)
+    monkeypatch.setattr(gram, "_is_halved", lambda matrix: True)
+    sums, inputs = MomentSums(), randn(4, 5, channels)
+    # A batch of one stream and one of two: the Gram matrix is of the quantized one.
+    sums.add(inputs[:2])
+    sums.add(randn(2, 5, channels, seed=1), inputs[2:])
+    moments = sums.take()
+    torch.testing.assert_close(moments.gram, moments_of(inputs.flatten(0, 1)).gram)
+    assert torch.equal(moments.gram, moments.gram.T)
 
 
 def test_one_stream_has_no_drift() -> None:
