@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from torch.nn import functional
 
 from host_tools.awq.gram import InputMoments, MomentSums, Tap
 from host_tools.checkpoint.families import LogicalLinear
@@ -78,10 +79,16 @@ class TapPasses:
         """
         sums = MomentSums()
         name: LogicalLinear = "o" if block == "attention" else "down"
+        weight = exact_layer.weights.linear(name).dense(torch.float32, self.exact_runner.device)
+        is_of_sum = _is_cheaper_behind_sum(weight)
         for exact, quantized, batch in self._batches():
             inputs = _inner(partial, block, quantized, self.runner.rotary)
             inner = _inner(exact_layer, block, exact, self.exact_runner.rotary)
-            sums.add(inner, inputs, exact - quantized.to(exact.device))
+            drift = exact - quantized.to(exact.device)
+            if is_of_sum:
+                # The difference is taken before the product: it keeps bits that the two lose.
+                drift += functional.linear(inner - inputs.to(inner.device), weight)
+            sums.add(inner, inputs, drift, is_of_sum=is_of_sum)
             self.exact.store(batch, exact + exact_layer.linear(name, inner))
         return_free_memory()
         return sums.take()
@@ -100,6 +107,16 @@ class TapPasses:
             exact = self.exact.load(batch, self.exact_runner.device)
             quantized = self.quantized.load(batch, self.runner.device)
             yield exact, quantized, batch
+
+
+def _is_cheaper_behind_sum(weight: torch.Tensor) -> bool:
+    """Tell whether to sum up the drift of a linear's outputs in place of that of its inputs.
+
+    Two products of ``[tokens, in]`` with as many outputs, one with ``weight``, replace one with as
+    many outputs and one with ``in`` columns. A CPU keeps the bits that it always had.
+    """
+    num_outputs, num_inputs = weight.shape
+    return weight.is_cuda and num_inputs > num_outputs
 
 
 def _normed(layer: DecoderLayer, block: Block, hidden: torch.Tensor) -> torch.Tensor:

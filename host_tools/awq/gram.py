@@ -37,10 +37,11 @@ class InputMoments:
         magnitude: ``[in]`` fp32, mean over tokens of ``|x|`` in the exact stream.
         num_tokens: that were seen, of one stream.
         drift: ``[in, in]`` fp32, mean of ``(exact x - quantized x) (quantized x)^T``; None when
-            there is one stream.
+            there is one stream, and where the residual drift has it in it.
         residual_drift: ``[hidden_size, in]`` fp32, mean of ``(exact h - quantized h)
             (quantized x)^T`` for the stream ``h`` that the linear's output is added to; None for
-            one stream, and for linears whose output goes elsewhere.
+            one stream, and for linears whose output goes elsewhere. Without ``drift`` it is that
+            of the sum, ``exact h - quantized h + W (exact x - quantized x)``.
     """
 
     gram: torch.Tensor
@@ -66,6 +67,8 @@ class MomentSums:
         exact: torch.Tensor,
         quantized: torch.Tensor | None = None,
         residual_drift: torch.Tensor | None = None,
+        *,
+        is_of_sum: bool = False,
     ) -> None:
         """Add a batch of inputs.
 
@@ -75,6 +78,8 @@ class MomentSums:
                 None when there is one stream.
             residual_drift: ``[..., hidden_size]``, exact less quantized, of the stream that the
                 linear's output is added to; where ``exact`` is.
+            is_of_sum: whether that is the drift behind the sum, which tells all that is needed of
+                the inputs' drift; the same for every batch.
         """
         exact = exact.flatten(0, -2)
         inputs = exact if quantized is None else quantized.flatten(0, -2)
@@ -83,7 +88,7 @@ class MomentSums:
         magnitude = (exact.new_ones(1, len(exact)) @ exact.abs())[0]
         self._magnitude = magnitude if self._magnitude is None else self._magnitude.add_(magnitude)
         inputs = inputs.to(exact.device)
-        if quantized is not None:
+        if quantized is not None and not is_of_sum:
             self._drift = _plus_product(self._drift, exact - inputs, inputs)
         if residual_drift is not None:
             rows = residual_drift.flatten(0, -2)

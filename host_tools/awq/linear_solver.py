@@ -70,7 +70,7 @@ def drift_products(weight: torch.Tensor, moments: InputMoments) -> torch.Tensor 
         ``[out, in]``; None when there is one stream.
     """
     if moments.drift is None:
-        return None
+        return moments.residual_drift
     products = weight @ moments.drift
     return products if moments.residual_drift is None else products.add_(moments.residual_drift)
 

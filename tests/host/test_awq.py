@@ -10,6 +10,7 @@ import tiny_checkpoints as tiny
 import torch
 
 from device_runtime.errors import PackageError
+from host_tools import tap_passes
 from host_tools.awq import gram, layer_solver, linear_solver, output_errors
 from host_tools.awq.channel_scales import (
     HeadSharing,
@@ -156,6 +157,34 @@ def test_passes_see_what_the_linears_see(tmp_path: Path) -> None:
         again = Activations(started.clone())
         runner.advance(weights, again)
         assert torch.equal(stream.states, again.states)
+
+
+@pytest.mark.parametrize("block", ["attention", "ffn"])
+def test_a_gpu_sums_the_drift_behind_the_last_linear(block, tmp_path: Path, monkeypatch) -> None:
+    checkpoint = Checkpoint.open(tiny.write_llama(tmp_path))
+    runner = LayerRunner(checkpoint, 16, CPU)
+    states, drifted = randn(5, 16, 64), randn(5, 16, 64) + 0.1 * randn(5, 16, 64, seed=1)
+    layer = runner.layer(0)
+    other = DecoderLayer.ready(round_layer(layer.weights, GROUP).weights, layer.model, CPU)
+    found, streams = [], []
+    for is_behind in (False, True):
+        monkeypatch.setattr(tap_passes, "_is_cheaper_behind_sum", lambda weight, it=is_behind: it)
+        streams.append(Activations(states.clone()))
+        passes = TapPasses(runner, runner, streams[-1], Activations(drifted.clone()))
+        found.append(passes.before_sum(block, other, layer))
+    before, behind = found
+    assert before.drift is not None
+    assert behind.drift is None
+    weight = layer.weights.linear("o" if block == "attention" else "down").dense(torch.float32, CPU)
+    products = linear_solver.drift_products(weight, before)
+    # The inputs' own drift is no small part of it.
+    assert (products - before.residual_drift).norm() > 0.05 * products.norm()
+    torch.testing.assert_close(
+        linear_solver.drift_products(weight, behind), products, rtol=1e-4, atol=1e-5
+    )
+    assert torch.equal(behind.gram, before.gram)
+    assert torch.equal(behind.magnitude, before.magnitude)
+    assert torch.equal(streams[0].states, streams[1].states)
 
 
 def test_clipping_never_costs_a_group_more_than_its_whole_range() -> None:
