@@ -75,7 +75,7 @@ extern "C" __global__ void __launch_bounds__(kDecodeThreads, 1)
       head_dim);
 }
 
-extern "C" __global__ void __launch_bounds__(kDecodeThreads, 2)
+extern "C" __global__ void __launch_bounds__(kDecodeThreads, kOnlineBlocks)
     decode_attention_online(fp16* out, char* pages, float* partials, const fp16* qkv,
                             const fp16* q_norm, const fp16* k_norm, const float2* rotation,
                             const float* query_scale, const int32_t* positions,

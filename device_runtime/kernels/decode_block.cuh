@@ -9,18 +9,11 @@
 
 namespace {
 
-constexpr int kStreamWarps = 8;
 constexpr int kKeyWarp = kStreamWarps;        // stores the newest key and scores it
 constexpr int kValueWarp = kStreamWarps + 1;  // stores the newest value
 constexpr int kDecodeThreads = (kStreamWarps + 2) * kWarpSize;
-constexpr int kMergeLoads = 2;
+constexpr int kOnlineBlocks = kStreamWarps > 8 ? 1 : 2;  // that share an SM
 constexpr int kLeastSteps = 2;  // of a split
-// When the next kernel may start: 0 at once, 1 when this one's copies have been asked for, which its
-// loads would delay, 2 when the queries are there.
-#ifndef TURBOJET_DECODE_TRIGGER
-#define TURBOJET_DECODE_TRIGGER 1
-#endif
-constexpr int kTrigger = TURBOJET_DECODE_TRIGGER;
 
 struct DecodeArguments {
   fp16* out;

@@ -2,6 +2,7 @@
 #ifndef TURBOJET_DECODE_RANGE_CUH
 #define TURBOJET_DECODE_RANGE_CUH
 
+#include "decode_switches.cuh"
 #include "kv_cache.cuh"
 
 namespace {

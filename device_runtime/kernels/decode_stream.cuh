@@ -10,12 +10,6 @@
 namespace {
 
 constexpr int kStepTokens = 32;
-// Steps behind the ring that a warp asks into L2 while it waits for the kernel before.
-#ifndef TURBOJET_DECODE_AHEAD
-#define TURBOJET_DECODE_AHEAD 0
-#endif
-constexpr int kAheadSteps = TURBOJET_DECODE_AHEAD;
-constexpr int kMostSlots = 4;   // of a warp's ring
 constexpr float kLeastScale = 1.0f / (1 << 24);  // of fp16 beside 0, whose codes are 0
 
 template <bool kIsHalf>
@@ -71,9 +65,17 @@ class Stream {
     for (int i = 1; i <= kAheadSteps; ++i) {
       const int step = copied_step_ + i * kWarps;
       if (step >= range_.last) return;
+      if (kOddAhead && (step - range_.first) / kWarps < (range_.last - range_.first) / kWarps)
+        continue;
       const char* const unit = range_.unit_address<Layout>(step / kUnitSteps);
       const char* const keys = unit + step % kUnitSteps * kChunkBytes;
       const char* const values = unit + Layout::kPartBytes + step % kUnitSteps * kPartBytes;
+      if (kBulkAhead) {
+        if (lane_ < kChunks)
+          prefetch_bulk(keys + lane_ * (kUnitSteps * kChunkBytes), kChunkBytes);
+        if (lane_ == kChunks) prefetch_bulk(values, kPartBytes);
+        continue;
+      }
       for (int byte = 128 * lane_; byte < kPartBytes; byte += 128 * kWarpSize) {
         prefetch_line(keys + byte / kChunkBytes * (kUnitSteps * kChunkBytes) + byte % kChunkBytes);
         prefetch_line(values + byte);
@@ -195,11 +197,13 @@ class Stream {
 
   // The oldest in flight, when so many came after it.
   static __device__ __forceinline__ void wait_for_part(int num_newer) {
-    static_assert(kMostSlots == 4, "a case for each");
+    static_assert(kMostSlots >= 4 && kMostSlots <= 6, "a case for each");
     if (num_newer == 0) wait_copies<0>();
     if (num_newer == 1) wait_copies<1>();
     if (num_newer == 2) wait_copies<2>();
     if (num_newer == 3) wait_copies<3>();
+    if (kMostSlots > 4 && num_newer == 4) wait_copies<4>();
+    if (kMostSlots > 5 && num_newer == 5) wait_copies<5>();
   }
 
   // A step is copied whole: what lies behind the cached tokens counts for nothing, and the newest,

@@ -152,6 +152,14 @@ __device__ __forceinline__ void prefetch_line(const void* pointer) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(pointer));
 }
 
+// As many bytes, a multiple of 16: PTX ISA "cp.async.bulk.prefetch.L2".
+__device__ __forceinline__ void prefetch_bulk(const void* pointer, int num_bytes) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(pointer), "r"(num_bytes)
+               : "memory");
+#endif
+}
+
 // memory += value, without waiting for it: PTX ISA "red".
 __device__ __forceinline__ void add_to_memory(float* pointer, float value) {
   asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(pointer), "f"(value) : "memory");

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from device_runtime.kernels.attention_shape import DECODE_WARPS
+
 ARGUMENT_TYPES = {"P": "pointer", "i": "int32_t", "f": "float"}
 """The letters of `Kernel.arguments`."""
 
@@ -27,6 +29,8 @@ class Kernel:
     max_registers: int
 
 
+DECODE_THREADS = 32 * (DECODE_WARPS + 2)
+"""Of a block of decode_attention.cu (decode_block.cuh kDecodeThreads)."""
 GEMV_WARPS = 16
 GEMV_STAGES = {1: 2, 4: 1, 8: 1}
 """Units that a warp of a GEMV keeps in flight, by the tokens that it is built for; a step with
@@ -74,9 +78,15 @@ def _decode_attention_rows() -> tuple[Kernel, ...]:
         # Two blocks of decode_attention_online share an SM.
         online_registers = 168 if wide else 96
         rows += [
-            Kernel(f"decode_attention_{wide}half", source, arguments, 320, 168),
-            Kernel(f"decode_attention_{wide}static", source, "P" + arguments, 320, 168),
-            Kernel(f"decode_attention_{wide}online", source, arguments, 320, online_registers),
+            Kernel(f"decode_attention_{wide}half", source, arguments, DECODE_THREADS, 168),
+            Kernel(f"decode_attention_{wide}static", source, "P" + arguments, DECODE_THREADS, 168),
+            Kernel(
+                f"decode_attention_{wide}online",
+                source,
+                arguments,
+                DECODE_THREADS,
+                online_registers,
+            ),
         ]
     return tuple(rows)
 

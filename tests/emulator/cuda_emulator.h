@@ -228,6 +228,7 @@ void wait_copies() {
 }
 float max_or_nan(float a, float b) { return isnan(a) || a >= b ? a : b; }
 void prefetch_line(const void*) {}
+void prefetch_bulk(const void*, int) {}
 EMULATED_INLINE void add_to_memory(float* pointer, float value) { atomicAdd(pointer, value); }
 
 #if TURBOJET_PLAIN || defined(TURBOJET_EMULATE_NO_CLUSTERS)

@@ -1,14 +1,15 @@
 """Measures variants of decode attention: decoding at several contexts, nodes; one table.
 
-    python3 tests/gpu/tune_attention.py [--model llama-2-7b] [--only NAME...] [--output build/tune]
+    python3 tests/gpu/tune_attention.py [--model llama-2-7b] [--only NAME...] [--runs RUN...]
 
-A variant is decode_attention.cu compiled with switches (decode_block.cuh, decode_stream.cuh), other
+A variant is decode_attention.cu compiled with switches (decode_switches.cuh), other
 constants of the host (workspace.py, attention_shape.py), or both. The first one runs again at the
 end: what it differs by is noise.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -23,8 +24,11 @@ from tune_gemv import TunedUnit, facts_of, line_of, make_variant, start  # noqa:
 
 from host_tools.kernels import Build  # noqa: E402
 
-RUNS = (("1", "512", "1,8"), ("4032", "64", "1"), ("448", "64", "8"))
-"""Tokens of the prompt, tokens after it, sequences at once."""
+RUNS = ("1/512/1,8", "4032/64/1", "4096/64/1", "448/64/8")
+"""Tokens of the prompt, tokens after it, sequences at once.
+
+Of 4096 tokens and the newest ones a split has a step more than warps take evenly, of 4032 none.
+"""
 _RUN = """
 import importlib, json, sys
 for name, value in json.loads(sys.argv.pop(1)).items():
@@ -39,6 +43,8 @@ sys.exit(main(sys.argv[1:]))
 _SPLIT_UNITS = "device_runtime.backends.cuda.workspace.SPLIT_UNITS"
 _MAX_SPLITS = "device_runtime.backends.cuda.workspace.MAX_SPLITS"
 _MOST_SLOTS = "device_runtime.kernels.attention_shape.MOST_SLOTS"
+_WARPS = "device_runtime.kernels.attention_shape.DECODE_WARPS"
+_SPLIT_BLOCKS = "device_runtime.backends.cuda.workspace.SPLIT_BLOCKS"
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,12 @@ VARIANTS = (
     Variant("rings of 2 slots", constants={_MOST_SLOTS: 2}),
     Variant("rings of 3 slots", constants={_MOST_SLOTS: 3}),
     Variant("3 slots, 2 steps ahead", {"AHEAD": 2}, {_MOST_SLOTS: 3}),
+    Variant("odd step ahead in L2", {"AHEAD": 4, "ODD_AHEAD": 1, "BULK_AHEAD": 1}),
+    Variant("2 steps ahead in bulk", {"AHEAD": 2, "BULK_AHEAD": 1}),
+    Variant("rings of 6 slots", {"SLOTS": 6}, {_MOST_SLOTS: 6}),
+    Variant("9 warps", {"WARPS": 9}, {_WARPS: 9}),
+    Variant("11 warps", {"WARPS": 11}, {_WARPS: 11}),
+    Variant("two of 3 slots an SM", {}, {_MOST_SLOTS: 3, _SPLIT_BLOCKS: 2}),
 )
 
 
@@ -71,10 +83,13 @@ def units_of(build: Build, switches: dict[str, int]) -> list[TunedUnit]:
     return [TunedUnit("decode_attention", build, 0, flags)] if flags else []
 
 
-def measure(folder: Path, variant: Variant, model: str, repeats: int) -> list[dict[str, Any]]:
-    """Return the facts of a benchmark for each of `RUNS`; an empty one where it failed."""
+def measure(
+    folder: Path, variant: Variant, runs: Sequence[str], model: str, repeats: int
+) -> list[dict[str, Any]]:
+    """Return the facts of a benchmark for each of some `RUNS`; an empty one where it failed."""
     facts: list[dict[str, Any]] = []
-    for prompt, completion, concurrency in RUNS:
+    for run in runs:
+        prompt, completion, concurrency = run.split("/")
         command = ["-c", _RUN, json.dumps(variant.constants), "bench", "--synthetic", model]
         command += ["--prompt", prompt, "--completion", completion, "--concurrency", concurrency]
         command += ["--nodes", "--repeats", str(repeats), "--json"]
@@ -85,16 +100,19 @@ def measure(folder: Path, variant: Variant, model: str, repeats: int) -> list[di
 def main(arguments: Sequence[str] | None = None) -> int:
     """Build, measure and print all variants."""
     variants = {variant.name: variant for variant in VARIANTS}
-    tuning = start(__doc__.partition("\n")[0], list(variants), arguments)
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--runs", nargs="+", choices=RUNS, default=RUNS)
+    options, rest = parser.parse_known_args(arguments)
+    tuning = start(__doc__.partition("\n")[0], list(variants), rest)
     for index, name in enumerate(tuning.names):
         variant, folder = variants[name], tuning.output / f"attention-{index}"
         make_variant(tuning.base, folder, units_of(tuning.build, variant.switches), tuning.cache)
-        facts = measure(folder, variant, tuning.model, tuning.repeats)
+        facts = measure(folder, variant, options.runs, tuning.model, tuning.repeats)
         path = tuning.output / f"attention-{index}.json"
         path.write_text(json.dumps({"variant": name, "runs": facts}, indent=1))
-        for run, found in zip(RUNS, facts, strict=True):
+        for run, found in zip(options.runs, facts, strict=True):
             line = line_of({"slices": (), **found} if found else {})
-            print(f"{name:26s} {'/'.join(run):12s} {line}", flush=True)
+            print(f"{name:26s} {run:12s} {line}", flush=True)
     return 0
 
 
