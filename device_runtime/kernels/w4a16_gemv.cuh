@@ -46,6 +46,16 @@ __device__ __forceinline__ int token_at(int place) {
   return kTokens == 8 ? place / 2 + place % 2 * 4 : place;
 }
 
+// Whether rows are scaled when their units have been added up, not unit by unit; the same bits.
+#ifndef TURBOJET_GEMV_SCALE_LAST
+#define TURBOJET_GEMV_SCALE_LAST 0
+#endif
+constexpr bool kScalesLast = TURBOJET_GEMV_SCALE_LAST;
+
+__device__ __forceinline__ float unit_scale(int row_index) {
+  return kScalesLast ? 1.0f : row_scale(row_index);
+}
+
 // Leaves the sums of one unit, as [32 rows][kTokens].
 template <int kTokens>
 __device__ __forceinline__ void store_sums(float* place,
@@ -53,15 +63,15 @@ __device__ __forceinline__ void store_sums(float* place,
   if (kTokens == 1) {
     const int own = lane % 4;
     const float value = own == 0 ? y[0][0] : own == 1 ? y[0][1] : own == 2 ? y[0][2] : y[0][3];
-    place[lane / 4 + 8 * own] = value * row_scale(own);
+    place[lane / 4 + 8 * own] = value * unit_scale(own);
   } else {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       float* const row = place + (lane / 4 + 8 * i) * kTokens;
-      if (kTokens == 4) row[lane % 4] = y[0][i] * row_scale(i);
+      if (kTokens == 4) row[lane % 4] = y[0][i] * unit_scale(i);
       if (kTokens == 8)
         *reinterpret_cast<float2*>(row + lane % 4 * 2) =
-            float2{y[0][i] * row_scale(i), y[kTokenBlocks<kTokens> - 1][i] * row_scale(i)};
+            float2{y[0][i] * unit_scale(i), y[kTokenBlocks<kTokens> - 1][i] * unit_scale(i)};
     }
   }
 }
@@ -98,14 +108,18 @@ __device__ __forceinline__ void multiply(const SharedMemory<kTokens>& shared, co
   // the same unit of one tile after another, as with 2048 or 4096 inputs, it reads them once.
   constexpr bool kKeepsDigits = kTokens > 1 && !TURBOJET_PLAIN;
   StretchDigits<kTokens> digits[kUnitStretches];
+  StretchNumbers<kTokens, kGroupSize> numbers[kUnitStretches];
   int held_unit = -1;  // whose digits these are
 #pragma unroll 1
   for (; item < num_items; item += kWarps) {
     if (kKeepsDigits && unit != held_unit) {
       held_unit = unit;
 #pragma unroll
-      for (int i = 0; i < kUnitStretches; ++i)
-        digits[i].load(shared.stretch(unit * kUnitStretches + i).chunks(), lane);
+      for (int i = 0; i < kUnitStretches; ++i) {
+        const auto x = shared.stretch(unit * kUnitStretches + i);
+        digits[i].load(x.chunks(), lane);
+        if (kKeepsNumbers) numbers[i].load(x, lane);
+      }
     }
     char* const weights = shared.ring_of(warp) + slot;
     float y[kTokenBlocks<kTokens>][4] = {};
@@ -118,9 +132,10 @@ __device__ __forceinline__ void multiply(const SharedMemory<kTokens>& shared, co
       }
       const auto x = shared.stretch(unit * kUnitStretches + i);
       if (!kKeepsDigits) digits[i].load(x.chunks(), lane);
+      if (!kKeepsDigits || !kKeepsNumbers) numbers[i].load(x, lane);
       add_stretch<kTokens, kGroupSize>(y, weights + i * (kStretchInputs / 32) * kTileBytes,
-                                       weights + kCodeBytesPerUnit + i * kScaleBytes, x,
-                                       digits[i], lane);
+                                       weights + kCodeBytesPerUnit + i * kScaleBytes,
+                                       digits[i], numbers[i], lane);
       // Every lane has read the part: fill it again.
       if (kParts > 1 && i == 0) {
         __syncwarp();
@@ -158,7 +173,8 @@ __device__ __forceinline__ void finish_tiles(const SharedMemory<kTokens>& shared
     if (first + size < work.units)
       *carried = total;
     else
-      finish_value<kTokens, kOutput>(total, shared, matrix, arguments,
+      finish_value<kTokens, kOutput>(kScalesLast ? total * row_scale(within / kTokens / 8) : total,
+                                     shared, matrix, arguments,
                                      tile * kTileOutputs + within / kTokens,
                                      token_at<kTokens>(within % kTokens));
   }
@@ -177,6 +193,11 @@ __device__ __forceinline__ void load_phase(const SharedMemory<kTokens>& shared, 
   if constexpr (kTokens == 1) {
     ActivationBatch<kHasNorm> batch;
     batch.load(matrix, arguments, first_stretch, warp, num_stretches, lane);
+    if (kSplitsSingle && first == 0 && work.is_single()) {
+      copier.template copy_stretches<kSingleEarly, kUnitStretches - kSingleEarly>(
+          shared.ring_of(warp), matrix, work, warp, lane);
+      copier.num_filled = 1;
+    }
     fill_ring(shared, work, matrix, copier, late_parts, warp, lane);
 #pragma unroll 1
     for (int start = warp;;) {
@@ -213,7 +234,13 @@ __device__ __forceinline__ void run_gemv(const QuantizedMatrix& matrix,
                   (matrix.outputs / kTileOutputs - static_cast<int>(blockIdx.x) + grid - 1) / grid};
   let_dependents_launch();
   Copier copier(matrix, work, warp, lane);
-  fill_ring(shared, work, matrix, copier, kEarlyParts, warp, lane);
+  if (kTokens == 1 && kSplitsSingle && work.is_single()) {
+    if (kSingleEarly > 0)
+      copier.template copy_stretches<0, kSingleEarly>(shared.ring_of(warp), matrix, work, warp,
+                                                      lane);
+  } else {
+    fill_ring(shared, work, matrix, copier, kEarlyParts, warp, lane);
+  }
   if (kHasNorm && kTokens == 1) {
 #pragma unroll 1
     for (int i = threadIdx.x * 64; i < matrix.inputs; i += kThreads * 64)

@@ -31,6 +31,14 @@ constexpr int kRingParts = kStages * kParts;
 #define TURBOJET_GEMV_EARLY_PARTS kParts
 #endif
 constexpr int kEarlyParts = TURBOJET_GEMV_EARLY_PARTS;
+// The same where a warp has one unit only, in stretches: nothing is left to hide the activations'
+// loads behind, which queue up behind these. For one token.
+#ifndef TURBOJET_GEMV_SINGLE_EARLY
+#define TURBOJET_GEMV_SINGLE_EARLY kUnitStretches
+#endif
+constexpr int kSingleEarly = TURBOJET_GEMV_SINGLE_EARLY;
+constexpr bool kSplitsSingle = kSingleEarly < kUnitStretches;
+static_assert(!kSplitsSingle || kParts == 1, "one way of splitting a unit");
 constexpr int kThreads = kWarps * kWarpSize;
 constexpr int kQuantizeThreads = 256;
 
@@ -43,6 +51,8 @@ struct Work {
   __device__ __forceinline__ int size_of(int first_unit) const {
     return smaller(phase_units, units - first_unit);
   }
+  // Whether no warp has a second unit.
+  __device__ __forceinline__ bool is_single() const { return units * block_tiles <= kWarps; }
   __device__ __forceinline__ int tile(int index) const { return blockIdx.x + index * gridDim.x; }
 };
 
@@ -122,13 +132,19 @@ struct Copier {
   template <int kPart>
   __device__ __forceinline__ void copy_next(char* slot, const QuantizedMatrix& matrix,
                                             const Work& work, int warp, int lane) {
+    copy_stretches<kPart * kPartStretches, kPartStretches>(slot, matrix, work, warp, lane);
+  }
+
+  template <int kFirst, int kCount>
+  __device__ __forceinline__ void copy_stretches(char* slot, const QuantizedMatrix& matrix,
+                                                 const Work& work, int warp, int lane) {
     if (first < work.units) {
-      source.template copy_async<kPart * kPartStretches, kPartStretches>(
+      source.template copy_async<kFirst, kCount>(
           slot, matrix, matrix.inputs - (first + unit) * kUnitInputs, policy, lane);
-      if (kPart < kParts - 1) {
-        source.move(matrix, 0, kPartStretches);
+      if (kFirst + kCount < kUnitStretches) {
+        source.move(matrix, 0, kCount);
       } else {
-        source.move(matrix, 0, kWarps * kUnitStretches - kPart * kPartStretches);
+        source.move(matrix, 0, kWarps * kUnitStretches - kFirst);
         unit += kWarps;
         if (unit >= size) next_tile(matrix, work, warp, lane);
       }

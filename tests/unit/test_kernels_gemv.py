@@ -106,9 +106,18 @@ def test_a_value_that_is_no_number_reaches_the_result() -> None:
     assert np.isnan(got.astype(np.float64)).all()
 
 
-def test_a_ring_that_is_filled_in_other_portions_gives_the_same_bits() -> None:
-    case = GemvCase(1, shape_of(1, (1152, 96), 128, 2, 3, 1), "add")
+@pytest.mark.parametrize(
+    ("width", "flags"),
+    [
+        (1, ("-DTURBOJET_GEMV_PARTS=2", "-DTURBOJET_GEMV_EARLY_PARTS=1")),
+        (1, ("-DTURBOJET_GEMV_SINGLE_EARLY=1", "-DTURBOJET_GEMV_SCALE_LAST=1")),
+        (1, ("-DTURBOJET_GEMV_SINGLE_EARLY=0",)),
+        (8, ("-DTURBOJET_GEMV_KEEP_NUMBERS=1", "-DTURBOJET_GEMV_SCALE_LAST=1")),
+    ],
+    ids=str,
+)
+def test_kernels_with_other_switches_give_the_same_bits(width: int, flags: tuple[str, ...]) -> None:
+    case = GemvCase(width, shape_of(width, (1152, 96), 128, 2, 3, 1), "add")
     usual, _ = run_gemv(launch_with("-DTURBOJET_GROUP_SIZE=128"), case)
-    flags = ("-DTURBOJET_GEMV_PARTS=2", "-DTURBOJET_GEMV_EARLY_PARTS=1")
     other, _ = run_gemv(launch_with("-DTURBOJET_GROUP_SIZE=128", *flags), case)
     assert other.tobytes() == usual.tobytes()

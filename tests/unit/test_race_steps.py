@@ -147,7 +147,13 @@ def test_the_gemv_has_no_race(width: int, group_size: int, flags: tuple[str, ...
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "flags", [("-DTURBOJET_GEMV_PARTS=2", "-DTURBOJET_GEMV_EARLY_PARTS=1")], ids=str
+    "flags",
+    [
+        ("-DTURBOJET_GEMV_PARTS=2", "-DTURBOJET_GEMV_EARLY_PARTS=1"),
+        ("-DTURBOJET_GEMV_SINGLE_EARLY=1",),
+        ("-DTURBOJET_GEMV_SINGLE_EARLY=0",),
+    ],
+    ids=str,
 )
 def test_a_ring_that_is_filled_in_portions_has_no_race(flags: tuple[str, ...]) -> None:
     launch = partial(races.launch, flags=flags)
