@@ -46,6 +46,12 @@ __device__ __forceinline__ int token_at(int place) {
   return kTokens == 8 ? place / 2 + place % 2 * 4 : place;
 }
 
+// Whether the held tiles are two batches in turn where a block has more tiles: the sums of one are
+// added up while warps that are done with that go on to the other, with one barrier for each batch.
+#ifndef TURBOJET_GEMV_TWO_BATCHES
+#define TURBOJET_GEMV_TWO_BATCHES 0
+#endif
+
 // Whether rows are scaled when their units have been added up, not unit by unit; the same bits.
 #ifndef TURBOJET_GEMV_SCALE_LAST
 #define TURBOJET_GEMV_SCALE_LAST 0
@@ -272,11 +278,15 @@ __device__ __forceinline__ void run_gemv(const QuantizedMatrix& matrix,
     int item = warp;
     int unit = warp;
     while (unit >= size) unit -= size;
-    float* const unit_sums = shared.unit_sums(work);
+    const bool alternates = TURBOJET_GEMV_TWO_BATCHES && arguments.held_tiles > 1 &&
+                            arguments.held_tiles < work.block_tiles;
+    const int batch_tiles = alternates ? arguments.held_tiles / 2 : arguments.held_tiles;
+    float* unit_sums = shared.unit_sums(work);
+    int other = alternates ? batch_tiles * size * SharedMemory<kTokens>::kTileValues : 0;
     int index = 0;
 #pragma unroll 1
     for (;;) {
-      const int count = smaller(arguments.held_tiles, work.block_tiles - index);
+      const int count = smaller(batch_tiles, work.block_tiles - index);
       multiply(shared, work, matrix, size, count * size, unit_sums, copier, item, unit, slot, warp,
                lane);
       __syncthreads();
@@ -285,7 +295,9 @@ __device__ __forceinline__ void run_gemv(const QuantizedMatrix& matrix,
       item -= count * size;
       index += count;
       if (index == work.block_tiles) break;
-      __syncthreads();
+      if (!alternates) __syncthreads();
+      unit_sums += other;
+      other = -other;
     }
     first += size;
     if (first == work.units) return;

@@ -34,6 +34,7 @@ LIMIT_S = 180.0
 """Seconds that one measurement may take."""
 _POLICY, _PARTS, _EARLY = "READ_ONCE", "GEMV_PARTS", "GEMV_EARLY_PARTS"
 _SINGLE, _NUMBERS, _LAST = "GEMV_SINGLE_EARLY", "GEMV_KEEP_NUMBERS", "GEMV_SCALE_LAST"
+_BATCHES = "GEMV_TWO_BATCHES"
 VARIANTS: dict[str, dict[int, dict[str, int]]] = {
     "as built": {},
     "weights stay in L2": {1: {_POLICY: 0}},
@@ -43,10 +44,12 @@ VARIANTS: dict[str, dict[int, dict[str, int]]] = {
     "several tokens in units": {4: {_PARTS: 1}, 8: {_PARTS: 1}},
     "a single unit half early": {1: {_SINGLE: 1}},
     "a single unit late": {1: {_SINGLE: 0}},
-    "rows scaled last": {width: {_LAST: 1} for width in (1, 4, 8)},
+    "two batches in turn": {width: {_BATCHES: 1} for width in (4, 8)},
     "numbers kept": {width: {_NUMBERS: 1} for width in (4, 8)},
-    "numbers kept, in units": {width: {_NUMBERS: 1, _PARTS: 1} for width in (4, 8)},
-    "and rows scaled last": {width: {_NUMBERS: 1, _PARTS: 1, _LAST: 1} for width in (4, 8)},
+    "two batches, in units": {width: {_BATCHES: 1, _PARTS: 1} for width in (4, 8)},
+    "all for several tokens": {
+        width: {_BATCHES: 1, _PARTS: 1, _NUMBERS: 1, _LAST: 1} for width in (4, 8)
+    },
 }
 """Switches (TURBOJET_...) of the sources by their width."""
 

@@ -113,11 +113,13 @@ def test_a_value_that_is_no_number_reaches_the_result() -> None:
         (1, ("-DTURBOJET_GEMV_SINGLE_EARLY=1", "-DTURBOJET_GEMV_SCALE_LAST=1")),
         (1, ("-DTURBOJET_GEMV_SINGLE_EARLY=0",)),
         (8, ("-DTURBOJET_GEMV_KEEP_NUMBERS=1", "-DTURBOJET_GEMV_SCALE_LAST=1")),
+        (8, ("-DTURBOJET_GEMV_TWO_BATCHES=1",)),
     ],
     ids=str,
 )
 def test_kernels_with_other_switches_give_the_same_bits(width: int, flags: tuple[str, ...]) -> None:
-    case = GemvCase(width, shape_of(width, (1152, 96), 128, 2, 3, 1), "add")
+    held = 2 if "-DTURBOJET_GEMV_TWO_BATCHES=1" in flags else 1
+    case = GemvCase(width, shape_of(width, (1152, 160), 128, 2, 3, held), "add")
     usual, _ = run_gemv(launch_with("-DTURBOJET_GROUP_SIZE=128"), case)
     other, _ = run_gemv(launch_with("-DTURBOJET_GROUP_SIZE=128", *flags), case)
     assert other.tobytes() == usual.tobytes()

@@ -152,12 +152,14 @@ def test_the_gemv_has_no_race(width: int, group_size: int, flags: tuple[str, ...
         ("-DTURBOJET_GEMV_PARTS=2", "-DTURBOJET_GEMV_EARLY_PARTS=1"),
         ("-DTURBOJET_GEMV_SINGLE_EARLY=1",),
         ("-DTURBOJET_GEMV_SINGLE_EARLY=0",),
+        ("-DTURBOJET_GEMV_TWO_BATCHES=1",),
     ],
     ids=str,
 )
 def test_a_ring_that_is_filled_in_portions_has_no_race(flags: tuple[str, ...]) -> None:
     launch = partial(races.launch, flags=flags)
-    shape = GemvShape(1, 1152, 96, 128, 2, 3, 1, GEMV_STAGES[1])
+    held = 2 if "-DTURBOJET_GEMV_TWO_BATCHES=1" in flags else 1
+    shape = GemvShape(1, 1152, 160, 128, 2, 3, held, GEMV_STAGES[1])
     run_gemv(launch, GemvCase(1, shape, "add"))
 
 
