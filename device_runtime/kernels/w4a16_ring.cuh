@@ -34,9 +34,10 @@ constexpr int kEarlyParts = TURBOJET_GEMV_EARLY_PARTS;
 // The same where a warp has one unit only, in stretches: nothing is left to hide the activations'
 // loads behind, which queue up behind these. For one token.
 #ifndef TURBOJET_GEMV_SINGLE_EARLY
-#define TURBOJET_GEMV_SINGLE_EARLY kUnitStretches
+#define TURBOJET_GEMV_SINGLE_EARLY \
+  (TURBOJET_GEMV_STAGES > 1 && TURBOJET_GEMV_PARTS == 1 ? 1 : kUnitStretches)
 #endif
-constexpr int kSingleEarly = TURBOJET_GEMV_SINGLE_EARLY;
+constexpr int kSingleEarly = TURBOJET_PLAIN ? kUnitStretches : TURBOJET_GEMV_SINGLE_EARLY;
 constexpr bool kSplitsSingle = kSingleEarly < kUnitStretches;
 static_assert(!kSplitsSingle || kParts == 1, "one way of splitting a unit");
 constexpr int kThreads = kWarps * kWarpSize;

@@ -42,7 +42,7 @@ VARIANTS: dict[str, dict[int, dict[str, int]]] = {
     "one token in halves": {1: {_PARTS: 2}},
     "and half a unit early": {1: {_PARTS: 2, _EARLY: 1}},
     "several tokens in units": {4: {_PARTS: 1}, 8: {_PARTS: 1}},
-    "a single unit half early": {1: {_SINGLE: 1}},
+    "a single unit whole early": {1: {_SINGLE: 2}},
     "a single unit late": {1: {_SINGLE: 0}},
     "two batches in turn": {width: {_BATCHES: 1} for width in (4, 8)},
     "numbers kept": {width: {_NUMBERS: 1} for width in (4, 8)},

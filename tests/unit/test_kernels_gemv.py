@@ -110,7 +110,7 @@ def test_a_value_that_is_no_number_reaches_the_result() -> None:
     ("width", "flags"),
     [
         (1, ("-DTURBOJET_GEMV_PARTS=2", "-DTURBOJET_GEMV_EARLY_PARTS=1")),
-        (1, ("-DTURBOJET_GEMV_SINGLE_EARLY=1", "-DTURBOJET_GEMV_SCALE_LAST=1")),
+        (1, ("-DTURBOJET_GEMV_SINGLE_EARLY=2", "-DTURBOJET_GEMV_SCALE_LAST=1")),
         (1, ("-DTURBOJET_GEMV_SINGLE_EARLY=0",)),
         (8, ("-DTURBOJET_GEMV_KEEP_NUMBERS=1", "-DTURBOJET_GEMV_SCALE_LAST=1")),
         (8, ("-DTURBOJET_GEMV_TWO_BATCHES=1",)),

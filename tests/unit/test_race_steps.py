@@ -150,7 +150,7 @@ def test_the_gemv_has_no_race(width: int, group_size: int, flags: tuple[str, ...
     "flags",
     [
         ("-DTURBOJET_GEMV_PARTS=2", "-DTURBOJET_GEMV_EARLY_PARTS=1"),
-        ("-DTURBOJET_GEMV_SINGLE_EARLY=1",),
+        ("-DTURBOJET_GEMV_SINGLE_EARLY=2",),
         ("-DTURBOJET_GEMV_SINGLE_EARLY=0",),
         ("-DTURBOJET_GEMV_TWO_BATCHES=1",),
     ],
