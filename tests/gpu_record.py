@@ -12,6 +12,8 @@ FORMAT_VERSION = 1
 VARIANTS = ("default", "plain")
 SANITIZER_ERRORS = 9
 """What compute-sanitizer is told to exit with; any other failure means that it could not look."""
+ENDED_EARLY = "the program could not run to its end under it"
+"""What a record says where the tool ended the program and had found nothing until then."""
 PLAN = "plan.json"
 """Names of all steps of a run, those included that were left."""
 REFRESH = "run scripts/test-gpu on a machine with a GPU and commit tests/gpu/record.json"
@@ -54,10 +56,13 @@ def faults_of(record: Mapping[str, Any], sources: Mapping[str, str]) -> list[str
         faults += [f"{test} failed with the {variant} kernels" for test in run.get("failed", ())]
         failed = record["selftest"].get(variant, {}).get("failed", ["the self test is missing"])
         faults += [f"self test with the {variant} kernels: {name}" for name in failed]
+    said: Mapping[str, str] = record["sanitizer"]
     faults += [
         f"compute-sanitizer found errors in {name.removeprefix('sanitizer-')}"
         for name, state in sorted(record["steps"].items())
-        if name.startswith("sanitizer-") and state["exit_code"] == SANITIZER_ERRORS
+        if name.startswith("sanitizer-")
+        and state["exit_code"] == SANITIZER_ERRORS
+        and not said[name.removeprefix("sanitizer-")].startswith(ENDED_EARLY)
     ]
     # A process that hung or crashed left no results behind; 5 is pytest's for a file that is
     # skipped as a whole.

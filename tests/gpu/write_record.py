@@ -24,6 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "gpu")]
 
 from bench_table import read_folder, table_lines  # noqa: E402
 from gpu_record import (  # noqa: E402
+    ENDED_EARLY,
     FORMAT_VERSION,
     PLAN,
     RECORD,
@@ -41,6 +42,8 @@ Places = Mapping[str, Path]
 """The folder that counts for each step that ran."""
 _CASE = re.compile(r"\[.*\]$")
 _SANITIZER_ERRORS = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (.*)")
+_NO_ERRORS = re.compile(r"\b0 errors")
+_BROKEN_OFF = "process didn't terminate successfully"
 _KEPT_RESULTS = (
     "prompt_tokens",
     "completion_tokens",
@@ -130,6 +133,9 @@ def sanitizer_facts(places: Places, states: Mapping[str, State]) -> dict[str, st
             path = folder / f"{name}.{suffix}"
             text += path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
         summaries = _SANITIZER_ERRORS.findall(text)
+        if summaries and _BROKEN_OFF in text and _NO_ERRORS.search(summaries[-1]):
+            facts[name.removeprefix("sanitizer-")] = f"{ENDED_EARLY}; {summaries[-1]}"
+            continue
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         facts[name.removeprefix("sanitizer-")] = (
             f"{summaries[-1]} (exit code {states[name].exit_code})"

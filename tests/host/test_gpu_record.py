@@ -232,6 +232,23 @@ def test_a_file_whose_process_hung_or_crashed_is_a_fault(
     ]
 
 
+@pytest.mark.parametrize("count", [0, 2])
+def test_a_program_that_ends_early_under_the_sanitizer_is_told_without_errors_found(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    write_states(folder, {"sanitizer-racecheck-kernels": state(9, 5.0)})
+    (folder / "sanitizer-racecheck-kernels.out").write_text(
+        "========= Error: process didn't terminate successfully\n"
+        f"========= RACECHECK SUMMARY: {count} hazards displayed ({count} errors, 0 warnings)\n"
+    )
+    record = load("write_record", monkeypatch).make_record([folder])
+    faults = ["compute-sanitizer found errors in racecheck-kernels"] if count else []
+    assert faults_of(record, NOW) == faults
+    said = record["sanitizer"]["racecheck-kernels"]
+    assert f"{count} hazards displayed" in said
+    assert ("could not run to its end" in said) == (not count)
+
+
 def step(
     steps: ModuleType, name: str, command: list[str], limit_s: float = 60, **facts: Any
 ) -> Any:
