@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from device_runtime.kernels.reference.kv_pages import KvLayout
 
 DECODE_WARPS = 8
-"""Warps of a block that stream cached tokens (decode_switches.cuh kStreamWarps)."""
+"""Warps of a block that stream cached tokens (decode_block.cuh kStreamWarps)."""
 MOST_SLOTS = 4
-"""Parts of a step that the ring of a warp can hold (decode_switches.cuh kMostSlots)."""
+"""Parts of a step that the ring of a warp can hold (decode_stream.cuh kMostSlots)."""
 STEP_TOKENS = 32
 """Tokens of a warp's step, whose keys and values are a part each (kStepTokens)."""
 RESERVED_SHARED_BYTES = 1024

@@ -9,10 +9,11 @@
 
 namespace {
 
+constexpr int kStreamWarps = 8;               // each with a ring of its own
 constexpr int kKeyWarp = kStreamWarps;        // stores the newest key and scores it
 constexpr int kValueWarp = kStreamWarps + 1;  // stores the newest value
 constexpr int kDecodeThreads = (kStreamWarps + 2) * kWarpSize;
-constexpr int kOnlineBlocks = kStreamWarps > 8 ? 1 : 2;  // that share an SM
+constexpr int kOnlineBlocks = 2;  // that share an SM
 constexpr int kLeastSteps = 2;  // of a split
 
 struct DecodeArguments {
@@ -116,8 +117,7 @@ class DecodeBlock {
     Streamed stream(range, warp_, lane_, ring, arguments_.ring_slots);
     if (warp_ < kStreamWarps) stream.start();
     if (kTrigger == 1 && warp_ == 0) let_dependents_launch();
-    if (kAheadSteps > 0 && warp_ < kStreamWarps) stream.ask_ahead();
-    prepare(own, range);
+    prepare(own, range, stream);
     if (kTrigger == 2 && warp_ == 0) let_dependents_launch();
     if (warp_ < kStreamWarps) {
       stream.take_queries(columns_, query_scales_, query_sums_, code_scale(0));
@@ -193,7 +193,8 @@ class DecodeBlock {
 
   // Queries become columns of operand B; the newest token goes into its page. The block takes its
   // turn among those of its head, which it needs to know at the end.
-  __device__ __forceinline__ void prepare(const NewHead& own, const StepRange& range) {
+  __device__ __forceinline__ void prepare(const NewHead& own, const StepRange& range,
+                                          Streamed& stream) {
     const bool is_query = warp_ < group_;
     const bool is_newest = is_last_ && warp_ >= kKeyWarp;
     const bool is_value = warp_ == kValueWarp;
@@ -209,6 +210,7 @@ class DecodeBlock {
       raw.load(own.source, own.norm, own.rotation, lane_);
       query_scale = arguments_.query_scale[row_];
     }
+    if (warp_ < kStreamWarps) stream.start_rest();
     if (is_query) {
       raw.finish(values, arguments_.eps);
       put_query(warp_, values, query_scale);

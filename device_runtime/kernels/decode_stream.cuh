@@ -10,6 +10,7 @@
 namespace {
 
 constexpr int kStepTokens = 32;
+constexpr int kMostSlots = 4;  // of a warp's ring
 constexpr float kLeastScale = 1.0f / (1 << 24);  // of fp16 beside 0, whose codes are 0
 
 template <bool kIsHalf>
@@ -33,6 +34,8 @@ class Stream {
   static constexpr int kChunkBytes = kStepTokens * 64;
   static constexpr int kPartBytes = kChunks * kChunkBytes;  // keys, or values, of a step
   static constexpr int kParameterBytes = kKv == Kv::kOnline ? 4 * kStepTokens : 0;
+  static constexpr int kMost = kIsHalf ? kMostSlots / 2 : kMostSlots;
+  static constexpr int kEarly = kIsHalf ? kMost : kEarlyParts;
 
  public:
   static constexpr int kQueries = 4 * kColumnTiles;
@@ -51,37 +54,14 @@ class Stream {
         ring_(ring),
         slot_(ring) {}
 
+  // Asks for the first parts, before the kernel before has finished.
   __device__ __forceinline__ void start() {
     copy_next(ring_, false);
-#pragma unroll
-    for (int part = 1; part < (kIsHalf ? kMostSlots / 2 : kMostSlots); ++part)
-      if (part < num_slots_) copy_next(ring_ + part * kSlotBytes, part % 2 == 1);
+    fill<1, kEarly>();
   }
 
-  // After start().
-  __device__ __forceinline__ void ask_ahead() const {
-    constexpr int kUnitSteps = Layout::kTokens / kStepTokens;
-#pragma unroll 1
-    for (int i = 1; i <= kAheadSteps; ++i) {
-      const int step = copied_step_ + i * kWarps;
-      if (step >= range_.last) return;
-      if (kOddAhead && (step - range_.first) / kWarps < (range_.last - range_.first) / kWarps)
-        continue;
-      const char* const unit = range_.unit_address<Layout>(step / kUnitSteps);
-      const char* const keys = unit + step % kUnitSteps * kChunkBytes;
-      const char* const values = unit + Layout::kPartBytes + step % kUnitSteps * kPartBytes;
-      if (kBulkAhead) {
-        if (lane_ < kChunks)
-          prefetch_bulk(keys + lane_ * (kUnitSteps * kChunkBytes), kChunkBytes);
-        if (lane_ == kChunks) prefetch_bulk(values, kPartBytes);
-        continue;
-      }
-      for (int byte = 128 * lane_; byte < kPartBytes; byte += 128 * kWarpSize) {
-        prefetch_line(keys + byte / kChunkBytes * (kUnitSteps * kChunkBytes) + byte % kChunkBytes);
-        prefetch_line(values + byte);
-      }
-    }
-  }
+  // Asks for the rest of the ring's.
+  __device__ __forceinline__ void start_rest() { fill<kEarly, kMost>(); }
 
   // columns [2 * kQueries][row bytes], scales and sums [kQueries]: as put_query leaves them; key:
   // what a code of static int8 is times and plus.
@@ -147,6 +127,13 @@ class Stream {
   }
 
  private:
+  template <int kFirst, int kLast>
+  __device__ __forceinline__ void fill() {
+#pragma unroll
+    for (int part = kFirst; part < kLast; ++part)
+      if (part < num_slots_) copy_next(ring_ + part * kSlotBytes, part % 2 == 1);
+  }
+
   // Starts the copy of the keys of the warp's next step, or of the values that belong to the keys
   // before.
   __device__ __forceinline__ void copy_next(char* slot, bool is_value) {
@@ -197,13 +184,11 @@ class Stream {
 
   // The oldest in flight, when so many came after it.
   static __device__ __forceinline__ void wait_for_part(int num_newer) {
-    static_assert(kMostSlots >= 4 && kMostSlots <= 6, "a case for each");
+    static_assert(kMostSlots == 4, "a case for each");
     if (num_newer == 0) wait_copies<0>();
     if (num_newer == 1) wait_copies<1>();
     if (num_newer == 2) wait_copies<2>();
     if (num_newer == 3) wait_copies<3>();
-    if (kMostSlots > 4 && num_newer == 4) wait_copies<4>();
-    if (kMostSlots > 5 && num_newer == 5) wait_copies<5>();
   }
 
   // A step is copied whole: what lies behind the cached tokens counts for nothing, and the newest,

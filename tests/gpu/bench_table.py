@@ -126,10 +126,18 @@ def _node_rows(bench: Bench) -> Iterator[Row]:
         us = f", {1e6 * node['seconds']:.2f} us" if node else ""
         ratio = node.get("ratio") or None
         yield Row(f"GEMV {name}{us}", "times reading", 1.15, 1.0, ratio, None, True)
+    yield _attention_row(bench, "llama-2-7b-nodes", 4096, (85, 95))
+    yield _attention_row(bench, "llama-2-7b-nodes-4128", 4128, (None, None))
+
+
+def _attention_row(
+    bench: Bench, name: str, length: int, goals: tuple[float | None, float | None]
+) -> Row:
+    nodes = {node["name"]: node for node in bench.get(name, {}).get("nodes", ())}
     node = nodes.get("attention", {})
     us = f", {1e6 * node['seconds']:.2f} us" if node else ""
     share = 100 / node["ratio"] if node.get("ratio") else None
-    yield Row(f"attention at 4096{us}", "% of reading", 85, 95, share)
+    return Row(f"attention at {length}{us}", "% of reading", *goals, share)
 
 
 def _result(bench: Bench, name: str, prompt: int, concurrency: int) -> Mapping[str, Any]:

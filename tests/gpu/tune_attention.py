@@ -24,10 +24,10 @@ from tune_gemv import TunedUnit, facts_of, line_of, make_variant, start  # noqa:
 
 from host_tools.kernels import Build  # noqa: E402
 
-RUNS = ("1/512/1,8", "4032/64/1", "4096/64/1", "448/64/8")
+RUNS = ("1/512/1,8", "4092/64/1", "4096/64/1", "448/64/8")
 """Tokens of the prompt, tokens after it, sequences at once.
 
-Of 4096 tokens and the newest ones a split has a step more than warps take evenly, of 4032 none.
+Up to 4096 tokens the warps of four splits have four steps each, of more one has a fifth.
 """
 _RUN = """
 import importlib, json, sys
@@ -43,7 +43,6 @@ sys.exit(main(sys.argv[1:]))
 _SPLIT_UNITS = "device_runtime.backends.cuda.workspace.SPLIT_UNITS"
 _MAX_SPLITS = "device_runtime.backends.cuda.workspace.MAX_SPLITS"
 _MOST_SLOTS = "device_runtime.kernels.attention_shape.MOST_SLOTS"
-_WARPS = "device_runtime.kernels.attention_shape.DECODE_WARPS"
 _SPLIT_BLOCKS = "device_runtime.backends.cuda.workspace.SPLIT_BLOCKS"
 
 
@@ -60,19 +59,13 @@ VARIANTS = (
     Variant("as built"),
     Variant("next kernel at once", {"TRIGGER": 0}),
     Variant("next kernel after queries", {"TRIGGER": 2}),
-    Variant("2 steps ahead in L2", {"AHEAD": 2}),
-    Variant("4 steps ahead in L2", {"AHEAD": 4}),
+    Variant("2 parts early", {"EARLY_PARTS": 2}),
+    Variant("all parts early", {"EARLY_PARTS": 4}),
     Variant("splits from 256 tokens", constants={_SPLIT_UNITS: 4}),
     Variant("splits from 512 tokens", constants={_SPLIT_UNITS: 8}),
     Variant("at most 2 splits", constants={_MAX_SPLITS: 2}),
     Variant("rings of 2 slots", constants={_MOST_SLOTS: 2}),
     Variant("rings of 3 slots", constants={_MOST_SLOTS: 3}),
-    Variant("3 slots, 2 steps ahead", {"AHEAD": 2}, {_MOST_SLOTS: 3}),
-    Variant("odd step ahead in L2", {"AHEAD": 4, "ODD_AHEAD": 1, "BULK_AHEAD": 1}),
-    Variant("2 steps ahead in bulk", {"AHEAD": 2, "BULK_AHEAD": 1}),
-    Variant("rings of 6 slots", {"SLOTS": 6}, {_MOST_SLOTS: 6}),
-    Variant("9 warps", {"WARPS": 9}, {_WARPS: 9}),
-    Variant("11 warps", {"WARPS": 11}, {_WARPS: 11}),
     Variant("two of 3 slots an SM", {}, {_MOST_SLOTS: 3, _SPLIT_BLOCKS: 2}),
 )
 
