@@ -73,6 +73,7 @@ def run_gemv(launch: Launch, case: GemvCase, seed: int = 0) -> tuple[NDArray[np.
     name = f"w4a16_gemv_{case.output}_{shape.width}"
     grid = (shape.grid, 1, 1)
     if is_add:
+        name = shape.add_kernel
         want = linear.linear(x, weights, bias)
         sums = rng.standard_normal(want.shape).astype(np.float32)
         old = sums.astype(np.float64)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from device_runtime.errors import InternalError
-from device_runtime.kernels.table import GEMV_STAGES, GEMV_WARPS, QUANTIZE_THREADS
+from device_runtime.kernels.attention_shape import RESERVED_SHARED_BYTES
+from device_runtime.kernels.table import (
+    GEMV_STAGES,
+    GEMV_WARPS,
+    PAIRED_GEMV_WARPS,
+    QUANTIZE_THREADS,
+)
 
 UNIT_INPUTS = 256
 """Inputs that one warp takes at a time (w4a16.cuh kUnitInputs)."""
@@ -28,8 +34,10 @@ class GemvShape:
         group_size: 128, 64 or 32.
         grid: blocks.
         phase_units: units whose activations are in shared memory at once.
-        held_tiles: tiles whose partial sums are in shared memory at once.
+        held_tiles: tiles whose partial sums are in shared memory at once; of several tokens all of
+            a block's, or two batches.
         stages: units that a warp keeps in flight; the plain variant needs only one.
+        warps: of a block.
     """
 
     width: int
@@ -40,6 +48,13 @@ class GemvShape:
     phase_units: int
     held_tiles: int
     stages: int
+    warps: int = GEMV_WARPS
+
+    @property
+    def add_kernel(self) -> str:
+        """The entry point that adds to the residual."""
+        paired = "paired_" if self.warps == PAIRED_GEMV_WARPS else ""
+        return f"w4a16_gemv_{paired}add_{self.width}"
 
     @property
     def num_units(self) -> int:
@@ -56,12 +71,13 @@ class GemvShape:
         """Dynamic shared memory of a block, as w4a16_gemv.cuh lays it out."""
         groups = UNIT_INPUTS // self.group_size
         unit_bytes = UNIT_INPUTS * TILE_OUTPUTS // 2 + groups * TILE_OUTPUTS * 4
-        ring = GEMV_WARPS * self.stages * unit_bytes
+        ring = self.warps * self.stages * unit_bytes
         num_squares = self.num_units * _UNIT_STRETCHES * self.width
         norms = 16 * (_ceil_div(self.width, 4) + _ceil_div(num_squares, 4))
         activations = self.phase_units * _UNIT_STRETCHES * self._stretch_bytes
         sums = self.held_tiles * self.phase_units * TILE_OUTPUTS * self.width * 4
-        return ring + norms + activations + sums
+        barrier = 8
+        return ring + norms + activations + sums + barrier
 
     @property
     def activation_bytes(self) -> int:
@@ -85,6 +101,22 @@ class GemvShape:
     def workspace_bytes(self) -> int:
         """Global memory for the sums between phases."""
         return 4 * self.num_outputs * self.width if self.phase_units < self.num_units else 0
+
+
+def pair_gemv(shape: GemvShape, max_shared_bytes: int) -> GemvShape:
+    """Return the launch of a product that is added, on a device where kernels overlap.
+
+    Where a block of one token has one tile, and its warps one unit each, blocks of half the warps
+    serve, if two fit an SM; else the shape as it is.
+
+    Args:
+        shape: as planned.
+        max_shared_bytes: what one block may have.
+    """
+    paired = replace(shape, warps=PAIRED_GEMV_WARPS)
+    is_small = shape.width == 1 and shape.block_tiles == 1 and shape.num_units <= shape.warps
+    most = max_shared_bytes // 2 - RESERVED_SHARED_BYTES
+    return paired if is_small and paired.shared_bytes <= most else shape
 
 
 @cache  # all layers ask for the same few
@@ -116,8 +148,12 @@ def plan_gemv(
     # Where the ring of several stages does not fit, on sm_72, the plain variant runs.
     for stages in sorted({GEMV_STAGES[width], 1}, reverse=True):
         for num_phases in range(1, num_units + 1):
-            # Batches of equal size, so that no warp waits for a short last one.
+            # Batches of equal size, so that no warp waits for a short last one; of several tokens
+            # two of them in turn.
             for num_batches in range(1, block_tiles + 1):
+                held_tiles = _ceil_div(block_tiles, num_batches)
+                if width > 1:
+                    held_tiles = min(block_tiles, 2 * held_tiles)
                 shape = GemvShape(
                     width,
                     num_inputs,
@@ -125,7 +161,7 @@ def plan_gemv(
                     group_size,
                     grid,
                     _ceil_div(num_units, num_phases),
-                    _ceil_div(block_tiles, num_batches),
+                    held_tiles,
                     stages,
                 )
                 if shape.shared_bytes <= max_shared_bytes:

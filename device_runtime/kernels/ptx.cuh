@@ -95,6 +95,56 @@ __device__ __forceinline__ void wait_copies() {
 #endif
 }
 
+// A barrier of the block that warps arrive at before they wait for it: PTX ISA "mbarrier". What a warp
+// did before it arrived is seen by those that have waited. Phases follow each other; a warp waits for
+// each once, after it has arrived. Plain: there they wait at once.
+using SplitBarrier = uint64_t;
+
+// By one thread, before a barrier of the block.
+__device__ __forceinline__ void start_split_barrier(SplitBarrier* barrier, int num_warps) {
+#if !TURBOJET_PLAIN
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(num_warps)
+               : "memory");
+#endif
+}
+
+// By one lane, for its warp.
+__device__ __forceinline__ void arrive(SplitBarrier* barrier) {
+#if !TURBOJET_PLAIN
+  asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(
+                   shared_address(barrier))
+               : "memory");
+#endif
+}
+
+// By all lanes; parity: 0 for the first phase, 1 for the second, and so on in turn. From sm_90 on a warp
+// sleeps there ("try_wait"); before, it would take turns from those that it waits for.
+__device__ __forceinline__ void wait_for_all(SplitBarrier* barrier, int parity) {
+#if TURBOJET_PLAIN
+  __syncthreads();
+#elif defined(__CUDA_ARCH__)
+#if __CUDA_ARCH__ >= 900
+#define TURBOJET_WAIT "mbarrier.try_wait"
+  constexpr int kRestNs = 0;
+#else
+#define TURBOJET_WAIT "mbarrier.test_wait"
+  constexpr int kRestNs = 40;
+#endif
+  uint32_t has_passed = 0;
+  for (;;) {
+    asm volatile(
+        "{\n.reg .pred passed;\n" TURBOJET_WAIT ".parity.shared.b64 passed, [%1], %2;\n"
+        "selp.b32 %0, 1, 0, passed;\n}"
+        : "=r"(has_passed)
+        : "r"(shared_address(barrier)), "r"(parity)
+        : "memory");
+    if (has_passed) break;
+    if (kRestNs > 0) __nanosleep(kRestNs);
+  }
+#undef TURBOJET_WAIT
+#endif
+}
+
 // Programmatic dependent launch: PTX ISA "griddepcontrol". No-ops when not launched so.
 //
 // A kernel may start when every block of the one before has let it or has ended, and that one may
@@ -150,14 +200,6 @@ __device__ __forceinline__ float max_or_nan(float a, float b) {
 // Asks for 128 bytes to be in L2 soon: PTX ISA "prefetch".
 __device__ __forceinline__ void prefetch_line(const void* pointer) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(pointer));
-}
-
-// As many bytes, a multiple of 16: PTX ISA "cp.async.bulk.prefetch.L2".
-__device__ __forceinline__ void prefetch_bulk(const void* pointer, int num_bytes) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(pointer), "r"(num_bytes)
-               : "memory");
-#endif
 }
 
 // memory += value, without waiting for it: PTX ISA "red".

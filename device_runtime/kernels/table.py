@@ -20,6 +20,8 @@ class Kernel:
         arguments: one letter of `ARGUMENT_TYPES` per parameter.
         block: threads of a block.
         max_registers: per thread, on every target; what co-residency was planned with.
+        blocks_per_sm: that an SM's shared memory is split for, so that no other kernel's block is
+            beside them; 0 where kernels follow each other on an SM as they fit.
     """
 
     name: str
@@ -27,11 +29,14 @@ class Kernel:
     arguments: str
     block: int
     max_registers: int
+    blocks_per_sm: int = 0
 
 
 DECODE_THREADS = 32 * (DECODE_WARPS + 2)
 """Of a block of decode_attention.cu (decode_block.cuh kDecodeThreads)."""
 GEMV_WARPS = 16
+PAIRED_GEMV_WARPS = 8
+"""Of a block of w4a16_gemv_paired_1.cu, two of which share an SM."""
 GEMV_STAGES = {1: 2, 4: 1, 8: 1}
 """Units that a warp of a GEMV keeps in flight, by the tokens that it is built for; a step with
 fewer tokens runs in the next wider."""
@@ -93,6 +98,14 @@ def _decode_attention_rows() -> tuple[Kernel, ...]:
 
 KERNELS = (
     *(row for width in GEMV_STAGES for row in _gemv_rows(width)),
+    Kernel(
+        "w4a16_gemv_paired_add_1",
+        "w4a16_gemv_paired_1",
+        "PPPPPPiiiii",
+        32 * PAIRED_GEMV_WARPS,
+        128,
+        blocks_per_sm=2,
+    ),
     *(row for tokens in GEMM_TILES for row in _gemm_rows("w4a16", tokens)),
     *(row for tokens in F16_GEMM_TILES for row in _gemm_rows("f16", tokens)),
     Kernel("rms_norm_f16", "rms_norm", "PPPif", 256, 64),

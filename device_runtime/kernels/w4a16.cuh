@@ -149,52 +149,6 @@ struct StretchDigits {
 #endif
 };
 
-// Whether a warp that goes on with the same digits goes on with their scales and sums as well.
-#ifndef TURBOJET_GEMV_KEEP_NUMBERS
-#define TURBOJET_GEMV_KEEP_NUMBERS 0
-#endif
-constexpr bool kKeepsNumbers = TURBOJET_GEMV_KEEP_NUMBERS;
-
-template <int kTokens>
-__device__ __forceinline__ int lane_token(int block, int lane) {
-  return kTokens == 1 ? 0 : block * 4 + lane % 4;
-}
-
-// The scale and the negated sums of a stretch for a lane's tokens: in registers, or where they are.
-template <int kTokens, int kGroupSize>
-struct StretchNumbers {
-  using Activations = StretchActivations<kTokens, kGroupSize>;
-#if TURBOJET_GEMV_KEEP_NUMBERS
-  float scales[kTokenBlocks<kTokens>];
-  int negated_sums[Activations::kGroups][kTokenBlocks<kTokens>];
-
-  __device__ __forceinline__ void load(const Activations& x, int lane) {
-#pragma unroll
-    for (int block = 0; block < kTokenBlocks<kTokens>; ++block) {
-      const int token = lane_token<kTokens>(block, lane);
-      scales[block] = x.scale(token);
-#pragma unroll
-      for (int group = 0; group < Activations::kGroups; ++group)
-        negated_sums[group][block] = x.negated_sum(group, token);
-    }
-  }
-  __device__ __forceinline__ float scale(int block, int) const { return scales[block]; }
-  __device__ __forceinline__ int negated_sum(int group, int block, int) const {
-    return negated_sums[group][block];
-  }
-#else
-  Activations x;
-
-  __device__ __forceinline__ void load(const Activations& x_, int) { x = x_; }
-  __device__ __forceinline__ float scale(int block, int lane) const {
-    return x.scale(lane_token<kTokens>(block, lane));
-  }
-  __device__ __forceinline__ int negated_sum(int group, int block, int lane) const {
-    return x.negated_sum(group, lane_token<kTokens>(block, lane));
-  }
-#endif
-};
-
 // Adds 32 inputs x 32 outputs to the sums of a group: sums[block][0] are those of the low halves of
 // the code bytes, sums[block][1] those of whole bytes, each (row r high digit, row r low digit, row
 // r + 16 high, low). A whole byte is the row's code and 16 times that of the row 8 further on. So
@@ -254,7 +208,7 @@ template <int kTokens, int kGroupSize>
 __device__ __forceinline__ void add_stretch(float (&y)[kTokenBlocks<kTokens>][4],
                                             const char* codes, const char* scales,
                                             const StretchDigits<kTokens>& digits,
-                                            const StretchNumbers<kTokens, kGroupSize>& numbers,
+                                            const StretchActivations<kTokens, kGroupSize>& x,
                                             int lane) {
   constexpr int kTilesPerGroup = kGroupSize / 32;
 #pragma unroll kRowUnroll
@@ -271,8 +225,9 @@ __device__ __forceinline__ void add_stretch(float (&y)[kTokenBlocks<kTokens>][4]
     }
 #pragma unroll
     for (int block = 0; block < kTokenBlocks<kTokens>; ++block) {
-      const float x_scale = numbers.scale(block, lane);
-      const int negated_sum = numbers.negated_sum(group, block, lane);
+      const int token = kTokens == 1 ? 0 : block * 4 + lane % 4;
+      const float x_scale = x.scale(token);
+      const int negated_sum = x.negated_sum(group, token);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int low = sums[block][0][2 * half] * 256 + sums[block][0][2 * half + 1];

@@ -17,7 +17,8 @@
 //   [outputs * kTokens], used only when phase_units is less than all; activations
 //   StretchActivations [stretches], then fp32 sums of squares [stretches][kTokens], where
 //   stretches is twice the number of units.
-// One source file for each width (1, 4 or 8 tokens): num_tokens <= its kTokens.
+// One source file for each width (1, 4 or 8 tokens): num_tokens <= its kTokens; and
+// w4a16_gemv_paired_add_1, of half the warps, for small matrices.
 // Launch: block kThreads; grid at most outputs / 32, one block per SM is best; dynamic shared
 // memory, phase_units and held_tiles as gemv_shape.py. The quantizing kernels: block
 // kQuantizeThreads, a warp for each stretch of each token. inputs % 32 == outputs % 32 ==
@@ -28,7 +29,8 @@
 //
 // Weights come as w4a16_ring.cuh tells; the ring is filled before the previous kernel has finished
 // (programmatic dependent launch). The sum of each unit is left in shared memory and the units of a
-// tile are added in their order, whoever made them.
+// tile are added in their order, whoever made them. With several tokens the tiles whose sums are held
+// are two batches in turn: those of one are added while warps that are done with it go on to the next.
 // Activations are quantized for `phase_units` units at once; with more inputs than that the block
 // goes over its tiles once for each phase.
 #ifndef TURBOJET_W4A16_GEMV_CUH
@@ -46,22 +48,6 @@ __device__ __forceinline__ int token_at(int place) {
   return kTokens == 8 ? place / 2 + place % 2 * 4 : place;
 }
 
-// Whether the held tiles are two batches in turn where a block has more tiles: the sums of one are
-// added up while warps that are done with that go on to the other, with one barrier for each batch.
-#ifndef TURBOJET_GEMV_TWO_BATCHES
-#define TURBOJET_GEMV_TWO_BATCHES 0
-#endif
-
-// Whether rows are scaled when their units have been added up, not unit by unit; the same bits.
-#ifndef TURBOJET_GEMV_SCALE_LAST
-#define TURBOJET_GEMV_SCALE_LAST 0
-#endif
-constexpr bool kScalesLast = TURBOJET_GEMV_SCALE_LAST;
-
-__device__ __forceinline__ float unit_scale(int row_index) {
-  return kScalesLast ? 1.0f : row_scale(row_index);
-}
-
 // Leaves the sums of one unit, as [32 rows][kTokens].
 template <int kTokens>
 __device__ __forceinline__ void store_sums(float* place,
@@ -69,15 +55,15 @@ __device__ __forceinline__ void store_sums(float* place,
   if (kTokens == 1) {
     const int own = lane % 4;
     const float value = own == 0 ? y[0][0] : own == 1 ? y[0][1] : own == 2 ? y[0][2] : y[0][3];
-    place[lane / 4 + 8 * own] = value * unit_scale(own);
+    place[lane / 4 + 8 * own] = value * row_scale(own);
   } else {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       float* const row = place + (lane / 4 + 8 * i) * kTokens;
-      if (kTokens == 4) row[lane % 4] = y[0][i] * unit_scale(i);
+      if (kTokens == 4) row[lane % 4] = y[0][i] * row_scale(i);
       if (kTokens == 8)
         *reinterpret_cast<float2*>(row + lane % 4 * 2) =
-            float2{y[0][i] * unit_scale(i), y[kTokenBlocks<kTokens> - 1][i] * unit_scale(i)};
+            float2{y[0][i] * row_scale(i), y[kTokenBlocks<kTokens> - 1][i] * row_scale(i)};
     }
   }
 }
@@ -101,88 +87,116 @@ __device__ __forceinline__ void finish_value(float value, const SharedMemory<kTo
     arguments.out[index / 2] = to_fp16(value / (1.0f + __expf(-value)) * up);
 }
 
-// This warp's units of a batch of tiles: multiplies, and leaves the sums of each. `item` counts the
-// units of all the batch's tiles and is `unit` modulo `size`; both go on in the next batch.
-template <int kTokens>
-__device__ __forceinline__ void multiply(const SharedMemory<kTokens>& shared, const Work& work,
-                                         const QuantizedMatrix& matrix, int size, int num_items,
-                                         float* unit_sums, Copier& copier, int& item, int& unit,
-                                         int& slot, int warp, int lane) {
-  constexpr int kSlot = kUnitBytes<kGroupSize>;
-  constexpr int kTileValues = SharedMemory<kTokens>::kTileValues;
-  // With several tokens reading the digits costs as much as reading the weights. Where a warp has
-  // the same unit of one tile after another, as with 2048 or 4096 inputs, it reads them once.
-  constexpr bool kKeepsDigits = kTokens > 1 && !TURBOJET_PLAIN;
-  StretchDigits<kTokens> digits[kUnitStretches];
-  StretchNumbers<kTokens, kGroupSize> numbers[kUnitStretches];
-  int held_unit = -1;  // whose digits these are
-#pragma unroll 1
-  for (; item < num_items; item += kWarps) {
-    if (kKeepsDigits && unit != held_unit) {
-      held_unit = unit;
-#pragma unroll
-      for (int i = 0; i < kUnitStretches; ++i) {
-        const auto x = shared.stretch(unit * kUnitStretches + i);
-        digits[i].load(x.chunks(), lane);
-        if (kKeepsNumbers) numbers[i].load(x, lane);
-      }
-    }
-    char* const weights = shared.ring_of(warp) + slot;
-    float y[kTokenBlocks<kTokens>][4] = {};
-#pragma unroll
-    for (int i = 0; i < kUnitStretches; ++i) {
-      constexpr int kScaleBytes = kStretchInputs / kGroupSize * kTileOutputs * 4;
-      if (i % kPartStretches == 0) {
-        wait_copies<kRingParts - 1>();
-        __syncwarp();
-      }
-      const auto x = shared.stretch(unit * kUnitStretches + i);
-      if (!kKeepsDigits) digits[i].load(x.chunks(), lane);
-      if (!kKeepsDigits || !kKeepsNumbers) numbers[i].load(x, lane);
-      add_stretch<kTokens, kGroupSize>(y, weights + i * (kStretchInputs / 32) * kTileBytes,
-                                       weights + kCodeBytesPerUnit + i * kScaleBytes,
-                                       digits[i], numbers[i], lane);
-      // Every lane has read the part: fill it again.
-      if (kParts > 1 && i == 0) {
-        __syncwarp();
-        copier.template copy_next<0>(weights, matrix, work, warp, lane);
-      }
-    }
-    __syncwarp();
-    copier.template copy_next<kParts - 1>(weights, matrix, work, warp, lane);
-    store_sums<kTokens>(unit_sums + item * kTileValues, y, lane);
-    slot = slot == (kStages - 1) * kSlot ? 0 : slot + kSlot;
-    unit += kWarps;
-    while (unit >= size) unit -= size;
-  }
-}
+// Tiles of a block whose units' sums are held at once.
+struct Batch {
+  int first;  // of the block's tiles
+  int count;
+  float* unit_sums;
+};
 
-// Adds up the sums of the units of `count` tiles. With more phases to come they wait in the
-// workspace; the same thread goes on with them.
+// Adds up the sums of the units of a batch. With more phases to come they wait in the workspace; the
+// same thread goes on with them.
 template <int kTokens, Output kOutput>
 __device__ __forceinline__ void finish_tiles(const SharedMemory<kTokens>& shared, const Work& work,
                                              const QuantizedMatrix& matrix,
                                              const Arguments& arguments, int first, int size,
-                                             const float* unit_sums, int first_index,
-                                             int count) {
+                                             const Batch& batch) {
   constexpr int kTileValues = SharedMemory<kTokens>::kTileValues;
 #pragma unroll 1
-  for (int i = threadIdx.x; i < count * kTileValues; i += kThreads) {
+  for (int i = threadIdx.x; i < batch.count * kTileValues; i += kThreads) {
     const int index = i / kTileValues;
     const int within = i % kTileValues;
-    const int tile = work.tile(first_index + index);
+    const int tile = work.tile(batch.first + index);
     float* const carried = arguments.workspace + tile * kTileValues + within;
     float total = first == 0 ? 0.0f : *carried;
-    const float* const sums = unit_sums + index * size * kTileValues + within;
+    const float* const sums = batch.unit_sums + index * size * kTileValues + within;
 #pragma unroll 8
     for (int unit = 0; unit < size; ++unit) total += sums[unit * kTileValues];
     if (first + size < work.units)
       *carried = total;
     else
-      finish_value<kTokens, kOutput>(kScalesLast ? total * row_scale(within / kTokens / 8) : total,
-                                     shared, matrix, arguments,
+      finish_value<kTokens, kOutput>(total, shared, matrix, arguments,
                                      tile * kTileOutputs + within / kTokens,
                                      token_at<kTokens>(within % kTokens));
+  }
+}
+
+// Whether the sums of one batch are added up while the next one is multiplied: held tiles are two
+// batches then. For one token all of a block's tiles are held but on small devices.
+template <int kTokens>
+constexpr bool kAlternates = kTokens > 1;
+
+// The digits of a warp's unit. With several tokens reading them costs as much as reading the weights:
+// where a warp has the same unit of one tile after another, as with 2048 or 4096 inputs, it reads them
+// once in a phase.
+template <int kTokens>
+struct UnitDigits {
+  static constexpr bool kKeeps = kTokens > 1 && !TURBOJET_PLAIN;
+
+  StretchDigits<kTokens> digits[kUnitStretches];
+  int unit = -1;
+};
+
+// This warp's units of a batch of tiles: multiplies, and leaves the sums of each. Those of the batch
+// before, if it has tiles, are added up when the first unit has been multiplied: until then warps that
+// are slower have time to leave theirs. `item` counts the units of all the batch's tiles and is `unit`
+// modulo `size`; both go on in the next batch.
+template <int kTokens, Output kOutput>
+__device__ __forceinline__ void multiply(const SharedMemory<kTokens>& shared, const Work& work,
+                                         const QuantizedMatrix& matrix, const Arguments& arguments,
+                                         int first, int size, const Batch& batch,
+                                         const Batch& before, int parity, UnitDigits<kTokens>& held,
+                                         Copier& copier, int& item, int& unit, int& slot, int warp,
+                                         int lane) {
+  constexpr int kSlot = kUnitBytes<kGroupSize>;
+  constexpr int kTileValues = SharedMemory<kTokens>::kTileValues;
+  constexpr bool kKeepsDigits = UnitDigits<kTokens>::kKeeps;
+  auto& digits = held.digits;
+  bool is_behind = kAlternates<kTokens> && before.count > 0;
+  const int num_items = batch.count * size;
+#pragma unroll 1
+  while (item < num_items || is_behind) {
+    float y[kTokenBlocks<kTokens>][4] = {};
+    if (item < num_items) {
+      if (kKeepsDigits && unit != held.unit) {
+        held.unit = unit;
+#pragma unroll
+        for (int i = 0; i < kUnitStretches; ++i)
+          digits[i].load(shared.stretch(unit * kUnitStretches + i).chunks(), lane);
+      }
+      char* const weights = shared.ring_of(warp) + slot;
+#pragma unroll
+      for (int i = 0; i < kUnitStretches; ++i) {
+        constexpr int kScaleBytes = kStretchInputs / kGroupSize * kTileOutputs * 4;
+        if (i % kPartStretches == 0) {
+          wait_copies<kRingParts - 1>();
+          __syncwarp();
+        }
+        const auto x = shared.stretch(unit * kUnitStretches + i);
+        if (!kKeepsDigits) digits[i].load(x.chunks(), lane);
+        add_stretch<kTokens, kGroupSize>(y, weights + i * (kStretchInputs / 32) * kTileBytes,
+                                         weights + kCodeBytesPerUnit + i * kScaleBytes, digits[i],
+                                         x, lane);
+        // Every lane has read the part: fill it again.
+        if (kParts > 1 && i == 0) {
+          __syncwarp();
+          copier.template copy_next<0>(weights, matrix, work, warp, lane);
+        }
+      }
+      __syncwarp();
+      copier.template copy_next<kParts - 1>(weights, matrix, work, warp, lane);
+    }
+    if (is_behind) {
+      is_behind = false;
+      wait_for_all(shared.split_barrier(work, arguments.held_tiles), parity);
+      finish_tiles<kTokens, kOutput>(shared, work, matrix, arguments, first, size, before);
+    }
+    if (item >= num_items) break;
+    store_sums<kTokens>(batch.unit_sums + item * kTileValues, y, lane);
+    slot = slot == (kStages - 1) * kSlot ? 0 : slot + kSlot;
+    item += kWarps;
+    unit += kWarps;
+    while (unit >= size) unit -= size;
   }
 }
 
@@ -238,7 +252,11 @@ __device__ __forceinline__ void run_gemv(const QuantizedMatrix& matrix,
   const int grid = gridDim.x;
   const Work work{(matrix.inputs + kUnitInputs - 1) / kUnitInputs, arguments.phase_units,
                   (matrix.outputs / kTileOutputs - static_cast<int>(blockIdx.x) + grid - 1) / grid};
-  let_dependents_launch();
+  const bool has_turns = kAlternates<kTokens> && arguments.held_tiles < work.block_tiles;
+  const int batch_tiles = has_turns ? arguments.held_tiles / 2 : arguments.held_tiles;
+  SplitBarrier* const barrier = shared.split_barrier(work, arguments.held_tiles);
+  if (!kTriggersLate) let_dependents_launch();
+  if (has_turns && threadIdx.x == 0) start_split_barrier(barrier, kWarps);
   Copier copier(matrix, work, warp, lane);
   if (kTokens == 1 && kSplitsSingle && work.is_single()) {
     if (kSingleEarly > 0)
@@ -261,6 +279,7 @@ __device__ __forceinline__ void run_gemv(const QuantizedMatrix& matrix,
 
   int slot = 0;
   int first = 0;
+  int turn = 0;  // counts arrivals at the barrier
 #pragma unroll 1
   for (;;) {
     const int size = work.size_of(first);
@@ -278,26 +297,33 @@ __device__ __forceinline__ void run_gemv(const QuantizedMatrix& matrix,
     int item = warp;
     int unit = warp;
     while (unit >= size) unit -= size;
-    const bool alternates = TURBOJET_GEMV_TWO_BATCHES && arguments.held_tiles > 1 &&
-                            arguments.held_tiles < work.block_tiles;
-    const int batch_tiles = alternates ? arguments.held_tiles / 2 : arguments.held_tiles;
-    float* unit_sums = shared.unit_sums(work);
-    int other = alternates ? batch_tiles * size * SharedMemory<kTokens>::kTileValues : 0;
-    int index = 0;
+    float* const unit_sums = shared.unit_sums(work);
+    Batch batch{0, 0, unit_sums};
+    UnitDigits<kTokens> digits;
 #pragma unroll 1
     for (;;) {
-      const int count = smaller(batch_tiles, work.block_tiles - index);
-      multiply(shared, work, matrix, size, count * size, unit_sums, copier, item, unit, slot, warp,
-               lane);
-      __syncthreads();
-      finish_tiles<kTokens, kOutput>(shared, work, matrix, arguments, first, size, unit_sums, index,
-                                     count);
-      item -= count * size;
-      index += count;
-      if (index == work.block_tiles) break;
-      if (!alternates) __syncthreads();
-      unit_sums += other;
-      other = -other;
+      const Batch before = batch;
+      batch.first += before.count;
+      batch.count = smaller(batch_tiles, work.block_tiles - batch.first);
+      if (kAlternates<kTokens>)
+        batch.unit_sums =
+            unit_sums + turn % 2 * (batch_tiles * size * SharedMemory<kTokens>::kTileValues);
+      multiply<kTokens, kOutput>(shared, work, matrix, arguments, first, size, batch, before,
+                                 (turn + 1) % 2, digits, copier, item, unit, slot, warp, lane);
+      item -= batch.count * size;
+      const bool is_last = batch.first + batch.count == work.block_tiles;
+      if (!kAlternates<kTokens> || is_last) {
+        __syncthreads();
+        finish_tiles<kTokens, kOutput>(shared, work, matrix, arguments, first, size, batch);
+      }
+      if (is_last) break;
+      if (kAlternates<kTokens>) {
+        __syncwarp();
+        if (lane == 0) arrive(barrier);
+        ++turn;
+      } else {
+        __syncthreads();
+      }
     }
     first += size;
     if (first == work.units) return;

@@ -96,7 +96,8 @@ __device__ __forceinline__ void run_quantize(uint4* activations, const Arguments
 // in flight together.
 template <bool kHasNorm>
 struct ActivationBatch {
-  static constexpr int kBatch = kHasNorm ? 3 : 6;
+  // A warp of eight has four stretches of 4096 inputs.
+  static constexpr int kBatch = kHasNorm ? 3 : kWarps == 8 ? 4 : 6;
 
   float values[kBatch][4];
   float square_sums[kBatch];

@@ -15,12 +15,14 @@ namespace {
 #endif
 constexpr int kGroupSize = TURBOJET_GROUP_SIZE;
 static_assert(kGroupSize == 128 || kGroupSize == 64 || kGroupSize == 32, "groups of w4a16.cuh");
-constexpr int kWarps = 16;
+#ifndef TURBOJET_GEMV_WARPS
+#define TURBOJET_GEMV_WARPS 16
+#endif
+constexpr int kWarps = TURBOJET_GEMV_WARPS;
 // The plain variant's copies are done at once: more than one stage would only take memory.
 constexpr int kStages = TURBOJET_PLAIN ? 1 : TURBOJET_GEMV_STAGES;  // the source defines it
-// A ring of one stage is refilled stretch by stretch, so that copies and products go on together.
 #ifndef TURBOJET_GEMV_PARTS
-#define TURBOJET_GEMV_PARTS (TURBOJET_GEMV_STAGES == 1 ? 2 : 1)
+#define TURBOJET_GEMV_PARTS 1
 #endif
 constexpr int kParts = TURBOJET_PLAIN ? 1 : TURBOJET_GEMV_PARTS;  // that a unit is copied in
 constexpr int kPartStretches = kUnitStretches / kParts;
@@ -40,6 +42,12 @@ constexpr int kEarlyParts = TURBOJET_GEMV_EARLY_PARTS;
 constexpr int kSingleEarly = TURBOJET_PLAIN ? kUnitStretches : TURBOJET_GEMV_SINGLE_EARLY;
 constexpr bool kSplitsSingle = kSingleEarly < kUnitStretches;
 static_assert(!kSplitsSingle || kParts == 1, "one way of splitting a unit");
+// Whether the next kernel may start when this one has asked for all of its weights, not before: where
+// its blocks find place beside this one's, their weights would delay this one's activations.
+#ifndef TURBOJET_GEMV_TRIGGERS_LATE
+#define TURBOJET_GEMV_TRIGGERS_LATE 0
+#endif
+constexpr bool kTriggersLate = TURBOJET_GEMV_TRIGGERS_LATE;
 constexpr int kThreads = kWarps * kWarpSize;
 constexpr int kQuantizeThreads = 256;
 
@@ -86,6 +94,11 @@ struct SharedMemory {
   // Sums of units [held tiles][units of the phase][kTileValues].
   __device__ __forceinline__ float* unit_sums(const Work& work) const {
     return square_sums(work) + (work.units * kUnitStretches * kTokens + 3) / 4 * 4;
+  }
+  // Between batches of tiles.
+  __device__ __forceinline__ SplitBarrier* split_barrier(const Work& work, int held_tiles) const {
+    return reinterpret_cast<SplitBarrier*>(unit_sums(work) +
+                                           held_tiles * work.phase_units * kTileValues);
   }
 };
 
@@ -148,6 +161,7 @@ struct Copier {
         source.move(matrix, 0, kWarps * kUnitStretches - kFirst);
         unit += kWarps;
         if (unit >= size) next_tile(matrix, work, warp, lane);
+        if (kTriggersLate && first == work.units) let_dependents_launch();
       }
     }
     commit_copies();

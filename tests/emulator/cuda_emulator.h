@@ -226,9 +226,42 @@ void wait_copies() {
     groups.erase(groups.begin());
   }
 }
+using SplitBarrier = uint64_t;
+#if TURBOJET_PLAIN
+void start_split_barrier(SplitBarrier*, int) {}
+void arrive(SplitBarrier*) {}
+void wait_for_all(SplitBarrier*, int) { __syncthreads(); }
+#else
+struct EmulatedBarrier { uint16_t arrived, num_warps, phase, is_started; };
+EMULATED_INLINE void start_split_barrier(SplitBarrier* barrier, int num_warps) {
+  race_access(barrier, sizeof *barrier, kWrite);
+  const RaceMute mute;
+  *reinterpret_cast<EmulatedBarrier*>(barrier) = {0, static_cast<uint16_t>(num_warps), 0, 1};
+}
+EMULATED_INLINE void arrive(SplitBarrier* barrier) {
+  race_atomic(barrier, sizeof *barrier, kReadAndWrite, kAcquireRelease);
+  const RaceMute mute;
+  auto& state = *reinterpret_cast<EmulatedBarrier*>(barrier);
+  if (state.is_started != 1) emulator::fail("arrives at a barrier that was not started");
+  emulator::state.idle_yields = 0;
+  if (++state.arrived < state.num_warps) return;
+  state.arrived = 0;
+  ++state.phase;
+}
+EMULATED_INLINE void wait_for_all(SplitBarrier* barrier, int parity) {
+  const auto& state = *reinterpret_cast<const EmulatedBarrier*>(barrier);
+  for (;;) {
+    {
+      const RaceMute mute;
+      if (state.phase % 2 != parity) break;
+    }
+    emulator::yield();
+  }
+  race_atomic(barrier, sizeof *barrier, kReadAndWrite, kAcquireRelease);
+}
+#endif
 float max_or_nan(float a, float b) { return isnan(a) || a >= b ? a : b; }
 void prefetch_line(const void*) {}
-void prefetch_bulk(const void*, int) {}
 EMULATED_INLINE void add_to_memory(float* pointer, float value) { atomicAdd(pointer, value); }
 
 #if TURBOJET_PLAIN || defined(TURBOJET_EMULATE_NO_CLUSTERS)

@@ -33,23 +33,16 @@ GROUP_SIZE = 128
 LIMIT_S = 180.0
 """Seconds that one measurement may take."""
 _POLICY, _PARTS, _EARLY = "READ_ONCE", "GEMV_PARTS", "GEMV_EARLY_PARTS"
-_SINGLE, _NUMBERS, _LAST = "GEMV_SINGLE_EARLY", "GEMV_KEEP_NUMBERS", "GEMV_SCALE_LAST"
-_BATCHES = "GEMV_TWO_BATCHES"
+_SINGLE = "GEMV_SINGLE_EARLY"
 VARIANTS: dict[str, dict[int, dict[str, int]]] = {
     "as built": {},
     "weights stay in L2": {1: {_POLICY: 0}},
     "all weights leave L2 first": {4: {_POLICY: 1}, 8: {_POLICY: 1}},
     "one token in halves": {1: {_PARTS: 2}},
     "and half a unit early": {1: {_PARTS: 2, _EARLY: 1}},
-    "several tokens in units": {4: {_PARTS: 1}, 8: {_PARTS: 1}},
+    "several tokens in halves": {4: {_PARTS: 2}, 8: {_PARTS: 2}},
     "a single unit whole early": {1: {_SINGLE: 2}},
     "a single unit late": {1: {_SINGLE: 0}},
-    "two batches in turn": {width: {_BATCHES: 1} for width in (4, 8)},
-    "numbers kept": {width: {_NUMBERS: 1} for width in (4, 8)},
-    "two batches, in units": {width: {_BATCHES: 1, _PARTS: 1} for width in (4, 8)},
-    "all for several tokens": {
-        width: {_BATCHES: 1, _PARTS: 1, _NUMBERS: 1, _LAST: 1} for width in (4, 8)
-    },
 }
 """Switches (TURBOJET_...) of the sources by their width."""
 

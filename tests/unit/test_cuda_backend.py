@@ -154,9 +154,9 @@ def test_a_decode_step_replays_one_graph_whatever_the_position(root, fake) -> No
     per_layer = [
         "w4a16_gemv_norm_1",
         "decode_attention_online",
-        "w4a16_gemv_add_1",
+        "w4a16_gemv_paired_add_1",
         "w4a16_gemv_norm_silu_1",
-        "w4a16_gemv_add_1",
+        "w4a16_gemv_paired_add_1",
     ]
     step = ["embed_f16", *per_layer * 2, "head_f16", "sample_top_f32"]
     first = names.index("sample_top_f32") + 1
@@ -278,13 +278,13 @@ def test_linears_that_stay_fp16_take_their_own_kernels(tmp_path, fake) -> None:
         "rms_norm_f16",
         "f16_gemm_8",
         "decode_attention_half",
-        "w4a16_gemv_add_1",
+        "w4a16_gemv_paired_add_1",
         "rms_norm_f16",
         "f16_gemm_silu_8",
-        "w4a16_gemv_add_1",
+        "w4a16_gemv_paired_add_1",
         "w4a16_gemv_norm_1",
         "decode_attention_half",
-        "w4a16_gemv_add_1",
+        "w4a16_gemv_paired_add_1",
         "w4a16_gemv_norm_silu_1",
     ]
     assert names[first + 11] == "f16_gemm_add_8"
@@ -521,7 +521,7 @@ def test_slices_count_their_sms_and_clocks(root, fake) -> None:
 
     def run(launched) -> None:
         probe(launched)
-        if launched.name.startswith("w4a16_gemv_add"):
+        if launched.name.startswith(("w4a16_gemv_add", "w4a16_gemv_paired_add")):
             # Half a millisecond for each 4096 outputs.
             outputs = launched.arguments[8]
             fake.milliseconds = 0.5 * outputs / 4096 if is_steady else 0.5

@@ -195,3 +195,26 @@ def test_kernels_that_cannot_be_loaded_are_told(tmp_path, monkeypatch) -> None:
 def _files(folder):
     rows = json.loads((folder / RECORD).read_text())["cubins"]
     return [(row["source"], folder / row["file"]) for row in rows]
+
+
+def test_two_blocks_that_share_an_sm_have_its_shared_memory(tmp_path, monkeypatch) -> None:
+    install(monkeypatch)
+    write_cubins(tmp_path)
+    asked = []
+    with CudaDriver() as driver:
+        files = find_cubins((tmp_path,), ("w4a16_gemv_1", "w4a16_gemv_paired_1"), 32, driver)
+        kernels = KernelSet(driver, files)
+        call = driver.call
+
+        def listen(name: str, *arguments: object) -> None:
+            if name == "cuFuncSetAttribute" and arguments[1].value == 9:  # of the carveout
+                asked.append(arguments[2].value)
+            call(name, *arguments)
+
+        monkeypatch.setattr(driver, "call", listen)
+        values = [1, 2, 3, None, 5, 6, 1, 4096, 4096, 16, 1]
+        for name in ("w4a16_gemv_add_1", "w4a16_gemv_paired_add_1"):
+            kernels.launch(name, (128, 1, 1), values, shared_bytes=80_000)
+        kernels.close()
+    # 2 x (80,000 + 1,024 of the device's) of 228 KiB
+    assert asked == [100, 70]

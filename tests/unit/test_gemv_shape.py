@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from device_runtime.errors import InternalError
-from device_runtime.kernels.gemv_shape import GemvShape, plan_gemv
+from device_runtime.kernels.gemv_shape import GemvShape, pair_gemv, plan_gemv
 
 XAVIER = 96 * 1024
 ORIN = 163 * 1024
@@ -28,7 +28,8 @@ def test_shared_memory_by_hand() -> None:
     # 1 / rms and 32 sums of squares, in sixteens; 32 stretches of 2 x 128 digits + 2 numbers
     activations = 16 + 128 + 32 * (256 + 16)
     # 3 tiles x 16 units x 32 rows
-    assert shape.shared_bytes == ring + activations + 3 * 16 * 32 * 4
+    # and the barrier between batches
+    assert shape.shared_bytes == ring + activations + 3 * 16 * 32 * 4 + 8
     assert shape.activation_bytes == 0
     assert shape.workspace_bytes == 0
 
@@ -52,8 +53,33 @@ def test_more_sums_than_fit_are_taken_in_batches_of_one_size() -> None:
     assert shape.block_tiles == 48
     assert shape.held_tiles < 48
     assert shape.shared_bytes <= ORIN
-    batches = -(-48 // shape.held_tiles)
-    assert batches * shape.held_tiles - 48 < batches
+    # Of which two are held at once.
+    assert shape.held_tiles % 2 == 0
+    batches = -(-48 // (shape.held_tiles // 2))
+    assert batches * shape.held_tiles // 2 - 48 < batches
+
+
+@pytest.mark.parametrize("width", [4, 8])
+def test_two_batches_fit_or_all_tiles_do(width: int) -> None:
+    for most in (XAVIER, ORIN, HOPPER):
+        for sizes in ((576, 1536), (4096, 4096), (11008, 4096), (8192, 2 * 28672)):
+            shape = plan(width, sizes, 16, most)
+            assert shape.held_tiles == shape.block_tiles or shape.held_tiles % 2 == 0
+
+
+def test_blocks_of_half_the_warps_serve_small_matrices_where_two_fit() -> None:
+    shape = plan(1, (4096, 4096), 132, HOPPER)
+    paired = pair_gemv(shape, HOPPER)
+    assert (paired.warps, paired.add_kernel) == (8, "w4a16_gemv_paired_add_1")
+    assert shape.shared_bytes - paired.shared_bytes == 8 * 2 * (4096 + 256)
+    assert pair_gemv(shape, 150 * 1024) == shape  # 79 KiB are more than half of it
+    for other in (
+        plan(1, (11008, 4096), 132, HOPPER),  # several units a warp
+        plan(1, (4096, 8192), 132, HOPPER),  # several tiles a block
+        plan(4, (4096, 4096), 132, HOPPER),
+    ):
+        assert pair_gemv(other, HOPPER) == other
+        assert other.add_kernel == f"w4a16_gemv_add_{other.width}"
 
 
 def test_more_inputs_than_fit_are_taken_in_phases() -> None:

@@ -93,9 +93,13 @@ def test_constants_of_the_gemv_are_those_of_its_shape() -> None:
 
     for width, stages in table.GEMV_STAGES.items():
         constants = constants_of(text_of(f"w4a16_gemv_{width}.cu"))
-        assert number("kWarps", constants) == table.GEMV_WARPS
+        assert number("TURBOJET_GEMV_WARPS", constants) == table.GEMV_WARPS
         assert number("kUnitInputs", constants) == gemv_shape.UNIT_INPUTS
         assert number("kStretchInputs", constants) == gemv_shape.STRETCH_INPUTS
         assert number("kTileOutputs", constants) == gemv_shape.TILE_OUTPUTS
         assert number("TURBOJET_GEMV_STAGES", constants) == stages
         assert number("kTokens", constants) == width
+    constants = constants_of(text_of("w4a16_gemv_paired_1.cu"))
+    assert number("TURBOJET_GEMV_WARPS", constants) == table.PAIRED_GEMV_WARPS
+    assert number("TURBOJET_GEMV_STAGES", constants) == table.GEMV_STAGES[1]
+    assert number("kTokens", constants) == 1

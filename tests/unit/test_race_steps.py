@@ -34,7 +34,7 @@ from device_runtime.backends.cuda.graph_set import EAGER_VARIABLE
 from device_runtime.backends.sampling_params import SamplingParams
 from device_runtime.engine.engine import Engine, GenerationParams
 from device_runtime.kernels.cubins import GROUP_SIZES
-from device_runtime.kernels.gemv_shape import GemvShape
+from device_runtime.kernels.gemv_shape import GemvShape, pair_gemv
 from device_runtime.kernels.table import F16_GEMM_TILES, GEMM_TILES, GEMV_STAGES
 
 pytestmark = pytest.mark.skipif(
@@ -134,12 +134,12 @@ def test_attention_has_no_race(policy: int, flags: tuple[str, ...]) -> None:
 def test_the_gemv_has_no_race(width: int, group_size: int, flags: tuple[str, ...]) -> None:
     launch = partial(races.launch, flags=(f"-DTURBOJET_GROUP_SIZE={group_size}", *flags))
     stages = GEMV_STAGES[width]
-    # Several tiles of a block, phases, fewer units than warps, and more.
+    # Several tiles of a block, in batches, phases, fewer units than warps, and more.
     for sizes, output, grid, phase_units, held in (
-        ((640, 96), "norm", 2, 3, 1),
+        ((640, 160), "norm", 1, 3, 2),
         ((256, 96), "norm_silu", 1, 1, 3),
-        ((1536, 96), "add", 2, 4, 2),
-        ((4992, 64), "add", 1, 20, 1),
+        ((1536, 224), "add", 1, 4, 4),
+        ((4992, 128), "add", 2, 20, 2),
     ):
         shape = GemvShape(width, *sizes, group_size, grid, phase_units, held, stages)
         run_gemv(launch, GemvCase(width if width == 1 else width - 1, shape, output))
@@ -152,15 +152,22 @@ def test_the_gemv_has_no_race(width: int, group_size: int, flags: tuple[str, ...
         ("-DTURBOJET_GEMV_PARTS=2", "-DTURBOJET_GEMV_EARLY_PARTS=1"),
         ("-DTURBOJET_GEMV_SINGLE_EARLY=2",),
         ("-DTURBOJET_GEMV_SINGLE_EARLY=0",),
-        ("-DTURBOJET_GEMV_TWO_BATCHES=1",),
     ],
     ids=str,
 )
 def test_a_ring_that_is_filled_in_portions_has_no_race(flags: tuple[str, ...]) -> None:
     launch = partial(races.launch, flags=flags)
-    held = 2 if "-DTURBOJET_GEMV_TWO_BATCHES=1" in flags else 1
-    shape = GemvShape(1, 1152, 160, 128, 2, 3, held, GEMV_STAGES[1])
+    shape = GemvShape(1, 1152, 160, 128, 2, 3, 1, GEMV_STAGES[1])
     run_gemv(launch, GemvCase(1, shape, "add"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [(), PLAIN], ids=["default", "plain"])
+def test_blocks_of_half_the_warps_have_no_race(flags: tuple[str, ...]) -> None:
+    shape = GemvShape(1, 2304, 64, 128, 2, 9, 1, GEMV_STAGES[1])
+    paired = pair_gemv(shape, 227 * 1024)
+    assert paired != shape
+    run_gemv(partial(races.launch, flags=flags), GemvCase(1, paired, "add"))
 
 
 @pytest.mark.slow

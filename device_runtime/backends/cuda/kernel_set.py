@@ -9,6 +9,7 @@ from pathlib import Path
 
 from device_runtime.backends.cuda.driver import CudaDriver
 from device_runtime.errors import DeviceError, InternalError, PackageError
+from device_runtime.kernels.attention_shape import RESERVED_SHARED_BYTES
 from device_runtime.kernels.cubins import Cubin, choose_cubins, has_group_size, read_record
 from device_runtime.kernels.graphs import Argument, Launch, LaunchShape
 from device_runtime.kernels.libcuda import Module
@@ -148,11 +149,22 @@ class KernelSet:
         if row.source not in self._modules:
             raise InternalError(f"{row.name} was not among the kernels that were asked for")
         function = self._modules[row.source].function(row.name, shared_bytes)
-        # The same split of L1 for all, or an SM must be empty before the next kernel may start.
-        self._driver.call("cuFuncSetAttribute", function, c_int(_CARVEOUT), c_int(100))
+        share = self._carveout(row, shared_bytes)
+        self._driver.call("cuFuncSetAttribute", function, c_int(_CARVEOUT), c_int(share))
         self._functions[row.name] = function
         self._shared_bytes[row.name] = shared_bytes
         return function
+
+    def _carveout(self, row: Kernel, shared_bytes: int) -> int:
+        """Return how much of an SM's L1 is to be shared memory, in per cent.
+
+        Where kernels ask for different shares an SM must be empty before the next one may start.
+        """
+        if row.blocks_per_sm == 0:
+            return 100
+        whole = self._driver.attribute("max_shared_memory_per_multiprocessor")
+        wanted = row.blocks_per_sm * (shared_bytes + RESERVED_SHARED_BYTES)
+        return min(100, -(-100 * wanted // whole))
 
 
 def to_arguments(row: Kernel, values: Sequence[int | float | None]) -> list[Argument]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from device_runtime.backends.cuda.kernel_set import KernelSet
 from device_runtime.backends.cuda.weights import has_half_matrices, layer_name
 from device_runtime.kernels.gemm_shape import F16_TILES, W4A16_TILES, GemmShape, fastest_tile
-from device_runtime.kernels.gemv_shape import GemvShape, plan_gemv
+from device_runtime.kernels.gemv_shape import GemvShape, pair_gemv, plan_gemv
 from device_runtime.kernels.graphs import Launch
 from device_runtime.kernels.table import GEMV_STAGES
 from device_runtime.package_format import names
@@ -157,9 +157,11 @@ class Linears:
         buffers = self._buffers
         if _has_gemv(matrix, num_tokens):
             shape = self._gemv(matrix, num_tokens)
+            if self._kernels.is_programmatic:
+                shape = pair_gemv(shape, self._kernels.max_shared_bytes)
             steps, activations = self._quantized("quantize", (x,), shape, num_tokens)
             head = (buffers["residual"], buffers["gemv_sums"], *activations, matrix.bias)
-            name = f"w4a16_gemv_add_{shape.width}"
+            name = shape.add_kernel
             return [*steps, self._launch_gemv(name, shape, head, matrix, num_tokens, ())]
         return [self._gemm("_add", buffers["residual"], x, (matrix.bias,), matrix, num_tokens)]
 

@@ -128,7 +128,7 @@ def _time(
         shape.held_tiles,
     )
     launch = kernels.launch(
-        f"w4a16_gemv_add_{shape.width}",
+        shape.add_kernel,
         (shape.grid, 1, 1),
         (residual, sums, buffers.rest, None, buffers.codes, buffers.scales, *sizes),
         shared_bytes=shape.shared_bytes,

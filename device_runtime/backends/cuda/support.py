@@ -57,6 +57,7 @@ def sources_for(model: ModelConfig) -> tuple[str, ...]:
     if model.group_size:
         tiles += [f"w4a16_gemm_{tokens}" for tokens in W4A16_TILES]
         tiles += [f"w4a16_gemv_{width}" for width in GEMV_STAGES]
+        tiles.append("w4a16_gemv_paired_1")
     return (
         "embedding",
         "rms_norm",
