@@ -94,7 +94,8 @@ class DecodeAttentionShape:
         """Return the dynamic shared memory, as decode_attention.cu lays it out."""
         layout = self.layout
         row_bytes = layout.head_dim * layout.element_bytes
-        parameters = 4 if layout.parameter_bytes else 0
+        # Of keys and values, beside the keys.
+        parameters = 8 if layout.parameter_bytes else 0
         ring = DECODE_WARPS * ring_slots * STEP_TOKENS * (row_bytes + parameters)
         queries = 4 if self.group < WIDE_GROUP else 8
         columns = 2 * queries * row_bytes

@@ -45,7 +45,7 @@ class DecodeBlock {
   static constexpr int kQueries = Streamed::kQueries;
   static constexpr int kQuads = kHeadDim / 4;
   using Places = SharePlaces<kQuads>;
-  static constexpr int kStatistics = kQueries * kHeadDim;  // place of (top, total) in results
+  static constexpr int kStatistics = kQueries * Streamed::kResultStride;  // place of (top, total) in results
   static constexpr int kUnitSteps = 64 / kStepTokens;
   static_assert((kStatistics + 2 * kQueries) * 4 <= Streamed::kLeastSlots * Streamed::kSlotBytes,
                 "results fit where the ring was");
@@ -358,7 +358,7 @@ class DecodeBlock {
 #pragma unroll
     for (int warp = 0; warp < kStreamWarps; ++warp) {
       const float4* const own = reinterpret_cast<const float4*>(results + warp * ring_bytes_);
-      share.add(own[query * kQuads + quad], statistics[warp].y,
+      share.add(own[query * (Streamed::kResultStride / 4) + quad], statistics[warp].y,
                 exp2_fast(statistics[warp].x - share.top));
     }
     return share;

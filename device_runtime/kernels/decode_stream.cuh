@@ -34,12 +34,15 @@ class Stream {
   static constexpr int kChunkBytes = kStepTokens * 64;
   static constexpr int kPartBytes = kChunks * kChunkBytes;  // keys, or values, of a step
   static constexpr int kParameterBytes = kKv == Kv::kOnline ? 4 * kStepTokens : 0;
+  static constexpr int kParameterLanes = 2 * kParameterBytes / 16;  // 16 bytes each
+  static constexpr int kGroups = kStepTokens / Layout::kGroupTokens;
   static constexpr int kMost = kIsHalf ? kMostSlots / 2 : kMostSlots;
   static constexpr int kEarly = kIsHalf ? kMost : kEarlyParts;
 
  public:
   static constexpr int kQueries = 4 * kColumnTiles;
-  static constexpr int kSlotBytes = kPartBytes + kParameterBytes;
+  static constexpr int kResultStride = kHeadDim + 8;  // so that four queries are in different banks
+  static constexpr int kSlotBytes = kPartBytes + 2 * kParameterBytes;
   static constexpr int kLeastSlots = kIsHalf ? 1 : 2;
 
   // ring [num_slots][kSlotBytes], kLeastSlots to kMostSlots of them.
@@ -67,13 +70,9 @@ class Stream {
   // what a code of static int8 is times and plus.
   __device__ __forceinline__ void take_queries(const char* columns, const float* scales,
                                                const float* sums, float2 key) {
+    column_ = columns + lane_ / 4 * Layout::kRowBytes + lane_ % 4 * 16;
 #pragma unroll
     for (int tile = 0; tile < kColumnTiles; ++tile) {
-      const char* const column =
-          columns + (8 * tile + lane_ / 4) * Layout::kRowBytes + lane_ % 4 * 16;
-#pragma unroll
-      for (int chunk = 0; chunk < kChunks; ++chunk)
-        query_[tile][chunk] = *reinterpret_cast<const uint4*>(column + 64 * chunk);
       const int query = 4 * tile + lane_ % 4;
       scale_[tile] = scales[query];
       query_sum_[tile] = sums[query];
@@ -89,27 +88,31 @@ class Stream {
     wait_for_part(num_slots_ - 1);
     __syncwarp();
 #pragma unroll 1
-    for (int step = first_step_; step < range_.last; step += kWarps) {
-      if (step != first_step_) next_part(true);
+    for (int step = first_step_; step < range_.last;) {
       const int tokens = range_.num_tokens - step * kStepTokens;  // 32 or more but for the last
-      float weights[kColumnTiles][kKeys];
-      score(weights, slot_);
-      next_part(false);
+      float scores[kColumnTiles][kKeys];
+      score(scores, slot_);
       if (tokens < kStepTokens) {
 #pragma unroll
         for (int key = 0; key < kKeys; ++key)
           if (8 * key + lane_ / 4 >= tokens)
 #pragma unroll
-            for (int tile = 0; tile < kColumnTiles; ++tile) weights[tile][key] = kNothing;
-        clear_behind(slot_, tokens);
+            for (int tile = 0; tile < kColumnTiles; ++tile) scores[tile][key] = kNothing;
+        if (kKv == Kv::kOnline) clear_parameters(slot_, tokens);
       }
+      Weights weights;
+      weigh(weights, scores, slot_);
+      next_part(false);
+      if (kIsHalf && tokens < kStepTokens) clear_values(slot_, tokens);
       mix(weights, slot_);
+      step += kWarps;
+      if (step < range_.last) next_part(true);
     }
     wait_copies<0>();
     __syncwarp();
   }
 
-  // [kQueries][head_dim] sums, then (top, total) of each query.
+  // [kQueries][kResultStride] sums, then (top, total) of each query.
   __device__ __forceinline__ void write(float* results) const {
 #pragma unroll
     for (int tile = 0; tile < kColumnTiles; ++tile) {
@@ -118,10 +121,10 @@ class Stream {
       const float zeros = kKv == Kv::kOnline ? sum_over_keys(zeros_[tile]) : 0.0f;
 #pragma unroll
       for (int i = 0; i < kHeadDim / 8; ++i)
-        results[query * kHeadDim + 8 * i + lane_ / 4] = mixed_[tile][i] + zeros;
+        results[query * kResultStride + 8 * i + lane_ / 4] = mixed_[tile][i] + zeros;
       if (lane_ < 4) {
-        results[kQueries * kHeadDim + 2 * query] = top_[tile];
-        results[kQueries * kHeadDim + 2 * query + 1] = total;
+        results[kQueries * kResultStride + 2 * query] = top_[tile];
+        results[kQueries * kResultStride + 2 * query + 1] = total;
       }
     }
   }
@@ -156,30 +159,26 @@ class Stream {
 #pragma unroll
         for (int i = 0; i < kChunkBytes; i += 512)
           copy16_async(to + chunk * kChunkBytes + i, from + chunk * stride + i);
-      if (lane_ < kParameterBytes / 16)
-        copy16_async(to + kPartBytes, copied_unit_ + 2 * Layout::kPartBytes +
-                                          is_value * Layout::kParameterBytes +
-                                          in_unit * kParameterBytes);
+      // Those of the values come with the keys, so that weights are there before the values.
+      if (!is_value && lane_ < kParameterLanes) {
+        const bool is_of_value = lane_ >= kParameterLanes / 2;
+        copy16_async(to + kPartBytes,
+                     copied_unit_ + 2 * Layout::kPartBytes + in_unit * kParameterBytes +
+                         is_of_value * (Layout::kParameterBytes - kParameterBytes));
+      }
     }
     commit_copies();
   }
 
-  // Goes on from keys to values, or from values to the next keys, and waits for them. Every lane has
-  // then read what was in the slot before, which is filled again.
+  // Goes on from keys to values, or from values to the next keys, and waits for them. When every lane
+  // has read what was in the slot before it is filled again, first.
   __device__ __forceinline__ void next_part(bool was_value) {
-    const bool is_value = was_value != (num_slots_ % 2 != 0);
-    if (kLeastSlots == 1 && num_slots_ == 1) {
-      __syncwarp();
-      copy_next(ring_, is_value);
-      wait_copies<0>();
-      __syncwarp();
-      return;
-    }
     char* const before = slot_;
     slot_ = before == ring_ + (num_slots_ - 1) * kSlotBytes ? ring_ : before + kSlotBytes;
-    wait_for_part(num_slots_ - 2);
     __syncwarp();
-    copy_next(before, is_value);
+    copy_next(before, was_value != (num_slots_ % 2 != 0));
+    wait_for_part(num_slots_ - 1);
+    __syncwarp();
   }
 
   // The oldest in flight, when so many came after it.
@@ -195,22 +194,32 @@ class Stream {
   // which this kernel stores there at the same time, may come along or not. Bytes of other tokens in
   // the same word stay as they are. Scores behind are kNothing, weights 0; but 0 times what no token
   // has written yet may be NaN.
-  __device__ __forceinline__ void clear_behind(char* values, int tokens) const {
-    if (kKv == Kv::kOnline && lane_ >= tokens)
-      reinterpret_cast<uint32_t*>(values + kPartBytes)[lane_] = 0;
-    if (kIsHalf) {
-      const StoredRow nothing = {};
-#pragma unroll 1
-      for (int i = tokens; i < kStepTokens; ++i)
-        put_value<kKv, kHeadDim>(values, i, nothing, lane_);
-    }
+  __device__ __forceinline__ void clear_parameters(char* keys, int tokens) const {
+    if (lane_ >= tokens)
+      reinterpret_cast<uint32_t*>(keys + kPartBytes + kParameterBytes)[lane_] = 0;
     __syncwarp();
   }
 
-  // weights[tile][j] = score of key 8 j + lane / 4 for query 4 tile + lane % 4, times log2(e).
-  __device__ __forceinline__ void score(float (&weights)[kColumnTiles][kKeys],
+  __device__ __forceinline__ void clear_values(char* values, int tokens) const {
+    const StoredRow nothing = {};
+#pragma unroll 1
+    for (int i = tokens; i < kStepTokens; ++i)
+      put_value<kKv, kHeadDim>(values, i, nothing, lane_);
+    __syncwarp();
+  }
+
+  // scores[tile][j] = score of key 8 j + lane / 4 for query 4 tile + lane % 4, times log2(e).
+  __device__ __forceinline__ void score(float (&scores)[kColumnTiles][kKeys],
                                         const char* keys) const {
     const char* const rows = keys + lane_ * 16;
+    // Read for each step: while values are added their registers are for others.
+    uint4 query[kColumnTiles][kChunks];
+#pragma unroll
+    for (int tile = 0; tile < kColumnTiles; ++tile)
+#pragma unroll
+      for (int chunk = 0; chunk < kChunks; ++chunk)
+        query[tile][chunk] = *reinterpret_cast<const uint4*>(
+            column_ + 8 * tile * Layout::kRowBytes + 64 * chunk);
 #pragma unroll
     for (int m = 0; m < kKeys / 2; ++m) {
       Accumulator sums[kColumnTiles][4] = {};
@@ -221,7 +230,7 @@ class Stream {
         const uint4 b = *reinterpret_cast<const uint4*>(row + 512);
 #pragma unroll
         for (int tile = 0; tile < kColumnTiles; ++tile) {
-          const uint4& q = query_[tile][chunk];
+          const uint4& q = query[tile][chunk];
           multiply(sums[tile], a.x, b.x, a.y, b.y, q.x, q.y);
           multiply(sums[tile], a.z, b.z, a.w, b.w, q.z, q.w);
         }
@@ -235,10 +244,10 @@ class Stream {
 #pragma unroll
         for (int tile = 0; tile < kColumnTiles; ++tile) {
           const float dot = join_digits(sums[tile][2 * i], sums[tile][2 * i + 1]);
-          if (kKv == Kv::kHalf) weights[tile][key] = scale_[tile] * dot;
-          if (kKv == Kv::kStatic) weights[tile][key] = fmaf(scale_[tile], dot, query_sum_[tile]);
+          if (kKv == Kv::kHalf) scores[tile][key] = scale_[tile] * dot;
+          if (kKv == Kv::kStatic) scores[tile][key] = fmaf(scale_[tile], dot, query_sum_[tile]);
           if (kKv == Kv::kOnline)
-            weights[tile][key] =
+            scores[tile][key] =
                 scale_[tile] *
                 fmaf(low_to_float(word), dot, high_to_float(word) * query_sum_[tile]);
         }
@@ -246,16 +255,21 @@ class Stream {
     }
   }
 
-  // Adds a step's values, weighted by 2^score, to the running sums.
-  __device__ __forceinline__ void mix(float (&weights)[kColumnTiles][kKeys], const char* values) {
-    constexpr int kGroups = kStepTokens / Layout::kGroupTokens;
-    constexpr int kGroupKeys = kKeys / kGroups;
+  // Weights of a step as operand B of the product with values, and what the sums so far and the step's
+  // are to be multiplied by.
+  struct Weights {
     uint32_t operand[kColumnTiles][kGroups][2];
     float keep[kColumnTiles], add[kColumnTiles];
+  };
+
+  // From scores to weights: 2^score. keys: the step's, whose values' parameters are beside them.
+  __device__ __forceinline__ void weigh(Weights& weights, float (&scores)[kColumnTiles][kKeys],
+                                        const char* keys) {
+    constexpr int kGroupKeys = kKeys / kGroups;
 #pragma unroll
     for (int tile = 0; tile < kColumnTiles; ++tile) {
-      float(&w)[kKeys] = weights[tile];
-      weigh(w, tile, values, keep[tile], add[tile]);
+      float(&w)[kKeys] = scores[tile];
+      weigh_tile(w, tile, keys, weights.keep[tile], weights.add[tile]);
       const int source = lane_ % 4 * 4 + lane_ / 8;
 #pragma unroll
       for (int group = 0; group < kGroups; ++group) {
@@ -272,10 +286,14 @@ class Stream {
         for (int i = 0; i < 2; ++i) {
           const uint32_t high = __shfl_sync(kFullMask, words.x, source + 16 * i);
           const uint32_t low = __shfl_sync(kFullMask, words.y, source + 16 * i);
-          operand[tile][group][i] = lane_ / 4 % 2 == 0 ? high : low;
+          weights.operand[tile][group][i] = lane_ / 4 % 2 == 0 ? high : low;
         }
       }
     }
+  }
+
+  // Adds a step's values, weighted, to the running sums.
+  __device__ __forceinline__ void mix(const Weights& weights, const char* values) {
 #pragma unroll
     for (int m = 0; m < kHeadDim / 16; ++m) {
       Accumulator sums[kColumnTiles][4] = {};
@@ -285,26 +303,26 @@ class Stream {
             values + ((group * (kHeadDim / 16) + m) * kWarpSize + lane_) * 16);
 #pragma unroll
         for (int tile = 0; tile < kColumnTiles; ++tile)
-          multiply(sums[tile], a.x, a.y, a.z, a.w, operand[tile][group][0],
-                   operand[tile][group][1]);
+          multiply(sums[tile], a.x, a.y, a.z, a.w, weights.operand[tile][group][0],
+                   weights.operand[tile][group][1]);
       }
 #pragma unroll
       for (int tile = 0; tile < kColumnTiles; ++tile)
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           float& mixed = mixed_[tile][2 * m + i];
-          mixed = fmaf(mixed, keep[tile],
-                       join_digits(sums[tile][2 * i], sums[tile][2 * i + 1]) * add[tile]);
+          mixed = fmaf(mixed, weights.keep[tile],
+                       join_digits(sums[tile][2 * i], sums[tile][2 * i + 1]) * weights.add[tile]);
         }
     }
   }
 
-  // From scores to weights for the product: 2^(score - top), for online int8 times the values'
-  // scales; int8: as large as fixed point holds, which is what `top` is chosen for. keep, add: what
-  // the sums so far and the step's are to be multiplied by.
-  __device__ __forceinline__ void weigh(float (&w)[kKeys], int tile, const char* values,
-                                        float& keep, float& add) {
-    const uint32_t* const parameters = reinterpret_cast<const uint32_t*>(values + kPartBytes);
+  // 2^(score - top), for online int8 times the values' scales; int8: as large as fixed point holds,
+  // which is what `top` is chosen for.
+  __device__ __forceinline__ void weigh_tile(float (&w)[kKeys], int tile, const char* keys,
+                                             float& keep, float& add) {
+    const uint32_t* const parameters =
+        reinterpret_cast<const uint32_t*>(keys + kPartBytes + kParameterBytes);
     float scales[kKeys];
     float top = kNothing;
 #pragma unroll
@@ -359,7 +377,7 @@ class Stream {
   const char* copied_unit_;  // where it lies, for this lane
   char* const ring_;
   char* slot_;  // of the part at hand
-  uint4 query_[kColumnTiles][kChunks];
+  const char* column_;  // of the queries, where this lane's begins
   float scale_[kColumnTiles];
   float query_sum_[kColumnTiles];  // static int8: what each score has on top
   float top_[kColumnTiles];

@@ -57,7 +57,7 @@ class Variant:
 
 VARIANTS = (
     Variant("as built"),
-    Variant("next kernel at once", {"TRIGGER": 0}),
+    Variant("next kernel after copies", {"TRIGGER": 1}),
     Variant("next kernel after queries", {"TRIGGER": 2}),
     Variant("2 parts early", {"EARLY_PARTS": 2}),
     Variant("all parts early", {"EARLY_PARTS": 4}),

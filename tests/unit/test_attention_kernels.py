@@ -111,9 +111,9 @@ def test_rings_are_as_long_as_what_shares_an_sm_leaves() -> None:
     def shape(rows: int, policy: int = 8, num_heads: int = 32) -> DecodeAttentionShape:
         return DecodeAttentionShape(KvLayout(policy, 128), num_heads, 32, rows, 64, 4, 8)
 
-    # 8 warps x 32 tokens x (128 codes + 4 bytes) a slot; columns, queries, numbers, pages.
+    # 8 warps x 32 tokens x (128 codes + 2 x 4 bytes) a slot; columns, queries, numbers, pages.
     rest = 8 * 128 + 4 * (4 * 128 + 128 + 12) + 4 * 64
-    assert shape(1).shared_bytes(4) == 4 * 8 * 32 * 132 + rest
+    assert shape(1).shared_bytes(4) == 4 * 8 * 32 * 136 + rest
     h200, orin, xavier = (132, 232448), (16, 166912), (8, 98304)
     assert shape(1).ring_slots(*h200) == 4
     # 256 blocks on 132 SMs: two of 3 slots fit into 227 KiB, two of 2 into 163 KiB.
