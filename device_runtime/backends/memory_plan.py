@@ -22,7 +22,8 @@ class CacheRequest:
         page_size: tokens of a page, ``cache_block_seq_len``.
         session_len: most tokens of one sequence.
         max_batch_size: sequences that run together.
-        max_tokens_per_step: tokens of one step, all sequences together.
+        max_tokens_per_step: tokens of prompts in one step, all sequences together; those that
+            decode have one each beside them.
         kv_format: how keys and values are stored.
     """
 

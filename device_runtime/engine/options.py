@@ -20,8 +20,8 @@ class EngineOptions:
         quant_policy: KV format: 0 fp16, 4 static int8, 8 online int8.
         session_len: most tokens of one conversation.
         max_batch_size: sequences that run together.
-        max_tokens_per_step: tokens of one step, so the length of a prefill chunk; None takes
-            ``num_tokens_per_iter`` where config.ini sets it, else 512.
+        max_tokens_per_step: tokens of prompts in one step, so the length of a prefill chunk; None
+            takes ``num_tokens_per_iter`` where config.ini sets it, else 512.
         memory_limit_bytes: use no more than this, as on a smaller board.
     """
 

@@ -1,10 +1,13 @@
 """Which tokens of which sequences make the next step, and which pages they use.
 
 Pure bookkeeping. Decoding sequences come first, one token each, then prompts in chunks, oldest
-first, until the step's tokens are used up. When no page is left the idle session that waited
-longest gives its pages back, then the newest sequence is preempted: it loses its pages and is
-computed again from its tokens once there is room. Since no sequence outgrows the cache, the
-oldest one always goes on.
+first, until the step's tokens are used up. A chunk is as long as a step's tokens are, or what is
+left of the prompt: where a prompt is cut does not depend on what else runs, since the last bits of
+its numbers depend on it. One that does not fit any more waits for the next step.
+
+When no page is left the idle session that waited longest gives its pages back, then the newest
+sequence is preempted: it loses its pages and is computed again from its tokens once there is room.
+Since no sequence outgrows the cache, the oldest one always goes on.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ class Scheduler:
         self._waiting: list[Sequence] = []
         self._idle: OrderedDict[int, Session] = OrderedDict()
         self._dropped: list[Sequence] = []
-        self._num_left = 0  # tokens that the step being planned can still take
+        self._num_left = 0  # tokens of prompts that the step being planned can still take
 
     @property
     def num_running(self) -> int:
@@ -168,14 +171,14 @@ class Scheduler:
                 raise InternalError(f"sequence {waiting.sequence_id} waits with pages")
 
     def _plan(self, sequence: Sequence, rows: list[Row]) -> None:
-        """Add the sequence's next tokens to the step, if there is room and there are pages."""
-        count = min(sequence.num_to_feed, self._num_left)
-        if sequence not in self._running or count == 0:
+        """Add the sequence's next chunk to the step, if there is room and there are pages."""
+        count = self._chunk(sequence)
+        if sequence not in self._running or count == 0 or _cost(count) > self._num_left:
             return
         end = sequence.num_planned + count
         if not self._reserve(sequence, end, rows):
             return
-        self._num_left -= count
+        self._num_left -= _cost(count)
         rows.append(
             Row(
                 sequence,
@@ -187,6 +190,10 @@ class Scheduler:
                 num_preemptions=sequence.num_preemptions,
             )
         )
+
+    def _chunk(self, sequence: Sequence) -> int:
+        """Return how many tokens of a sequence a step takes, if any."""
+        return min(sequence.num_to_feed, self.max_tokens_per_step)
 
     def _reserve(self, sequence: Sequence, num_tokens: int, rows: list[Row]) -> bool:
         """Give a running sequence pages for so many tokens; False when it was preempted itself."""
@@ -208,7 +215,7 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence, rows: list[Row]) -> None:
         self.num_preemptions += 1
-        self._num_left += sum(row.num_tokens for row in rows if row.sequence is sequence)
+        self._num_left += sum(_cost(row.num_tokens) for row in rows if row.sequence is sequence)
         rows[:] = [row for row in rows if row.sequence is not sequence]
         self._running.remove(sequence)
         self._release(sequence)
@@ -229,10 +236,11 @@ class Scheduler:
             sequence = self._waiting[0]
             # After a preemption its last tokens may not be known yet, or its state not dropped.
             is_settled = not sequence.num_in_flight and sequence not in self._dropped
-            if not self._num_left or not is_settled:
+            if not is_settled:
                 return
             self._claim(sequence)
-            if not self._has_room(sequence):
+            is_fitting = _cost(self._chunk(sequence)) <= self._num_left
+            if not is_fitting or not self._has_room(sequence):
                 self._release(sequence)
                 sequence.num_planned = sequence.num_computed = 0
                 return
@@ -291,6 +299,11 @@ class Scheduler:
     def _release(self, sequence: Sequence) -> None:
         self.pool.release(reversed(sequence.pages))
         sequence.pages = []
+
+
+def _cost(num_tokens: int) -> int:
+    """Return what so many tokens take of a step's; one alone, as all that decode have, nothing."""
+    return num_tokens if num_tokens > 1 else 0
 
 
 def _commit(row: Row) -> None:

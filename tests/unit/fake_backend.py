@@ -6,6 +6,7 @@ or a stale prefix changes the answer; `next_token` says what the right one is.
 
 import zlib
 from collections import deque
+from itertools import pairwise
 
 import numpy as np
 
@@ -57,7 +58,8 @@ class FakeBackend:
             self.outstanding.clear()
             raise RuntimeError("the device is lost")
         self.steps.append(batch)
-        assert batch.num_tokens <= self.plan.max_tokens_per_step
+        counts = [end - start for start, end in pairwise(batch.query_start)]
+        assert sum(count for count in counts if count > 1) <= self.plan.max_tokens_per_step
         assert len(set(batch.sequence_ids)) == batch.num_sequences <= self.plan.max_batch_size
         drawn = [self.run_row(batch, row) for row in range(batch.num_sequences)]
         self.outstanding.append((batch.sequence_ids, [pair for pair in drawn if pair]))

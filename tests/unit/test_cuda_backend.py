@@ -222,7 +222,7 @@ def test_prompts_beyond_8_tokens_take_gemms_and_no_longer_ones_stall_decoding(ro
         for _ in range(6):
             engine.step()
         fake.launches.clear()
-        engine.add(np.arange(200) % 300, params(3))
+        engine.add(np.arange(203) % 300, params(3))
         for _ in range(10):
             engine.step()
         names = names_of(fake)
@@ -231,7 +231,7 @@ def test_prompts_beyond_8_tokens_take_gemms_and_no_longer_ones_stall_decoding(ro
         for index, launched in enumerate(fake.launches)
         if launched.name == "embed_f16" and launched.grid[1] > 8
     ]
-    assert len(chunks) == 4  # 63 + 63 + 63 + 11
+    assert len(chunks) == 4  # 64 + 64 + 64 + 11
     for before, after in itertools.pairwise(chunks):
         assert "w4a16_gemv_norm_1" in names[before:after]
     assert any(name.startswith("w4a16_gemm") for name in names)

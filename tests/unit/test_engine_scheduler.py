@@ -51,16 +51,36 @@ def test_a_prompt_goes_in_chunks_and_draws_after_the_last() -> None:
     assert shape(plan.schedule()) == [(1, 40, 41, True)]
 
 
-def test_decoding_goes_first_and_prompts_share_what_is_left_in_order() -> None:
+def test_decoding_goes_first_and_prompts_share_the_step_in_order() -> None:
     plan = scheduler(budget=16)
     plan.add(sequence(1, 3))
     run(plan, plan.schedule())
     plan.add(sequence(2, 20, first_token=100))
     plan.add(sequence(3, 20, first_token=200))
     rows = plan.schedule()
-    assert shape(rows) == [(1, 3, 4, True), (2, 0, 15, False)]
+    assert shape(rows) == [(1, 3, 4, True), (2, 0, 16, False)]
     run(plan, rows)
-    assert shape(plan.schedule()) == [(1, 4, 5, True), (2, 15, 20, True), (3, 0, 10, False)]
+    # The third's first chunk does not fit beside the rest of the second.
+    rows = plan.schedule()
+    assert shape(rows) == [(1, 4, 5, True), (2, 16, 20, True)]
+    assert plan.num_waiting == 1
+    run(plan, rows)
+    rows = plan.schedule()
+    assert shape(rows) == [(1, 5, 6, True), (2, 20, 21, True), (3, 0, 16, False)]
+
+
+@pytest.mark.parametrize("lengths", [[40], [7, 40, 3], [15, 2, 40], [16, 40, 33], [1, 1, 40]])
+def test_a_prompt_is_cut_at_the_same_tokens_whatever_else_runs(lengths) -> None:
+    plan = scheduler(budget=16)
+    for number, length in enumerate(lengths):
+        plan.add(sequence(number, length, max_tokens=30, first_token=100 * number))
+    cuts = []
+    for _ in range(20):
+        rows = plan.schedule()
+        assert sum(row.num_tokens for row in rows if row.num_tokens > 1) <= 16
+        cuts += [row[1:3] for row in shape(rows) if row[0] == lengths.index(40) and row[1] < 40]
+        run(plan, rows)
+    assert cuts == [(0, 16), (16, 32), (32, 40)]
 
 
 def test_no_more_sequences_run_than_the_batch_holds() -> None:
@@ -155,7 +175,7 @@ def test_a_preempted_sequence_waits_for_the_tokens_still_on_their_way() -> None:
 
 
 def test_a_sequence_that_was_preempted_in_a_step_is_not_in_it() -> None:
-    plan = scheduler(num_pages=5, page_size=4, budget=8)
+    plan = scheduler(num_pages=5, page_size=4, budget=7)
     decoding = sequence(2, 3)
     plan.add(decoding)
     run(plan, plan.schedule())

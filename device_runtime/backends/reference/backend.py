@@ -194,4 +194,5 @@ def workspace_bytes(model: ModelConfig, request: CacheRequest) -> int:
     token = 4 * model.hidden_size + 2 * model.qkv_size + 5 * model.intermediate_size
     context = 4 * model.kv_size * request.session_len
     logits = 2 * request.max_batch_size * model.vocab_size
-    return 4 * (request.max_tokens_per_step * token + context + logits + 2 * MAX_SCORES)
+    num_tokens = request.max_tokens_per_step + request.max_batch_size
+    return 4 * (num_tokens * token + context + logits + 2 * MAX_SCORES)
