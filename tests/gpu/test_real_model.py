@@ -196,7 +196,7 @@ def test_a_prompt_never_holds_up_who_decodes_for_more_than_a_chunk(cuda: Engine)
     while not counts[second]:
         for output in cuda.step():
             counts[output.sequence_id] += len(output.token_ids)
-    # 600 tokens in chunks of 255: each of the steps gave the first sequence a token too.
+    # 600 tokens in chunks of 256: each of the steps gave the first sequence a token too.
     assert counts[first] >= 3
     cuda.cancel(first)
     while cuda.num_unfinished:
