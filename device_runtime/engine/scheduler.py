@@ -2,8 +2,9 @@
 
 Pure bookkeeping. Decoding sequences come first, one token each, then prompts in chunks, oldest
 first, until the step's tokens are used up. A chunk is as long as a step's tokens are, or what is
-left of the prompt: where a prompt is cut does not depend on what else runs, since the last bits of
-its numbers depend on it. One that does not fit any more waits for the next step.
+left of the prompt, so that its cuts, which the last bits of its numbers depend on, are not moved by
+what shares the step. Tokens found in pages of others, and a preemption, do move them. One that does
+not fit any more waits for the next step.
 
 When no page is left the idle session that waited longest gives its pages back, then the newest
 sequence is preempted: it loses its pages and is computed again from its tokens once there is room.
@@ -236,11 +237,10 @@ class Scheduler:
             sequence = self._waiting[0]
             # After a preemption its last tokens may not be known yet, or its state not dropped.
             is_settled = not sequence.num_in_flight and sequence not in self._dropped
-            if not is_settled:
+            if not self._num_left or not is_settled:
                 return
             self._claim(sequence)
-            is_fitting = _cost(self._chunk(sequence)) <= self._num_left
-            if not is_fitting or not self._has_room(sequence):
+            if not self._has_room(sequence):
                 self._release(sequence)
                 sequence.num_planned = sequence.num_computed = 0
                 return
@@ -249,6 +249,8 @@ class Scheduler:
                 sequence.num_cached_tokens = sequence.num_planned
             self._waiting.pop(0)
             bisect.insort(self._running, sequence, key=_age)
+            if _cost(self._chunk(sequence)) > self._num_left:
+                return  # it keeps what it has claimed, and is first in the next step
             self._plan(sequence, rows)
 
     def _claim(self, sequence: Sequence) -> None:

@@ -63,14 +63,14 @@ def test_decoding_goes_first_and_prompts_share_the_step_in_order() -> None:
     # The third's first chunk does not fit beside the rest of the second.
     rows = plan.schedule()
     assert shape(rows) == [(1, 4, 5, True), (2, 16, 20, True)]
-    assert plan.num_waiting == 1
+    assert plan.num_waiting == 0
     run(plan, rows)
     rows = plan.schedule()
     assert shape(rows) == [(1, 5, 6, True), (2, 20, 21, True), (3, 0, 16, False)]
 
 
 @pytest.mark.parametrize("lengths", [[40], [7, 40, 3], [15, 2, 40], [16, 40, 33], [1, 1, 40]])
-def test_a_prompt_is_cut_at_the_same_tokens_whatever_else_runs(lengths) -> None:
+def test_a_prompt_is_cut_at_the_same_tokens_whatever_shares_the_step(lengths) -> None:
     plan = scheduler(budget=16)
     for number, length in enumerate(lengths):
         plan.add(sequence(number, length, max_tokens=30, first_token=100 * number))
@@ -81,6 +81,27 @@ def test_a_prompt_is_cut_at_the_same_tokens_whatever_else_runs(lengths) -> None:
         cuts += [row[1:3] for row in shape(rows) if row[0] == lengths.index(40) and row[1] < 40]
         run(plan, rows)
     assert cuts == [(0, 16), (16, 32), (32, 40)]
+
+
+@pytest.mark.parametrize("is_cancelled", [False, True])
+def test_a_session_keeps_its_pages_while_its_turn_waits_for_a_step(is_cancelled) -> None:
+    plan = scheduler(budget=16)
+    session = Session(0)
+    first = sequence(1, 9, session=session)
+    plan.add(first)
+    run(plan, plan.schedule())
+    plan.finish(first)
+    assert len(session.token_ids) == 9  # the last page is not full
+    plan.add(sequence(2, 12, first_token=100))
+    again = sequence(3, 20, session=session)
+    plan.add(again)
+    assert shape(plan.schedule()) == [(2, 0, 12, True)]
+    if is_cancelled:
+        plan.finish(again)
+        assert session.token_ids == first.token_ids[:9]
+    else:
+        assert shape(plan.schedule()) == [(2, 12, 13, True), (3, 9, 20, True)]
+    plan.check_integrity()
 
 
 def test_no_more_sequences_run_than_the_batch_holds() -> None:
