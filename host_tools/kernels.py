@@ -24,6 +24,11 @@ from device_runtime.package_format.boards import Board
 from host_tools.nvrtc import WHEELS, Nvrtc
 
 SOURCE_FOLDER = Path(kernels_package.__file__).parent
+SWITCHES = {
+    # Whole units take more registers than there are.
+    ("w4a16_gemv_8", 110): ("-DTURBOJET_GEMV_PARTS=2",),
+}
+"""What the sources of some SMs are compiled with beside the rest, by source and SM."""
 _INCLUDE = re.compile(r'^#include "([^"]+)"$', re.MULTILINE)
 
 
@@ -98,7 +103,7 @@ class Unit:
         flags.append(f"-DTURBOJET_PLAIN={int(self.build.is_plain)}")
         if self.group_size:
             flags.append(f"-DTURBOJET_GROUP_SIZE={self.group_size}")
-        return tuple(flags)
+        return (*flags, *SWITCHES.get((self.source, self.build.sm), ()))
 
     @property
     def file(self) -> str:

@@ -88,6 +88,8 @@ def test_every_source_is_built_for_every_group_size_it_depends_on() -> None:
         "-DTURBOJET_PLAIN=1",
         "-DTURBOJET_GROUP_SIZE=64",
     )
+    halves = Unit("w4a16_gemv_8", Build(110, "13.0"), 64).flags
+    assert halves[-2:] == ("-DTURBOJET_GROUP_SIZE=64", "-DTURBOJET_GEMV_PARTS=2")
 
 
 def test_the_hash_of_a_source_covers_its_headers() -> None:
