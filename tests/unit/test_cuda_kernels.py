@@ -197,6 +197,22 @@ def _files(folder):
     return [(row["source"], folder / row["file"]) for row in rows]
 
 
+def test_kernels_of_another_release_are_told_from_none(tmp_path, monkeypatch) -> None:
+    install(monkeypatch)
+    write_cubins(tmp_path)
+    rows = [row for row in read_record(tmp_path) if row.source != "w4a16_gemv_paired_1"]
+    write_record(tmp_path, rows)
+    with (
+        CudaDriver() as driver,
+        pytest.raises(
+            DeviceError,
+            match=r"not all kernels for sm_90 .* \(missing w4a16_gemv_paired_1, group size 32; "
+            r".*\); they are another turbojet's, so pack again with this one or use the reference",
+        ),
+    ):
+        find_cubins((tmp_path,), ("w4a16_gemv_1", "w4a16_gemv_paired_1"), 32, driver)
+
+
 def test_two_blocks_that_share_an_sm_have_its_shared_memory(tmp_path, monkeypatch) -> None:
     install(monkeypatch)
     write_cubins(tmp_path)

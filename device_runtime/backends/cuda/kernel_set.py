@@ -63,8 +63,14 @@ def find_cubins(
                 f"packages hold those of Jetsons, so set {VARIABLE} to a folder that "
                 f"`turbojet-host kernels --sm {sm}` made, if it can,"
             )
+        kind = has_group_size(missing[0])
+        others = [item for item in wanted.items() if has_group_size(item[0]) == kind]
+        is_of_another = any(item in chosen for item in others)
+        if is_of_another:
+            remedy = "they are another turbojet's, so pack again with this one"
         raise DeviceError(
-            f"no kernels for sm_{sm} and a driver of CUDA {version[0]}.{version[1]} in "
+            f"{'not all' if is_of_another else 'no'} kernels for sm_{sm} and a driver of CUDA "
+            f"{version[0]}.{version[1]} in "
             f"{' or '.join(str(folder) for folder in folders)} (missing {missing[0]}"
             f"{f', group size {group_size}' if group_size else ''}; there are "
             f"{', '.join(built) or 'none'}); {remedy} or use the reference backend"

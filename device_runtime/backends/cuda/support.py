@@ -52,7 +52,7 @@ def check_model(model: ModelConfig) -> None:
 
 
 def sources_for(model: ModelConfig) -> tuple[str, ...]:
-    """Return the .cu files, without suffix, that a model's steps launch."""
+    """Return the .cu files, without suffix, that a model's steps launch on some device."""
     tiles = [f"f16_gemm_{tokens}" for tokens in F16_TILES] if has_half_matrices(model) else []
     if model.group_size:
         tiles += [f"w4a16_gemm_{tokens}" for tokens in W4A16_TILES]
