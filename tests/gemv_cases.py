@@ -70,10 +70,9 @@ def run_gemv(launch: Launch, case: GemvCase, seed: int = 0) -> tuple[NDArray[np.
         name = f"{kind}_{shape.width}"
         launch(name, (shape.quantize_grid, 1, 1), [activations, *read, case.num_tokens, size[0]])
         read = [activations]
-    name = f"w4a16_gemv_{case.output}_{shape.width}"
+    name = shape.add_kernel if is_add else f"w4a16_gemv_{case.output}_{shape.width}"
     grid = (shape.grid, 1, 1)
     if is_add:
-        name = shape.add_kernel
         want = linear.linear(x, weights, bias)
         sums = rng.standard_normal(want.shape).astype(np.float32)
         old = sums.astype(np.float64)

@@ -23,7 +23,9 @@ KNOWN_FAILURES = {
     ),
 }
 """Tests that failed when the record was made, and why the record is kept all the same. Only what no
-kernel had a part in may be here; the next record empties it."""
+kernel had a part in may be here."""
+KNOWN_FAILURES_OF = "b00d2d6"
+"""`commit` of the record that `KNOWN_FAILURES` speaks of; of another one nothing is known."""
 PLAN = "plan.json"
 """Names of all steps of a run, those included that were left."""
 REFRESH = "run scripts/test-gpu on a machine with a GPU and commit tests/gpu/record.json"
@@ -52,6 +54,8 @@ def faults_of(
     """
     if record.get("format_version") != FORMAT_VERSION:
         return [f"the record has format {record.get('format_version')}, expected {FORMAT_VERSION}"]
+    if known and record["commit"] != KNOWN_FAILURES_OF:
+        return [f"KNOWN_FAILURES are of a record of {KNOWN_FAILURES_OF}, empty them"]
     recorded: Mapping[str, str] = record["sources"]
     faults = [
         f"{source}.cu or a header of it changed after the record was made"
@@ -74,8 +78,8 @@ def faults_of(
             f"{test} did not fail with the {variant} kernels, take it out of KNOWN_FAILURES"
             for test in sorted(set(known) - failed)
         ]
-        missing = record["selftest"].get(variant, {}).get("failed", ["the self test is missing"])
-        faults += [f"self test with the {variant} kernels: {name}" for name in missing]
+        broken = record["selftest"].get(variant, {}).get("failed", ["the self test is missing"])
+        faults += [f"self test with the {variant} kernels: {name}" for name in broken]
     said: Mapping[str, str] = record["sanitizer"]
     faults += [
         f"compute-sanitizer found errors in {name.removeprefix('sanitizer-')}"

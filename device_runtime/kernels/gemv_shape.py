@@ -53,7 +53,7 @@ class GemvShape:
     @property
     def add_kernel(self) -> str:
         """The entry point that adds to the residual."""
-        paired = "paired_" if self.warps == PAIRED_GEMV_WARPS else ""
+        paired = "paired_" if self.width == 1 and self.warps == PAIRED_GEMV_WARPS else ""
         return f"w4a16_gemv_{paired}add_{self.width}"
 
     @property

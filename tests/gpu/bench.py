@@ -53,7 +53,7 @@ _DECODE = "--prompt 1 --completion 512"
 RUNS = (
     _run("llama-2-7b-decode", "llama-2-7b", f"{_DECODE} --concurrency 1,8", 30),
     _run("llama-2-7b-first-token", "llama-2-7b", "--prompt 128,512,2048 --completion 16", 20),
-    # A decode step or two are under way when nodes are measured: up to 4096 tokens.
+    # Up to three decode steps are under way when nodes are measured: 4096 tokens at most.
     _run("llama-2-7b-nodes", "llama-2-7b", "--prompt 4092 --completion 64 --nodes", 25),
     _run(
         "llama-2-7b-slices",

@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from gpu_record import KNOWN_FAILURES, RECORD, REFRESH, faults_of, read_record
+from gpu_record import KNOWN_FAILURES, KNOWN_FAILURES_OF, RECORD, REFRESH, faults_of, read_record
 
 from device_runtime.errors import DeviceError
 from device_runtime.kernels.cubins import SOURCES, Cubin, write_record
@@ -146,14 +146,19 @@ def test_a_known_failure_is_none_until_it_passes(
     for variant in ("default", "plain"):
         write_rows(folder / f"results-{variant}-test_a.jsonl", *rows)
         write_states(folder, {f"{variant}-test_a": state(1)})
-    record = load("write_record", monkeypatch).make_record([folder])
-    assert faults_of(record, NOW, ["tests/gpu/test_a.py::test_one[1]"]) == []
+    made = load("write_record", monkeypatch).make_record([folder])
+    known = ["tests/gpu/test_a.py::test_one[1]"]
+    assert faults_of(made, NOW, known) == [
+        f"KNOWN_FAILURES are of a record of {KNOWN_FAILURES_OF}, empty them"
+    ]
+    record = made | {"commit": KNOWN_FAILURES_OF}
+    assert faults_of(record, NOW, known) == []
     faults = faults_of(record, NOW, ["tests/gpu/test_a.py::test_two"])
     assert "tests/gpu/test_a.py::test_one[1] failed with the plain kernels" in faults
     assert any("test_two did not fail with the plain kernels, take it out" in f for f in faults)
     write_states(folder, {"plain-test_a": state(2)})
-    record = load("write_record", monkeypatch).make_record([folder])
-    known = ["tests/gpu/test_a.py::test_one[1]"]
+    made = load("write_record", monkeypatch).make_record([folder])
+    record = made | {"commit": KNOWN_FAILURES_OF}
     assert faults_of(record, NOW, known) == ["plain-test_a did not pass: exit code 2"]
 
 
