@@ -146,13 +146,6 @@ def plan_memory(model: ModelConfig, request: CacheRequest, survey: MemorySurvey)
             f"session_len is cut from {request.session_len} to {session_len} tokens: the KV cache "
             f"holds {num_pages} pages of {request.page_size}"
         )
-    max_batch_size = request.max_batch_size
-    if max_batch_size > request.max_tokens_per_step:
-        max_batch_size = request.max_tokens_per_step
-        notes.append(
-            f"max_batch_size is cut from {request.max_batch_size} to {max_batch_size}, "
-            "the tokens of one step"
-        )
     return MemoryPlan(
         backend=survey.backend,
         kv_format=request.kv_format,
@@ -164,7 +157,7 @@ def plan_memory(model: ModelConfig, request: CacheRequest, survey: MemorySurvey)
         context_bytes=survey.context_bytes,
         available_bytes=survey.available_bytes,
         session_len=session_len,
-        max_batch_size=max_batch_size,
+        max_batch_size=request.max_batch_size,
         max_tokens_per_step=request.max_tokens_per_step,
         num_streamed_layers=survey.num_streamed_layers,
         notes=tuple(notes),

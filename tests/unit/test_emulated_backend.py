@@ -205,6 +205,19 @@ def test_a_sequence_gives_the_same_tokens_alone_and_in_a_batch_of_8(
             assert tokens_of(engine, [prompts[index]], params) == [together[index]]
 
 
+def test_more_sequences_decode_together_than_a_step_takes_tokens_of_prompts(
+    plainest: Prepared,
+) -> None:
+    params = GenerationParams(max_tokens=4, sampling=GREEDY, ignore_eos=True)
+    prompts = [prompt(length, seed=length) for length in (6, 3, 1, 2, 5)]
+    narrow = dataclasses.replace(CUDA, max_batch_size=8, max_tokens_per_step=3)
+    with Engine.open(plainest.root, narrow) as engine:
+        assert engine.plan.max_batch_size == 8
+        together = tokens_of(engine, prompts, params)
+    with Engine.open(plainest.root, narrow) as engine:
+        assert [tokens_of(engine, [each], params)[0] for each in prompts] == together
+
+
 def test_a_conversation_goes_on_from_its_pages(plainest: Prepared) -> None:
     params = GenerationParams(max_tokens=5, sampling=GREEDY, ignore_eos=True)
     with Engine.open(plainest.root, CUDA) as engine:

@@ -123,12 +123,6 @@ def test_tokens_that_the_pages_hold_end_with_the_memory() -> None:
     assert cache_tokens(TINY, REQUEST, full) == 0
 
 
-def test_the_batch_never_has_more_rows_than_a_step_has_tokens() -> None:
-    made = plan(max_batch_size=64, max_tokens_per_step=16)
-    assert made.max_batch_size == 16
-    assert "max_batch_size is cut from 64 to 16" in made.notes[0]
-
-
 def test_a_backend_that_asks_for_it_gets_no_more_pages_than_the_batch_can_fill() -> None:
     capped = dataclasses.replace(SURVEY, is_capped_at_use=True)
     assert plan(capped).num_pages == 16  # 4 sequences of 256 / 64 pages
