@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from device_runtime.kernels.reference.kv_pages import KvLayout
+from device_runtime.kernels.shared_memory import most_of_two
 
 DECODE_WARPS = 8
 """Warps of a block that stream cached tokens (decode_block.cuh kStreamWarps)."""
@@ -16,8 +17,6 @@ MOST_SLOTS = 4
 """Parts of a step that the ring of a warp can hold (decode_stream.cuh kMostSlots)."""
 STEP_TOKENS = 32
 """Tokens of a warp's step, whose keys and values are a part each (kStepTokens)."""
-RESERVED_SHARED_BYTES = 1024
-"""Of each block's shared memory, which the device takes (CUDA C++ programming guide, sm_80 on)."""
 MOST_QUERIES = 8
 """Query heads of a block (decode_block.cuh kQueries)."""
 WIDE_GROUP = 5
@@ -83,7 +82,7 @@ class DecodeAttentionShape:
         limits = [max_shared_bytes]
         is_online = self.layout.parameter_bytes > 0
         if is_online and self.group < WIDE_GROUP and self.rows * self.head_blocks > num_sms:
-            limits.insert(0, max_shared_bytes // 2 - RESERVED_SHARED_BYTES)
+            limits.insert(0, most_of_two(max_shared_bytes))
         for limit in limits:
             for slots in range(most, least - 1, -1):
                 if self.shared_bytes(slots) <= limit:

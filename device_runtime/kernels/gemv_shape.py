@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 from device_runtime.errors import InternalError
-from device_runtime.kernels.attention_shape import RESERVED_SHARED_BYTES
+from device_runtime.kernels.shared_memory import most_of_two
 from device_runtime.kernels.table import (
     GEMV_STAGES,
     GEMV_WARPS,
@@ -115,8 +115,8 @@ def pair_gemv(shape: GemvShape, max_shared_bytes: int) -> GemvShape:
     """
     paired = replace(shape, warps=PAIRED_GEMV_WARPS)
     is_small = shape.width == 1 and shape.block_tiles == 1 and shape.num_units <= shape.warps
-    most = max_shared_bytes // 2 - RESERVED_SHARED_BYTES
-    return paired if is_small and paired.shared_bytes <= most else shape
+    is_fitting = paired.shared_bytes <= most_of_two(max_shared_bytes)
+    return paired if is_small and is_fitting else shape
 
 
 @cache  # all layers ask for the same few

@@ -19,7 +19,6 @@ _ERRORS_OF_A_LOST_DEVICE = frozenset((214, 220, 700, 702, 710, 714, 715, 716, 71
 """ECC, link and kernel failures (cuda.h): the context takes no call after them."""
 _STREAM_NON_BLOCKING = 1
 _ATTRIBUTE_MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-_ATTRIBUTE_CARVEOUT = 9  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, per cent
 
 DEVICE_ATTRIBUTES = {
     "multiprocessor_count": 16,
@@ -285,11 +284,7 @@ class Module:
         driver.call("cuModuleLoadData", byref(self._pointer), c_char_p(cubin))
 
     def function(self, name: str, max_shared_bytes: int = 0) -> c_void_p:
-        """Return a kernel's handle, allowed to use that much dynamic shared memory.
-
-        With more than 48 KiB the SM's shared memory is asked for whole, so that blocks of the next
-        kernel fit beside those of this one.
-        """
+        """Return a kernel's handle, allowed to use that much dynamic shared memory."""
         handle = c_void_p()
         self._driver.call(
             "cuModuleGetFunction", byref(handle), self._pointer, c_char_p(name.encode())
@@ -301,7 +296,6 @@ class Module:
                 c_int(_ATTRIBUTE_MAX_DYNAMIC_SHARED),
                 c_int(max_shared_bytes),
             )
-            self._driver.call("cuFuncSetAttribute", handle, c_int(_ATTRIBUTE_CARVEOUT), c_int(100))
         return handle
 
     def close(self) -> None:

@@ -43,7 +43,6 @@ sys.exit(main(sys.argv[1:]))
 _SPLIT_UNITS = "device_runtime.backends.cuda.workspace.SPLIT_UNITS"
 _MAX_SPLITS = "device_runtime.backends.cuda.workspace.MAX_SPLITS"
 _MOST_SLOTS = "device_runtime.kernels.attention_shape.MOST_SLOTS"
-_SPLIT_BLOCKS = "device_runtime.backends.cuda.workspace.SPLIT_BLOCKS"
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,6 @@ VARIANTS = (
     Variant("at most 2 splits", constants={_MAX_SPLITS: 2}),
     Variant("rings of 2 slots", constants={_MOST_SLOTS: 2}),
     Variant("rings of 3 slots", constants={_MOST_SLOTS: 3}),
-    Variant("two of 3 slots an SM", {}, {_MOST_SLOTS: 3, _SPLIT_BLOCKS: 2}),
 )
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from device_runtime.backends.cuda.driver import CudaDriver
 from device_runtime.errors import DeviceError, InternalError, PackageError
-from device_runtime.kernels.attention_shape import RESERVED_SHARED_BYTES
 from device_runtime.kernels.cubins import Cubin, choose_cubins, has_group_size, read_record
 from device_runtime.kernels.graphs import Argument, Launch, LaunchShape
 from device_runtime.kernels.libcuda import Module
+from device_runtime.kernels.shared_memory import share_of
 from device_runtime.kernels.table import Kernel, kernel
 
 VARIABLE = "TURBOJET_KERNELS"
@@ -169,8 +169,7 @@ class KernelSet:
         if row.blocks_per_sm == 0:
             return 100
         whole = self._driver.attribute("max_shared_memory_per_multiprocessor")
-        wanted = row.blocks_per_sm * (shared_bytes + RESERVED_SHARED_BYTES)
-        return min(100, -(-100 * wanted // whole))
+        return share_of(row.blocks_per_sm, shared_bytes, whole)
 
 
 def to_arguments(row: Kernel, values: Sequence[int | float | None]) -> list[Argument]:

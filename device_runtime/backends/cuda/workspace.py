@@ -24,8 +24,6 @@ SHARED = {"mixed": "normed", "inner": "qkv"}
 SPLIT_UNITS = 12
 """Units of the KV cache (64 int8 or 32 fp16 tokens) that one block takes before a second helps."""
 MAX_SPLITS = 8
-SPLIT_BLOCKS = 1
-"""Blocks for each SM that the splits of one sequence fill."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ class StepLimits:
     @property
     def max_splits(self) -> int:
         """Blocks that share a kv head: enough to fill the device with one sequence."""
-        return max(1, min(MAX_SPLITS, SPLIT_BLOCKS * self.num_sms // self.model.num_kv_heads))
+        return max(1, min(MAX_SPLITS, self.num_sms // self.model.num_kv_heads))
 
     def attention(self, rows: int) -> DecodeAttentionShape:
         """Return the launch of the attention of so many sequences."""
