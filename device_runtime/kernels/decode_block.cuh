@@ -49,6 +49,9 @@ class DecodeBlock {
   static constexpr int kUnitSteps = 64 / kStepTokens;
   static_assert((kStatistics + 2 * kQueries) * 4 <= Streamed::kLeastSlots * Streamed::kSlotBytes,
                 "results fit where the ring was");
+  // Copies into rings 48 bytes off took 12.2 us where these take 10.1 (H200, 4096 tokens).
+  static_assert((2 * kQueries * Layout::kRowBytes + 4 * (kQueries + 1) * kHeadDim) % 128 == 0,
+                "rings begin where a line of shared memory does");
   static_assert(kQueries <= kStreamWarps, "a query for each warp");
   static_assert(kQueries * kQuads <= kDecodeThreads, "four dimensions for each thread");
 
@@ -65,10 +68,11 @@ class DecodeBlock {
                   : blockIdx.x / (gridDim.x / arguments.pages.num_kv_heads)),
         group_(arguments.num_heads / gridDim.x),
         ring_bytes_(arguments.ring_slots * Streamed::kSlotBytes) {
-    columns_ = dynamic_shared<char>() + kStreamWarps * ring_bytes_;
+    columns_ = dynamic_shared<char>();
     queries_ = reinterpret_cast<float*>(columns_ + 2 * kQueries * Layout::kRowBytes);
     newest_value_ = queries_ + kQueries * kHeadDim;
-    query_scales_ = newest_value_ + kHeadDim;
+    rings_ = reinterpret_cast<char*>(newest_value_ + kHeadDim);
+    query_scales_ = reinterpret_cast<float*>(rings_ + kStreamWarps * ring_bytes_);
     query_sums_ = query_scales_ + kQueries;
     newest_scores_ = query_sums_ + kQueries;
     page_list_ = reinterpret_cast<int32_t*>(newest_scores_ + kQueries);
@@ -113,7 +117,7 @@ class DecodeBlock {
                           is_split ? splits.divide(split_ * steps) : 0,
                           is_split ? splits.divide((split_ + 1) * steps) : steps,
                           cached};
-    char* const ring = dynamic_shared<char>() + warp_ * ring_bytes_;
+    char* const ring = rings_ + warp_ * ring_bytes_;
     Streamed stream(range, warp_, lane_, ring, arguments_.ring_slots);
     if (warp_ < kStreamWarps) stream.start();
     if (kTrigger == 1 && warp_ == 0) let_dependents_launch();
@@ -341,14 +345,13 @@ class DecodeBlock {
 
   // Of the block's warps, and of the newest token where it belongs to the split.
   __device__ __forceinline__ Share add_warps(int query, int quad) const {
-    const char* const results = dynamic_shared<char>();
     float2 statistics[kStreamWarps];
     const float newest = is_last_ ? newest_scores_[query] : kNothing;
     Share share = {};
     share.top = newest;
 #pragma unroll
     for (int warp = 0; warp < kStreamWarps; ++warp) {
-      const float* const own = reinterpret_cast<const float*>(results + warp * ring_bytes_);
+      const float* const own = reinterpret_cast<const float*>(rings_ + warp * ring_bytes_);
       statistics[warp] = reinterpret_cast<const float2*>(own + kStatistics)[query];
       share.top = fmaxf(share.top, statistics[warp].x);
     }
@@ -357,7 +360,7 @@ class DecodeBlock {
                 exp2_fast(newest - share.top));
 #pragma unroll
     for (int warp = 0; warp < kStreamWarps; ++warp) {
-      const float4* const own = reinterpret_cast<const float4*>(results + warp * ring_bytes_);
+      const float4* const own = reinterpret_cast<const float4*>(rings_ + warp * ring_bytes_);
       share.add(own[query * (Streamed::kResultStride / 4) + quad], statistics[warp].y,
                 exp2_fast(statistics[warp].x - share.top));
     }
@@ -388,6 +391,7 @@ class DecodeBlock {
   float* query_scales_;
   float* query_sums_;
   float* newest_scores_;
+  char* rings_;  // at the end each warp's results
   int32_t* page_list_;
 };
 

@@ -42,8 +42,9 @@ constexpr int kEarlyParts = TURBOJET_GEMV_EARLY_PARTS;
 constexpr int kSingleEarly = TURBOJET_PLAIN ? kUnitStretches : TURBOJET_GEMV_SINGLE_EARLY;
 constexpr bool kSplitsSingle = kSingleEarly < kUnitStretches;
 static_assert(!kSplitsSingle || kParts == 1, "one way of splitting a unit");
-// Whether the next kernel may start when this one has asked for all of its weights, not before: where
-// its blocks find place beside this one's, their weights would delay this one's activations.
+// Whether the next kernel may start when a warp of each block has asked for the last of its weights,
+// not before: where its blocks find place beside this one's, their weights would delay this one's
+// activations.
 #ifndef TURBOJET_GEMV_TRIGGERS_LATE
 #define TURBOJET_GEMV_TRIGGERS_LATE 0
 #endif

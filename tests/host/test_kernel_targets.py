@@ -13,8 +13,6 @@ from host_tools.nvrtc import WHEELS
 
 CACHE = Path(__file__).resolve().parents[2] / ".cache"
 MAX_REGISTERS = {row.name: row.max_registers for row in KERNELS}
-SPILLED_BYTES = {("decode_attention_online", "sm_90 by CUDA 13.0"): 8}
-"""What was found when the GPU's record was made already; to be 0 with the next one."""
 
 
 @pytest.mark.skipif(
@@ -27,6 +25,5 @@ def test_no_kernel_spills_or_takes_more_registers_than_planned(unit: Unit) -> No
     found = cubin_resources(cubin)
     assert set(found) == {row.name for row in KERNELS if row.source == unit.source}
     for name, resources in found.items():
-        spilled = SPILLED_BYTES.get((name, unit.build.name), 0)
-        assert resources.stack_bytes == spilled, f"{name} spills on {unit.build.name}"
+        assert resources.stack_bytes == 0, f"{name} spills on {unit.build.name}"
         assert resources.registers <= MAX_REGISTERS[name], f"{name} on {unit.build.name}"
