@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +14,6 @@ SANITIZER_ERRORS = 9
 """What compute-sanitizer is told to exit with; any other failure means that it could not look."""
 ENDED_EARLY = "the program could not run to its end under it"
 """What a record says where the tool ended the program and had found nothing until then."""
-KNOWN_FAILURES = {
-    "tests/gpu/test_real_model.py::"
-    "test_a_prompt_gives_the_same_tokens_alone_and_in_a_batch_of_8[drawn]": (
-        "the scheduler of that run cut a prompt of 74 tokens into 1 and 73 beside others, whose "
-        "last bits differ from those of 74 at once; it no longer does, and no GPU has run the test "
-        "since"
-    ),
-}
-"""Tests that failed when the record was made, and why the record is kept all the same. Only what no
-kernel had a part in may be here."""
-KNOWN_FAILURES_OF = "b00d2d6"
-"""`commit` of the record that `KNOWN_FAILURES` speaks of; of another one nothing is known."""
 PLAN = "plan.json"
 """Names of all steps of a run, those included that were left."""
 REFRESH = "run scripts/test-gpu on a machine with a GPU and commit tests/gpu/record.json"
@@ -42,20 +30,15 @@ def read_record(path: Path = RECORD) -> dict[str, Any]:
     return record
 
 
-def faults_of(
-    record: Mapping[str, Any], sources: Mapping[str, str], known: Collection[str] = ()
-) -> list[str]:
+def faults_of(record: Mapping[str, Any], sources: Mapping[str, str]) -> list[str]:
     """Return what speaks against a record, each a sentence; nothing when it holds.
 
     Args:
         record: as `read_record` returns it.
         sources: sha256 of each kernel source with its headers, as they are now.
-        known: tests of `KNOWN_FAILURES`.
     """
     if record.get("format_version") != FORMAT_VERSION:
         return [f"the record has format {record.get('format_version')}, expected {FORMAT_VERSION}"]
-    if known and record["commit"] != KNOWN_FAILURES_OF:
-        return [f"KNOWN_FAILURES are of a record of {KNOWN_FAILURES_OF}, empty them"]
     recorded: Mapping[str, str] = record["sources"]
     faults = [
         f"{source}.cu or a header of it changed after the record was made"
@@ -70,14 +53,7 @@ def faults_of(
         run = record["variants"].get(variant, {})
         if not run.get("num_passed"):
             faults.append(f"no test passed with the {variant} kernels")
-        failed = set(run.get("failed", ()))
-        faults += [
-            f"{test} failed with the {variant} kernels" for test in sorted(failed - set(known))
-        ]
-        faults += [
-            f"{test} did not fail with the {variant} kernels, take it out of KNOWN_FAILURES"
-            for test in sorted(set(known) - failed)
-        ]
+        faults += [f"{test} failed with the {variant} kernels" for test in run.get("failed", ())]
         broken = record["selftest"].get(variant, {}).get("failed", ["the self test is missing"])
         faults += [f"self test with the {variant} kernels: {name}" for name in broken]
     said: Mapping[str, str] = record["sanitizer"]
@@ -95,17 +71,5 @@ def faults_of(
         for name, state in sorted(record["steps"].items())
         if name.startswith(tuple(f"{variant}-" for variant in VARIANTS))
         and state["exit_code"] not in (0, 5)
-        # 1 is pytest's where tests failed, which are told above.
-        and not (state["exit_code"] == 1 and _file_of(name) in {_file(test) for test in known})
     ]
     return faults
-
-
-def _file(test: str) -> str:
-    """Return the name of a test's file, without its suffix."""
-    return Path(test.partition("::")[0]).stem
-
-
-def _file_of(step: str) -> str:
-    """Return the same of a step that runs a file with a variant of the kernels."""
-    return step.partition("-")[2]

@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from gpu_record import KNOWN_FAILURES, KNOWN_FAILURES_OF, RECORD, REFRESH, faults_of, read_record
+from gpu_record import RECORD, REFRESH, faults_of, read_record
 
 from device_runtime.errors import DeviceError
 from device_runtime.kernels.cubins import SOURCES, Cubin, write_record
@@ -27,7 +27,7 @@ NOW = {source: sources_sha256(source) for source in SOURCES}
 
 @pytest.mark.skipif(not RECORD.is_file(), reason=f"tests/gpu has no record yet: {REFRESH}")
 def test_the_record_is_of_these_kernels_and_everything_passed() -> None:
-    faults = faults_of(read_record(), NOW, KNOWN_FAILURES)
+    faults = faults_of(read_record(), NOW)
     assert not faults, f"{'; '.join(faults)}: {REFRESH}"
 
 
@@ -137,29 +137,6 @@ def test_a_record_says_what_passed_on_what(folder: Path, monkeypatch: pytest.Mon
     assert "load" not in bench and "bytes_per_step" not in bench["results"][0]
     assert record["quantize"] == {"a": {"seconds": 3}}
     assert faults_of(record, NOW) == []
-
-
-def test_a_known_failure_is_none_until_it_passes(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rows = (row("test_one[1]", "failed"), row("test_two"))
-    for variant in ("default", "plain"):
-        write_rows(folder / f"results-{variant}-test_a.jsonl", *rows)
-        write_states(folder, {f"{variant}-test_a": state(1)})
-    made = load("write_record", monkeypatch).make_record([folder])
-    known = ["tests/gpu/test_a.py::test_one[1]"]
-    assert faults_of(made, NOW, known) == [
-        f"KNOWN_FAILURES are of a record of {KNOWN_FAILURES_OF}, empty them"
-    ]
-    record = made | {"commit": KNOWN_FAILURES_OF}
-    assert faults_of(record, NOW, known) == []
-    faults = faults_of(record, NOW, ["tests/gpu/test_a.py::test_two"])
-    assert "tests/gpu/test_a.py::test_one[1] failed with the plain kernels" in faults
-    assert any("test_two did not fail with the plain kernels, take it out" in f for f in faults)
-    write_states(folder, {"plain-test_a": state(2)})
-    made = load("write_record", monkeypatch).make_record([folder])
-    record = made | {"commit": KNOWN_FAILURES_OF}
-    assert faults_of(record, NOW, known) == ["plain-test_a did not pass: exit code 2"]
 
 
 def test_what_failed_or_did_not_run_is_a_fault(
