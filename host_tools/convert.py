@@ -28,7 +28,7 @@ from host_tools.tokenizer_folder import SourceTokenizer
 from host_tools.tokenizer_proof import prove_tokenizer
 from host_tools.turbomind_tensors import global_tensors, layer_tensors
 
-STAGE_VERSION = 2
+STAGE_VERSION = 3
 
 
 def convert(

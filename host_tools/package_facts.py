@@ -23,9 +23,10 @@ from device_runtime.templates.choose import (
     open_template,
 )
 from host_tools.checkpoint import Checkpoint
+from host_tools.checkpoint.config_reader import read_architecture
 from host_tools.checkpoint_names import CONFIG_JSON
 from host_tools.origin import Method, Origin, read_origin, tool_versions
-from host_tools.package_options import ConfigValues, ConvertOptions
+from host_tools.package_options import LMDEPLOY, ConfigValues, ConvertOptions
 from host_tools.plan import check_session
 from host_tools.tokenizer_folder import SourceTokenizer
 
@@ -90,6 +91,8 @@ def describe(
         end_id=source.eos_ids[0],
         session_len=default_session_len(options.model_name, model),
     )
+    if options.engine == LMDEPLOY:
+        config = replace(config, model_arch=read_architecture(checkpoint.config))
     return manifest, apply_values(config, options.config)
 
 

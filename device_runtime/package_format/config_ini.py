@@ -45,6 +45,9 @@ class TurboMindConfig:
 
     Defaults are the values its ``convert`` writes. `from_text` gives a key that is absent the
     engine's default instead, and `resolved` replaces zeros as the engine does.
+
+    ``model_arch``, the checkpoint's class, came with 0.5.0, which ends without it; where it is
+    empty it is not written. Releases before take no notice of keys that they do not know.
     """
 
     model_name: str
@@ -78,6 +81,7 @@ class TurboMindConfig:
     max_position_embeddings: int = 0
     rope_scaling_factor: float = 0.0
     use_logn_attn: int = 0
+    model_arch: str = ""
 
     def __post_init__(self) -> None:
         """Refuse values outside their range.
@@ -88,6 +92,11 @@ class TurboMindConfig:
         if not (0 < len(self.model_name) <= MAX_NAME_CHARACTERS and self.model_name.isprintable()):
             raise PackageError(
                 f"{CONFIG_INI} has model_name {self.model_name[:60]!a}, expected 1 to "
+                f"{MAX_NAME_CHARACTERS} printable characters"
+            )
+        if len(self.model_arch) > MAX_NAME_CHARACTERS or not self.model_arch.isprintable():
+            raise PackageError(
+                f"{CONFIG_INI} has model_arch {self.model_arch[:60]!a}, expected at most "
                 f"{MAX_NAME_CHARACTERS} printable characters"
             )
         if self.weight_type not in _WEIGHT_TYPES:
@@ -103,7 +112,10 @@ class TurboMindConfig:
 
     def to_text(self) -> str:
         """Return the file byte for byte as LMDeploy's ConfigParser writes it."""
-        lines = [f"{field.name} = {getattr(self, field.name)}\n" for field in fields(self)]
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        if not self.model_arch:
+            del values["model_arch"]
+        lines = [f"{name} = {value}\n" for name, value in values.items()]
         return f"[{SECTION}]\n{''.join(lines)}\n"
 
     @classmethod

@@ -19,17 +19,25 @@ _ROPE_KINDS: dict[str, RopeKind] = {
 }
 
 
+def read_architecture(config: Mapping[str, object]) -> str:
+    """Return the model's class by the name that transformers gives it.
+
+    Raises:
+        PackageError: config.json does not name one.
+    """
+    architectures = config.get("architectures")
+    if not isinstance(architectures, list) or len(architectures) != 1:
+        raise ConfigReader(config).fault("architectures", architectures, "a list of one name")
+    return str(architectures[0])
+
+
 def read_family(config: Mapping[str, object]) -> Family:
     """Return the table for the architecture that config.json names, after its refusals.
 
     Raises:
         PackageError: no architecture, an unknown one, or a feature of it that we do not run.
     """
-    reader = ConfigReader(config)
-    architectures = config.get("architectures")
-    if not isinstance(architectures, list) or len(architectures) != 1:
-        raise reader.fault("architectures", architectures, "a list of one name")
-    family = find_family(str(architectures[0]))
+    family = find_family(read_architecture(config))
     for key, meaning in family.refused.items():
         if config.get(key):
             raise PackageError(f"config.json asks for {meaning} ({key}), turbojet does not run it")
@@ -45,7 +53,7 @@ def read_family(config: Mapping[str, object]) -> Family:
                 f"config.json has no {key}: this is {meaning}, which turbojet does not run"
             )
     _check_layer_types(config)
-    activation = reader.text("hidden_act", "silu")
+    activation = ConfigReader(config).text("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise PackageError(f"config.json says hidden_act {activation[:40]!r}, turbojet runs silu")
     return family

@@ -72,12 +72,22 @@ def test_the_file_of_lmdeploy_comes_back_byte_for_byte():
 
 
 def test_the_text_is_what_configparser_writes():
-    config = config_of(INT4)
+    config = dataclasses.replace(config_of(INT4), model_arch="LlamaForCausalLM")
     parser = configparser.ConfigParser()
     parser["llama"] = {key: str(value) for key, value in dataclasses.asdict(config).items()}
     file = io.StringIO()
     parser.write(file)
     assert config.to_text() == file.getvalue()
+
+
+def test_the_class_that_newer_releases_want_comes_back_where_it_is():
+    assert "model_arch" not in config_of(INT4).to_text()
+    text = with_value("model_arch", "InternLM2ForCausalLM") + "\n"
+    config = TurboMindConfig.from_text(text)
+    assert config.model_arch == "InternLM2ForCausalLM"
+    assert config.to_text() == text
+    with pytest.raises(PackageError, match=r"model_arch 'x{60}', expected at most 256"):
+        TurboMindConfig.from_text(with_value("model_arch", "x" * 300))
 
 
 def test_convert_writes_the_values_of_v0_2_3():
