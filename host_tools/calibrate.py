@@ -40,7 +40,7 @@ from host_tools.unfinished import computed_on, keep_finished
 CALIBRATION_TOKENS = "calibration_tokens.safetensors"
 TOKEN_IDS = "token_ids"
 _FACTS = "calibration"
-VERSION = 1
+VERSION = 2
 """Counted up when the same inputs start to give other statistics."""
 
 

@@ -11,6 +11,7 @@ from device_runtime.package_format.durable import replacing
 from host_tools.checkpoint import Checkpoint
 from host_tools.checkpoint.families import LogicalLinear, SourceLinear
 from host_tools.checkpoint.linear_weights import join_qkv_rows
+from host_tools.columns import column_extrema, column_norms, column_sums
 from host_tools.decoder.layer import Observer
 
 INPUTS_STATS = "inputs_stats.pth"
@@ -45,10 +46,8 @@ class ChannelStatistics:
     def update(self, values: torch.Tensor) -> None:
         """Take ``[..., channels]`` fp32 into account."""
         rows = values.reshape(-1, values.shape[-1])
-        # A product with ones sums columns an order of magnitude faster than sum(0) on a CPU.
-        ones = rows.new_ones(1, len(rows))
-        high, low = rows.amax(0), rows.amin(0)
-        total, abs_total = (ones @ rows)[0].double(), (ones @ rows.abs())[0].double()
+        low, high = column_extrema(rows)
+        total, abs_total = column_sums(rows).double(), column_norms(rows).double()
         if self._num_tokens:
             high, low = torch.maximum(high, self._max), torch.minimum(low, self._min)
             total, abs_total = total + self._sum, abs_total + self._abs_sum

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 
 from host_tools.checkpoint.families import LogicalLinear
+from host_tools.columns import column_norms
 
 Tap = Literal["qkv", "o", "gate_up", "down"]
 """A place in the layer whose activations enter one or more linears."""
@@ -85,7 +86,7 @@ class MomentSums:
         inputs = exact if quantized is None else quantized.flatten(0, -2)
         self._num_tokens += len(exact)
         self._gram = _plus_gram(self._gram, inputs)
-        magnitude = (exact.new_ones(1, len(exact)) @ exact.abs())[0]
+        magnitude = column_norms(exact)
         self._magnitude = magnitude if self._magnitude is None else self._magnitude.add_(magnitude)
         inputs = inputs.to(exact.device)
         if quantized is not None and not is_of_sum:

@@ -173,14 +173,31 @@ def _solve(tap: PreparedTap, copies: _Copies, strip: Strip, device: torch.device
 
 def _joined(parts: Sequence[QuantizedLinear]) -> QuantizedLinear:
     """Return a linear of which these are the outputs, in order."""
+    if len(parts) == 1:
+        return parts[0]
     biases = [part.bias for part in parts if part.bias is not None]
     return QuantizedLinear(
-        codes=torch.cat([part.codes for part in parts], dim=1),
+        codes=_joined_codes([part.codes for part in parts]),
         zeros=torch.cat([part.zeros for part in parts], dim=1),
         scales=torch.cat([part.scales for part in parts], dim=1),
         group_size=parts[0].group_size,
         bias=torch.cat(biases) if biases else None,
     )
+
+
+def _joined_codes(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return codes ``[in, out]`` of strips, pinned where theirs are."""
+    shape = (len(parts[0]), sum(part.shape[1] for part in parts))
+    joined = torch.empty(shape, dtype=torch.uint8, pin_memory=parts[0].is_pinned())
+    return torch.cat(list(parts), dim=1, out=joined)
+
+
+def on_host(values: torch.Tensor) -> torch.Tensor:
+    """Return values on the CPU, in pinned memory where they come from a GPU: they go back there."""
+    if not values.is_cuda:
+        return values
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    return host.copy_(values)
 
 
 def stored_linear(
@@ -203,8 +220,8 @@ def stored_linear(
         PackageError: a value does not fit fp16.
     """
     return QuantizedLinear(
-        codes=codes.to(torch.uint8).T.contiguous().cpu(),
-        zeros=grid.zeros.to(torch.uint8).T.contiguous().cpu(),
+        codes=on_host(codes.to(torch.uint8).T.contiguous()),
+        zeros=on_host(grid.zeros.to(torch.uint8).T.contiguous()),
         scales=in_fp16(grid.scales, f"scales of {name}").T.contiguous(),
         group_size=group_size,
         bias=None if bias is None else in_fp16(bias, f"bias of {name}"),

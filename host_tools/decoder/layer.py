@@ -182,10 +182,11 @@ def gpu_attention(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tenso
     bits: the fastest kernel takes no fp32. A model whose values are beyond fp16 keeps fp32.
     """
     if torch.get_float32_matmul_precision() != "highest":
-        greatest = torch.stack([part.abs().amax() for part in (queries, keys, values)]).amax()
-        if float(greatest) < HALF_LIMIT:
-            halves = (part.half() for part in (queries, keys, values))
+        halves = [part.half() for part in (queries, keys, values)]
+        ends = torch.stack([end for half in halves for end in torch.aminmax(half)])
+        if float(ends.abs().amax()) < HALF_LIMIT:
             return plain_attention(*halves).float()
+        del halves
     # The fp32 kernel knows no shared heads.
     num_shared = queries.shape[1] // keys.shape[1]
     keys, values = (heads.repeat_interleave(num_shared, dim=1) for heads in (keys, values))
