@@ -29,7 +29,7 @@ from host_tools.quantize_layers import LayerQuantizer
 from host_tools.stage import RECORD_DIR, Stage, exclusive
 from host_tools.unfinished import computed_on, keep_finished
 
-VERSION = 3
+VERSION = 4
 """Counted up when the same inputs start to give other codes."""
 
 

@@ -1,8 +1,9 @@
-"""The loops of `compensation` over a block's inputs as Triton kernels: a program has some outputs.
+"""Loops of `compensation` and `clip_search` as Triton kernels.
 
-Imported where triton is there alone, which comes with torch for CUDA. A program holds the block's
-inputs of its outputs in registers; in each step it takes one row out by a masked sum. ``INPUTS`` is
-``NUM_INPUTS`` rounded up to a power of two, ``OUTPUTS`` what one program has.
+Imported where triton is there alone, which comes with torch for CUDA. A program of the first two
+holds the inputs of a block for its outputs in registers; in each step it takes one row out by a
+masked sum. ``INPUTS`` is ``NUM_INPUTS`` rounded up to a power of two, ``OUTPUTS`` what one program
+has. A program of the third holds some groups of weights and tries all ranges on them.
 """
 
 # mypy: disable-error-code="misc, no-untyped-def, no-untyped-call, untyped-decorator"
@@ -82,3 +83,71 @@ def descend_kernel(
         is_later = (rows > index) & (rows < NUM_INPUTS)
         form = tl.load(form_in + index * NUM_INPUTS + rows, mask=is_later, other=0.0)
         slopes += form[:, None] * moved[None, :]
+
+
+@triton.jit
+def clip_kernel(
+    scales_out,  # [num_groups] fp32 holding fp16 values
+    zeros_out,  # [num_groups] fp32 whole numbers
+    weight_in,  # [num_groups, GROUP_SIZE] fp32
+    costs_in,  # [output_groups, GROUP_SIZE] fp32
+    num_groups,  # of all outputs
+    output_groups,  # of one output
+    MIN_SCALE: tl.constexpr,
+    NUM_SHRINKS: tl.constexpr,
+    SHRINK: tl.constexpr,
+    NUM_TRIMS: tl.constexpr,
+    TRIM: tl.constexpr,
+    MAX_END: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    """Find the range of each group whose rounding costs least."""
+    groups = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
+    columns = tl.arange(0, GROUP_SIZE)[None, :]
+    is_there = groups < num_groups
+    places = groups[:, None] * GROUP_SIZE + columns
+    weight = tl.load(weight_in + places, mask=is_there[:, None], other=0.0)
+    costs = tl.load(costs_in + (groups % output_groups)[:, None] * GROUP_SIZE + columns)
+    low = tl.minimum(tl.min(weight, axis=1), 0.0)
+    high = tl.maximum(tl.max(weight, axis=1), 0.0)
+    kept_low = tl.full((GROUPS,), 1.0, tl.float32)
+    kept_high = tl.full((GROUPS,), 1.0, tl.float32)
+    scale, zero, least = _tried(weight, costs, low, high, MIN_SCALE)
+    for step in range(1, NUM_SHRINKS):
+        kept = tl.full((GROUPS,), 1.0, tl.float32) - step * SHRINK
+        a_scale, a_zero, cost = _tried(weight, costs, low * kept, high * kept, MIN_SCALE)
+        is_better = cost < least
+        least = tl.where(is_better, cost, least)
+        scale = tl.where(is_better, a_scale, scale)
+        zero = tl.where(is_better, a_zero, zero)
+        kept_low = tl.where(is_better, kept, kept_low)
+        kept_high = tl.where(is_better, kept, kept_high)
+    # Each end in turn, inwards first.
+    for trial in range(4 * NUM_TRIMS):
+        change = (trial // 4 + 1) * TRIM
+        change = tl.where(trial % 4 < 2, -change, change)
+        is_low = trial % 2 == 0
+        a_low = tl.where(is_low, tl.minimum(kept_low + change, MAX_END), kept_low)
+        a_high = tl.where(is_low, kept_high, tl.minimum(kept_high + change, MAX_END))
+        a_scale, a_zero, cost = _tried(weight, costs, low * a_low, high * a_high, MIN_SCALE)
+        is_better = cost < least
+        least = tl.where(is_better, cost, least)
+        scale = tl.where(is_better, a_scale, scale)
+        zero = tl.where(is_better, a_zero, zero)
+        kept_low = tl.where(is_better, a_low, kept_low)
+        kept_high = tl.where(is_better, a_high, kept_high)
+    tl.store(scales_out + groups, scale, mask=is_there)
+    tl.store(zeros_out + groups, zero, mask=is_there)
+
+
+@triton.jit
+def _tried(weight, costs, low, high, MIN_SCALE: tl.constexpr):
+    """Return scale and zero of the grid that spans a range, and what rounding to it costs."""
+    scale = tl.maximum((high - low) / MAX_CODE, MIN_SCALE).to(tl.float16).to(tl.float32)
+    zero = (-low / scale + HALVES_GO_TO_EVEN) - HALVES_GO_TO_EVEN
+    zero = tl.minimum(tl.maximum(zero, 0.0), MAX_CODE)
+    steps = (weight / scale[:, None] + HALVES_GO_TO_EVEN) - HALVES_GO_TO_EVEN
+    steps = tl.minimum(tl.maximum(steps, -zero[:, None]), MAX_CODE - zero[:, None])
+    error = steps * scale[:, None] - weight
+    return scale, zero, tl.sum(error * error * costs, axis=1)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from host_tools.awq.grid import Grid, extrema, grouped, strips
+from host_tools.awq.fused_blocks import clip_fused, is_fused
+from host_tools.awq.grid import MIN_SCALE, Grid, extrema, grouped, strips
 
 NUM_SHRINKS = 20
 MAX_SHRINK = 0.5
@@ -27,6 +28,20 @@ def search_clipping(weight: torch.Tensor, costs: torch.Tensor, group_size: int) 
         costs: ``[in]`` fp32, not negative.
         group_size: of the codes.
     """
+    if is_fused(weight.device):
+        return Grid(
+            *clip_fused(
+                weight,
+                costs,
+                group_size,
+                MIN_SCALE=MIN_SCALE,
+                NUM_SHRINKS=NUM_SHRINKS,
+                SHRINK=MAX_SHRINK / NUM_SHRINKS,
+                NUM_TRIMS=NUM_TRIMS,
+                TRIM=TRIM,
+                MAX_END=MAX_END,
+            )
+        )
     found = [_Search(rows, costs, group_size).run() for rows in strips(weight)]
     return Grid(
         torch.cat([strip.scales for strip in found]), torch.cat([strip.zeros for strip in found])

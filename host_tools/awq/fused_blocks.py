@@ -1,4 +1,4 @@
-"""One kernel for a block of inputs of `compensation`, where thousands of small ones would be sent.
+"""One kernel where `compensation` and `clip_search` would send thousands of small ones.
 
 Where triton is missing or cannot compile (it wants a C compiler), torch's own operations do the
 same, slower. The results agree but for the last bits; on one kind of GPU they are always the same.
@@ -14,6 +14,9 @@ import torch
 
 OUTPUTS = 32
 """Outputs of one program."""
+
+CLIPPED_WEIGHTS = 4096
+"""Weights of one program that looks for ranges: 32 for each of its threads."""
 
 
 def is_fused(device: torch.device) -> bool:
@@ -40,6 +43,37 @@ def descend_fused(
 ) -> None:
     """Do what `compensation.descend_block` does; ``slopes`` stay as they were."""
     _launch("descend_kernel", (found,), (codes, slopes, steps, paces, form))
+
+
+def clip_fused(
+    weight: torch.Tensor, costs: torch.Tensor, group_size: int, **constants: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Do what `clip_search.search_clipping` does.
+
+    Args:
+        weight: ``[out, in]`` fp32.
+        costs: ``[in]`` fp32.
+        group_size: of the codes, a power of two.
+        constants: of the search, as clip_kernel names them.
+
+    Returns:
+        Scales and zeros of the groups, both ``[out, groups]`` fp32.
+    """
+    shape = (len(weight), weight.shape[1] // group_size)
+    scales, zeros = weight.new_empty(shape), weight.new_empty(shape)
+    with torch.cuda.device_of(weight):  # type: ignore[no-untyped-call]
+        _kernels().clip_kernel[(-(-scales.numel() * group_size // CLIPPED_WEIGHTS),)](  # type: ignore[union-attr]
+            scales,
+            zeros,
+            weight.contiguous(),
+            costs.contiguous(),
+            scales.numel(),
+            shape[1],
+            GROUP_SIZE=group_size,
+            GROUPS=CLIPPED_WEIGHTS // group_size,
+            **constants,
+        )
+    return scales, zeros
 
 
 def _launch(name: str, outputs: tuple[torch.Tensor, ...], inputs: tuple[torch.Tensor, ...]) -> None:

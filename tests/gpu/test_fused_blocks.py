@@ -1,4 +1,4 @@
-"""The kernels that choose codes for a block of inputs, against torch's own operations."""
+"""The kernels that choose ranges and codes, against torch's own operations."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="quantize needs torch")
 pytest.importorskip("triton", reason="triton comes with torch for CUDA")
 
-from host_tools.awq import compensation, fused_blocks  # noqa: E402
+from host_tools.awq import clip_search, compensation, fused_blocks  # noqa: E402
 
 SHAPES = [(128, 70), (64, 33), (40, 5)]
 if torch.cuda.is_available():
@@ -56,3 +56,28 @@ def test_descent_chooses_the_codes_of_the_plain_loop(num_inputs, num_outputs) ->
     moved = [values.to(place()) for values in (codes, slopes, steps, paces, form)]
     fused_blocks.descend_fused(*moved, found)
     assert (found.cpu() == expected).all(dim=0).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("num_outputs", [3, 70])
+def test_ranges_cost_what_those_of_the_plain_search_do(
+    group_size, num_outputs, monkeypatch
+) -> None:
+    generator = torch.Generator().manual_seed(group_size)
+    weight = torch.randn(num_outputs, 5 * group_size, generator=generator)
+    weight[:, ::7] *= 4
+    weight[0, :group_size] = 0
+    weight[1].abs_()
+    costs = torch.rand(5 * group_size, generator=generator)
+    expected = clip_search.search_clipping(weight, costs, group_size)
+    monkeypatch.setattr(clip_search, "is_fused", lambda device: True)
+    found = clip_search.search_clipping(weight.to(place()), costs.to(place()), group_size)
+    scales, zeros = found.scales.cpu(), found.zeros.cpu()
+    # Ranges that cost the same but for the last bits are taken the one or the other.
+    agrees = (scales == expected.scales) & (zeros == expected.zeros)
+    assert agrees.float().mean() > 0.95
+    grid = clip_search.Grid(scales, zeros)
+    before, after = (clip_search.group_errors(g, weight, costs) for g in (expected, grid))
+    assert torch.all((after - before).abs() <= 1e-2 * before)
+    assert torch.equal(scales, scales.half().float())
+    assert torch.all((zeros >= 0) & (zeros <= 15) & (zeros == zeros.round()))
