@@ -1,6 +1,12 @@
 """Puts this folder on the path, so that every test finds `tiny_package`."""
 
 import os
+import signal
+
+# A shell in the background starts its commands with Ctrl-C ignored, which the programs under test
+# would inherit.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Each worker has a core of its own; threads of its libraries would only wait for each other.

@@ -10,14 +10,12 @@ from host_tools.stage import exclusive
 from host_tools.worker_processes import worker_processes
 
 AT_WORK = """
-import os, signal, sys, time
+import os, sys, time
 from pathlib import Path
 from host_tools.stage import exclusive
 from host_tools.worker_processes import worker_processes
 
 if __name__ == "__main__":
-    # A shell in the background starts its commands with Ctrl-C ignored.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     with exclusive(Path(sys.argv[1])), worker_processes(2) as pool:
         print(pool.submit(os.getpid).result(), flush=True)
         pool.submit(time.sleep, 600).result()
