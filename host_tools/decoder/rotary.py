@@ -43,9 +43,9 @@ class Rotary:
         if states.is_cuda:
             # Half the reading and writing; a CPU keeps the bits that it always had.
             rotated = states * self.cos
-            parts = (rotated.chunk(2, dim=-1), (second, first), self.sin.chunk(2, dim=-1))
-            for half, other, sin in zip(*parts, strict=True):
-                half.addcmul_(other, sin)
+            first_sin, second_sin = self.sin.chunk(2, dim=-1)
+            rotated.narrow(-1, 0, first.shape[-1]).addcmul_(second, first_sin)
+            rotated.narrow(-1, first.shape[-1], first.shape[-1]).addcmul_(first, second_sin)
             return rotated
         return states * self.cos + torch.cat((second, first), dim=-1) * self.sin
 
