@@ -54,8 +54,8 @@ def faults_of(record: Mapping[str, Any], sources: Mapping[str, str]) -> list[str
         if not run.get("num_passed"):
             faults.append(f"no test passed with the {variant} kernels")
         faults += [f"{test} failed with the {variant} kernels" for test in run.get("failed", ())]
-        broken = record["selftest"].get(variant, {}).get("failed", ["the self test is missing"])
-        faults += [f"self test with the {variant} kernels: {name}" for name in broken]
+        failed = record["selftest"].get(variant, {}).get("failed", ["the self test is missing"])
+        faults += [f"self test with the {variant} kernels: {name}" for name in failed]
     said: Mapping[str, str] = record["sanitizer"]
     faults += [
         f"compute-sanitizer found errors in {name.removeprefix('sanitizer-')}"
