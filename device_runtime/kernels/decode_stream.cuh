@@ -212,14 +212,6 @@ class Stream {
   __device__ __forceinline__ void score(float (&scores)[kColumnTiles][kKeys],
                                         const char* keys) const {
     const char* const rows = keys + lane_ * 16;
-    // Read for each step: while values are added their registers are for others.
-    uint4 query[kColumnTiles][kChunks];
-#pragma unroll
-    for (int tile = 0; tile < kColumnTiles; ++tile)
-#pragma unroll
-      for (int chunk = 0; chunk < kChunks; ++chunk)
-        query[tile][chunk] = *reinterpret_cast<const uint4*>(
-            column_ + 8 * tile * Layout::kRowBytes + 64 * chunk);
 #pragma unroll
     for (int m = 0; m < kKeys / 2; ++m) {
       Accumulator sums[kColumnTiles][4] = {};
@@ -230,7 +222,9 @@ class Stream {
         const uint4 b = *reinterpret_cast<const uint4*>(row + 512);
 #pragma unroll
         for (int tile = 0; tile < kColumnTiles; ++tile) {
-          const uint4& q = query[tile][chunk];
+          // Read for each step: while values are added their registers are for others.
+          const uint4 q = *reinterpret_cast<const uint4*>(column_ + 8 * tile * Layout::kRowBytes +
+                                                          64 * chunk);
           multiply(sums[tile], a.x, b.x, a.y, b.y, q.x, q.y);
           multiply(sums[tile], a.z, b.z, a.w, b.w, q.z, q.w);
         }

@@ -87,9 +87,10 @@ struct Quad {
   T values[4];
 };
 
-// A loop: unrolled it would be most of the code.
+// A call: inlined it would be most of the code, and of the time to compile it. A loop: unrolled it
+// takes registers that its callers need.
 template <typename T>
-__device__ __forceinline__ Quad<T> plain_product(Quad<T> d, uint4 a, uint2 b) {
+__device__ __noinline__ Quad<T> plain_product(Quad<T> d, uint4 a, uint2 b) {
   const int lane = threadIdx.x % kWarpSize;
 #pragma unroll 1
   for (int source = 0; source < 4; ++source) {

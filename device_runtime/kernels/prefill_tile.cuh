@@ -26,6 +26,7 @@ class PrefillTile {
   static constexpr int kRows = Rows::kRows;
   static constexpr int kKeyTiles = 4;          // of a step
   static constexpr int kStepKeys = 8 * kKeyTiles;
+  static constexpr int kHeldTiles = TURBOJET_PLAIN ? 1 : kKeyTiles;  // in registers at once
   static constexpr int kChunks = Layout::kRowBytes / 64;
   static constexpr int kChunkSteps = Rows::kChunkSteps;
   static constexpr int kDimSteps = Rows::kDimSteps;
@@ -152,28 +153,30 @@ class PrefillTile {
     const int row = column % 2 * 4 + (column / 2 ^ column % 2);  // swapped as in copy_unit
     const char* const keys = slot + (key + row) * 64 + lane_ % 4 * 16;
 #pragma unroll
-    for (int chunk = 0; chunk < kChunks; ++chunk) {
-      uint32_t words[kKeyTiles][4];
+    for (int chunk = 0; chunk < kChunks; ++chunk)
 #pragma unroll
-      for (int j = 0; j < kKeyTiles; ++j)
-        load_words(words[j], keys + (chunk * Layout::kTokens + 8 * j) * 64);
+      for (int first = 0; first < kKeyTiles; first += kHeldTiles) {
+        uint32_t words[kHeldTiles][4];
 #pragma unroll
-      for (int step = 0; step < kChunkSteps; ++step) {
-        uint32_t q[kRowTiles][4];
+        for (int j = 0; j < kHeldTiles; ++j)
+          load_words(words[j], keys + (chunk * Layout::kTokens + 8 * (first + j)) * 64);
 #pragma unroll
-        for (int m = 0; m < kRowTiles; ++m)
-          load_words(q[m], queries_ + (m * kDimSteps + chunk * kChunkSteps + step) * kWarpSize);
-#pragma unroll
-        for (int j = 0; j < kKeyTiles; ++j) {
-          const uint32_t b0 = kIsHalf ? words[j][2 * step % 4] : widen_codes<0>(words[j][step]);
-          const uint32_t b1 =
-              kIsHalf ? words[j][(2 * step + 1) % 4] : widen_codes<1>(words[j][step]);
+        for (int step = 0; step < kChunkSteps; ++step) {
+          uint32_t q[kRowTiles][4];
 #pragma unroll
           for (int m = 0; m < kRowTiles; ++m)
-            multiply(scores[m][j], q[m][0], q[m][1], q[m][2], q[m][3], b0, b1);
+            load_words(q[m], queries_ + (m * kDimSteps + chunk * kChunkSteps + step) * kWarpSize);
+#pragma unroll
+          for (int j = 0; j < kHeldTiles; ++j) {
+            const uint32_t b0 = kIsHalf ? words[j][2 * step % 4] : widen_codes<0>(words[j][step]);
+            const uint32_t b1 =
+                kIsHalf ? words[j][(2 * step + 1) % 4] : widen_codes<1>(words[j][step]);
+#pragma unroll
+            for (int m = 0; m < kRowTiles; ++m)
+              multiply(scores[m][first + j], q[m][0], q[m][1], q[m][2], q[m][3], b0, b1);
+          }
         }
       }
-    }
     if (kKv != Kv::kOnline) return;
     const uint32_t* const parameters = parameters_of(slot, false) + key + lane_ % 4;
     const float4 loaded = *reinterpret_cast<const float4*>(query_sums());

@@ -22,6 +22,7 @@
 #define __shared__ static __attribute__((section("turbojet_shared")))
 #define __constant__ static
 #define __forceinline__ inline
+#define __noinline__
 #define __launch_bounds__(...)
 #define __restrict__
 // What tells the race checker of an access, so that the line that it names is the kernel's.
