@@ -91,11 +91,8 @@ class Draw {
     // Nothing behind `last` survives; tokens up to it are listed if they fit.
     int last = bucket_of(-row_.floor);
     const uint64_t all = total_weight_;
-    if (has_top_k) {
-      find_bucket(static_cast<uint32_t>(row_.top_k), 0, true);
-      last = shared.bucket;
-    } else if (has_top_p) {
-      find_bucket(0, target(all), false);
+    if (has_top_k || has_top_p) {
+      find_bucket(static_cast<uint32_t>(row_.top_k), target(all), has_top_k);
       last = shared.bucket;
     }
     const uint32_t survivors = count_up_to(last);
@@ -110,28 +107,22 @@ class Draw {
       __syncthreads();
     }
 
-    uint32_t threshold = __float_as_uint(-row_.floor);
+    // top-k's cut, then top-p's among what that keeps: the code is long, so there is one for both.
+    uint32_t threshold = __float_as_uint(-row_.floor), cut = kInfinity;
     uint64_t kept = all;
-    if (has_top_k) {
-      uint32_t cut = kInfinity;
-      if (last < kBuckets - 1) {
-        cut = find_cut(last, row_.top_k - shared.count_before, 0, true, kInfinity);
-        threshold = cut < threshold ? cut : threshold;
-        kept = shared.weight_before + shared.found_weight;
-        __syncthreads();
-      }
-      if (has_top_p) {
-        find_bucket(0, target(kept), false);
-        // Rounding may put the target just behind what is kept: then all of it stays.
-        const bool is_inside = shared.bucket <= last;
-        const uint64_t need = is_inside ? target(kept) - shared.weight_before : ~0ull;
-        const uint32_t nucleus = find_cut(is_inside ? shared.bucket : last, 0, need, false, cut);
-        threshold = nucleus < threshold ? nucleus : threshold;
-      }
-    } else if (has_top_p) {
-      const uint32_t nucleus =
-          find_cut(last, 0, target(all) - shared.weight_before, false, kInfinity);
-      threshold = nucleus < threshold ? nucleus : threshold;
+#pragma unroll 1
+    for (int stage = 0; stage < 2; ++stage) {
+      const bool by_count = stage == 0;
+      if (by_count ? !has_top_k || last == kBuckets - 1 : !has_top_p) continue;
+      if (!by_count && has_top_k) find_bucket(0, target(kept), false);
+      // Rounding may put the target just behind what is kept: then all of it stays.
+      const bool is_inside = shared.bucket <= last;
+      const uint64_t weight = is_inside ? target(kept) - shared.weight_before : ~0ull;
+      cut = find_cut(is_inside ? shared.bucket : last, row_.top_k - shared.count_before, weight,
+                     by_count, cut);
+      threshold = cut < threshold ? cut : threshold;
+      if (by_count) kept = shared.weight_before + shared.found_weight;
+      __syncthreads();
     }
 
     uint64_t mine = 0;
