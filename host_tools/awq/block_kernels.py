@@ -111,34 +111,39 @@ def clip_kernel(
     costs = tl.load(costs_in + (groups % output_groups)[:, None] * GROUP_SIZE + columns)
     low = tl.minimum(tl.min(weight, axis=1), 0.0)
     high = tl.maximum(tl.max(weight, axis=1), 0.0)
-    kept_low = tl.full((GROUPS,), 1.0, tl.float32)
-    kept_high = tl.full((GROUPS,), 1.0, tl.float32)
+    whole = tl.full((GROUPS,), 1.0, tl.float32)
     scale, zero, least = _tried(weight, costs, low, high, MIN_SCALE)
+    best = (least, scale, zero, whole, whole)
     for step in range(1, NUM_SHRINKS):
-        kept = tl.full((GROUPS,), 1.0, tl.float32) - step * SHRINK
-        a_scale, a_zero, cost = _tried(weight, costs, low * kept, high * kept, MIN_SCALE)
-        is_better = cost < least
-        least = tl.where(is_better, cost, least)
-        scale = tl.where(is_better, a_scale, scale)
-        zero = tl.where(is_better, a_zero, zero)
-        kept_low = tl.where(is_better, kept, kept_low)
-        kept_high = tl.where(is_better, kept, kept_high)
+        kept = whole - step * SHRINK
+        best = _better(weight, costs, low, high, kept, kept, best, MIN_SCALE)
     # Each end in turn, inwards first.
     for trial in range(4 * NUM_TRIMS):
         change = (trial // 4 + 1) * TRIM
         change = tl.where(trial % 4 < 2, -change, change)
         is_low = trial % 2 == 0
-        a_low = tl.where(is_low, tl.minimum(kept_low + change, MAX_END), kept_low)
-        a_high = tl.where(is_low, kept_high, tl.minimum(kept_high + change, MAX_END))
-        a_scale, a_zero, cost = _tried(weight, costs, low * a_low, high * a_high, MIN_SCALE)
-        is_better = cost < least
-        least = tl.where(is_better, cost, least)
-        scale = tl.where(is_better, a_scale, scale)
-        zero = tl.where(is_better, a_zero, zero)
-        kept_low = tl.where(is_better, a_low, kept_low)
-        kept_high = tl.where(is_better, a_high, kept_high)
-    tl.store(scales_out + groups, scale, mask=is_there)
-    tl.store(zeros_out + groups, zero, mask=is_there)
+        kept_low = tl.where(is_low, tl.minimum(best[3] + change, MAX_END), best[3])
+        kept_high = tl.where(is_low, best[4], tl.minimum(best[4] + change, MAX_END))
+        best = _better(weight, costs, low, high, kept_low, kept_high, best, MIN_SCALE)
+    tl.store(scales_out + groups, best[1], mask=is_there)
+    tl.store(zeros_out + groups, best[2], mask=is_there)
+
+
+@triton.jit
+def _better(weight, costs, low, high, kept_low, kept_high, best, MIN_SCALE: tl.constexpr):
+    """Return the cheaper of the best so far and the grid of what is kept of both ends.
+
+    Cost, scale, zero, and the shares of the ends that are kept.
+    """
+    scale, zero, cost = _tried(weight, costs, low * kept_low, high * kept_high, MIN_SCALE)
+    is_better = cost < best[0]
+    return (
+        tl.where(is_better, cost, best[0]),
+        tl.where(is_better, scale, best[1]),
+        tl.where(is_better, zero, best[2]),
+        tl.where(is_better, kept_low, best[3]),
+        tl.where(is_better, kept_high, best[4]),
+    )
 
 
 @triton.jit
