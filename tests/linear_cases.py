@@ -11,7 +11,7 @@ from typing import Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from device_runtime.kernels.gemm_shape import F16_TILES, W4A16_TILES, GemmShape
+from device_runtime.kernels.gemm_shape import F16_TILES, W4A16_TILES, GemmOutput, GemmShape
 from device_runtime.kernels.head_shape import HeadShape
 from device_runtime.kernels.reference import linear
 from device_runtime.package_format import int4
@@ -88,21 +88,20 @@ def run_gemm(launch: Launch, case: GemmCase, seed: int = 0) -> tuple[Values, Val
         out = rng.standard_normal(want.shape).astype(np.float32)
         old = out.astype(np.float64)
     kind = "w4a16" if case.group_size else "f16"
-    middle = "" if case.output == "half" else f"{case.output}_"
-    biases = [] if case.output == "silu" else [bias]
     launch(
-        f"{kind}_gemm_{middle}{case.tile}",
+        f"{kind}_gemm_{case.tile}",
         (shape.grid, 1, 1),
         [
             out,
             workspace,
             tickets,
             x,
-            *biases,
+            bias,
             *operands,
             case.num_tokens,
             *size,
             shape.stream_tiles,
+            int(GemmOutput[case.output.upper()]),
         ],
         shape.tile.shared_bytes(case.group_size),
     )

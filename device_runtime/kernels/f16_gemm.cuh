@@ -1,13 +1,14 @@
 // y = W x for any number of tokens, W in fp16: the linear layers of packages without quantization.
 //
-//   f16_gemm       out[t,m]      = fp16(y[t,m] + bias[m])
-//   f16_gemm_silu  out[t,i]      = fp16(silu(y[t,2i]) * y[t,2i+1])
-//   f16_gemm_add   residual[t,m] = residual[t,m] + y[t,m] + bias[m]
+//   f16_gemm, by its last argument `output`:
+//     kHalf  result[t,m] = fp16(y[t,m] + bias[m])
+//     kSilu  result[t,i] = fp16(silu(y[t,2i]) * y[t,2i+1])
+//     kAdd   result[t,m] = result[t,m] + y[t,m] + bias[m]
 //   y[t,m] = sum_k weights[k,m] x[t,k] in fp32
 //
-//   out fp16 [num_tokens][outputs] or [num_tokens][outputs / 2]; residual fp32 [num_tokens][outputs]
-//   (updated); x fp16 [num_tokens][inputs]; bias fp16 [outputs] or null; weights fp16
-//   [inputs][outputs]; workspace fp32 and tickets uint32 as in gemm.cuh, tickets zero at first.
+//   result fp16 [num_tokens][outputs], fp16 [num_tokens][outputs / 2] or fp32 [num_tokens][outputs]
+//   (updated); x fp16 [num_tokens][inputs]; bias fp16 [outputs] or null, not read for kSilu; weights
+//   fp16 [inputs][outputs]; workspace fp32 and tickets uint32 as in gemm.cuh, tickets zero at first.
 // One source file for each tile of 8, 32, 64 or 128 tokens; that of 8 serves decode steps.
 // Launch: block and dynamic shared memory of gemm_shape.py's GemmShape, any grid up to
 // stream_tiles * ceil(inputs / kStageInputs) blocks if stream_tiles > 0.
@@ -79,11 +80,11 @@ struct HalfWeights {
   };
 };
 
-template <Output kOutput, class T>
+template <class T>
 __device__ __forceinline__ void run_f16_gemm(const Destination& destination, const fp16* x,
                                              const fp16* weights, const Shape& shape,
                                              int stream_tiles) {
-  run_gemm<T, HalfWeights<T>, kOutput>(HalfWeights<T>{weights, shape.inputs, shape.outputs}, x,
+  run_gemm<T, HalfWeights<T>>(HalfWeights<T>{weights, shape.inputs, shape.outputs}, x,
                                        shape, destination, stream_tiles);
 }
 

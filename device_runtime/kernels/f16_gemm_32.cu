@@ -11,28 +11,10 @@ using GemmTile = Tile<TURBOJET_GEMM_TILE>;
 }  // namespace
 
 extern "C" __global__ void __launch_bounds__(GemmTile::kThreads, GemmTile::kBlocksPerSm)
-    f16_gemm_32(fp16* out, float* workspace, uint32_t* tickets, const fp16* x, const fp16* bias,
+    f16_gemm_32(void* result, float* workspace, uint32_t* tickets, const fp16* x, const fp16* bias,
                 const fp16* weights, int32_t num_tokens, int32_t inputs, int32_t outputs,
-                int32_t stream_tiles) {
-  run_f16_gemm<Output::kHalf, GemmTile>(
-      Destination{out, nullptr, bias, workspace, tickets}, x, weights,
-      Shape{num_tokens, inputs, outputs}, stream_tiles);
-}
-
-extern "C" __global__ void __launch_bounds__(GemmTile::kThreads, GemmTile::kBlocksPerSm)
-    f16_gemm_silu_32(fp16* out, float* workspace, uint32_t* tickets, const fp16* x,
-                     const fp16* weights, int32_t num_tokens, int32_t inputs, int32_t outputs,
-                     int32_t stream_tiles) {
-  run_f16_gemm<Output::kSilu, GemmTile>(
-      Destination{out, nullptr, nullptr, workspace, tickets}, x, weights,
-      Shape{num_tokens, inputs, outputs}, stream_tiles);
-}
-
-extern "C" __global__ void __launch_bounds__(GemmTile::kThreads, GemmTile::kBlocksPerSm)
-    f16_gemm_add_32(float* residual, float* workspace, uint32_t* tickets, const fp16* x,
-                    const fp16* bias, const fp16* weights, int32_t num_tokens, int32_t inputs,
-                    int32_t outputs, int32_t stream_tiles) {
-  run_f16_gemm<Output::kAdd, GemmTile>(
-      Destination{nullptr, residual, bias, workspace, tickets}, x, weights,
+                int32_t stream_tiles, int32_t output) {
+  run_f16_gemm<GemmTile>(
+      Destination{static_cast<Output>(output), result, bias, workspace, tickets}, x, weights,
       Shape{num_tokens, inputs, outputs}, stream_tiles);
 }

@@ -9,6 +9,9 @@
 // the others are taken whole, block after block. A tile of which several blocks have a part is
 // finished by the block that comes last: it adds all parts in the order of their inputs, so that
 // the result does not depend on who was last. This keeps every SM busy whatever the shape.
+//
+// What becomes of the sums is decided when they are there: one kernel for all three, since what they
+// have in common is most of its code.
 #ifndef TURBOJET_GEMM_CUH
 #define TURBOJET_GEMM_CUH
 
@@ -24,7 +27,7 @@ namespace {
 // Plain copies pass through registers: few at a time.
 constexpr int kCopyUnroll = TURBOJET_PLAIN ? 1 : 64;
 
-enum class Output { kHalf, kSilu, kAdd };
+enum class Output : int32_t { kHalf, kSilu, kAdd };  // twin gemm_shape.py GemmOutput
 
 template <int kWarpsOut_, int kWarpsTokens_, int kWarpOutputs_, int kWarpTokens_,
           int kStageInputs_, int kStages_, int kBlocksPerSm_>
@@ -58,9 +61,10 @@ struct Shape {
 };
 
 struct Destination {
-  fp16* out;           // kHalf: [num_tokens][outputs], kSilu: [num_tokens][outputs / 2]
-  float* residual;     // kAdd: [num_tokens][outputs]
-  const fp16* bias;    // [outputs] or null
+  Output output;
+  void* result;        // kHalf: fp16 [num_tokens][outputs], kSilu: fp16 [num_tokens][outputs / 2],
+                       // kAdd: fp32 [num_tokens][outputs]
+  const fp16* bias;    // [outputs] or null, not kSilu
   float* workspace;    // two tiles of sums for each block
   uint32_t* tickets;   // one for each of the stream_tiles, zero before and after
 };
@@ -362,8 +366,9 @@ __device__ __forceinline__ void store_half(const float (&sums)[T::kRowTiles][T::
                                            int first_token, int first_output, char* shared) {
   constexpr int kWidth = kOutput == Output::kSilu ? T::kOutputs / 2 : T::kOutputs;
   constexpr int kPitch = kWidth * 2 + 16;  // tokens on different banks
-  const int lane = threadIdx.x % kWarpSize;
-  const int warp = threadIdx.x / kWarpSize;
+  const int thread = thread_index_here();
+  const int lane = thread % kWarpSize;
+  const int warp = thread / kWarpSize;
   const bool is_odd = lane / 4 % 2;
 #pragma unroll
   for (int i = 0; i < T::kRowTiles; ++i) {
@@ -399,11 +404,11 @@ __device__ __forceinline__ void store_half(const float (&sums)[T::kRowTiles][T::
   const int width = kOutput == Output::kSilu ? shape.outputs / 2 : shape.outputs;
   const int first_column = kOutput == Output::kSilu ? first_output / 2 : first_output;
 #pragma unroll 4
-  for (int index = threadIdx.x; index < T::kTokens * kChunks; index += T::kThreads) {
+  for (int index = thread; index < T::kTokens * kChunks; index += T::kThreads) {
     const int token = index / kChunks;
     const int column = first_column + index % kChunks * 8;
     if (first_token + token < shape.num_tokens && column < width)
-      *reinterpret_cast<uint4*>(destination.out +
+      *reinterpret_cast<uint4*>(static_cast<fp16*>(destination.result) +
                                 static_cast<int64_t>(first_token + token) * width + column) =
           *reinterpret_cast<const uint4*>(shared + token * kPitch + index % kChunks * 16);
   }
@@ -415,8 +420,9 @@ __device__ __forceinline__ void add_residual(const float (&sums)[T::kRowTiles][T
                                              const Shape& shape, const Destination& destination,
                                              int first_token, int first_output) {
   constexpr int kBatch = T::kTokenTiles < 4 ? T::kTokenTiles : 4;  // token tiles loaded at once
-  const int lane = threadIdx.x % kWarpSize;
-  const int warp = threadIdx.x / kWarpSize;
+  const int thread = thread_index_here();
+  const int lane = thread % kWarpSize;
+  const int warp = thread / kWarpSize;
   const int token = first_token + warp / T::kWarpsOut * T::kWarpTokens + lane % 4 * 2;
   const int output = first_output + warp % T::kWarpsOut * T::kWarpOutputs + lane / 4;
 #pragma unroll
@@ -441,7 +447,8 @@ __device__ __forceinline__ void add_residual(const float (&sums)[T::kRowTiles][T
             const int own_token = token + (first + j) * 8 + c % 2;
             const int own = output + i * 16 + c / 2 * 8;
             float* const place =
-                destination.residual + static_cast<int64_t>(own_token) * shape.outputs + own;
+                static_cast<float*>(destination.result) +
+                static_cast<int64_t>(own_token) * shape.outputs + own;
             if (own_token < shape.num_tokens && own < shape.outputs) {
               if (part == 0)
                 old[j][c] = *place;
@@ -455,7 +462,7 @@ __device__ __forceinline__ void add_residual(const float (&sums)[T::kRowTiles][T
   }
 }
 
-template <class T, class Weights, Output kOutput>
+template <class T, class Weights>
 __device__ __forceinline__ void run_gemm(const Weights& weights, const fp16* x, const Shape& shape,
                                          const Destination& destination, int stream_tiles) {
   char* const shared = dynamic_shared_bytes();
@@ -489,10 +496,12 @@ __device__ __forceinline__ void run_gemm(const Weights& weights, const fp16* x, 
     if (segment.count != schedule.steps &&
         !combine_parts<T>(sums, schedule, segment, destination, reinterpret_cast<int*>(shared)))
       continue;
-    if (kOutput == Output::kAdd)
+    if (destination.output == Output::kAdd)
       add_residual<T>(sums, shape, destination, first_token, first_output);
+    else if (destination.output == Output::kSilu)
+      store_half<T, Output::kSilu>(sums, shape, destination, first_token, first_output, shared);
     else
-      store_half<T, kOutput>(sums, shape, destination, first_token, first_output, shared);
+      store_half<T, Output::kHalf>(sums, shape, destination, first_token, first_output, shared);
     __syncthreads();
   }
 }

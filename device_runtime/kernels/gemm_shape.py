@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import IntEnum
 
 FULL_WAVE = 0.85
 """Share of the blocks that must have work for a last wave of whole tiles to be left as it is."""
 LEAST_STEPS = 4
 """Steps of a tile below which another block costs more than it saves."""
+
+
+class GemmOutput(IntEnum):
+    """What becomes of the product: `Output` of gemm.cuh, the kernels' last argument."""
+
+    HALF = 0
+    """fp16, with the bias."""
+    SILU = 1
+    """fp16 silu(gate) * up of neighbouring columns, half as many."""
+    ADD = 2
+    """Added to the fp32 residual, with the bias."""
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,13 @@ __device__ __forceinline__ fp16 to_fp16(float value) {
   return result;
 }
 
+// threadIdx.x, read where it stands: what is made of it is not carried in registers from before.
+__device__ __forceinline__ int thread_index_here() {
+  int result;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(result));
+  return result;
+}
+
 // The block's dynamic shared memory, 16-byte aligned.
 __device__ __forceinline__ char* dynamic_shared_bytes() {
   extern __shared__ uint4 dynamic_shared_words[];

@@ -66,14 +66,10 @@ def _gemv_rows(width: int) -> tuple[Kernel, ...]:
     )
 
 
-def _gemm_rows(kind: str, tokens: int) -> tuple[Kernel, ...]:
-    source, block = f"{kind}_gemm_{tokens}", 128
+def _gemm_row(kind: str, tokens: int) -> Kernel:
+    name = f"{kind}_gemm_{tokens}"
     weights = "PP" if kind == "w4a16" else "P"
-    return (
-        Kernel(source, source, f"PPPPP{weights}iiii", block, 255),
-        Kernel(f"{kind}_gemm_silu_{tokens}", source, f"PPPP{weights}iiii", block, 255),
-        Kernel(f"{kind}_gemm_add_{tokens}", source, f"PPPPP{weights}iiii", block, 255),
-    )
+    return Kernel(name, name, f"PPPPP{weights}iiiii", 128, 255)
 
 
 def _decode_attention_rows() -> tuple[Kernel, ...]:
@@ -106,8 +102,8 @@ KERNELS = (
         128,
         blocks_per_sm=2,
     ),
-    *(row for tokens in GEMM_TILES for row in _gemm_rows("w4a16", tokens)),
-    *(row for tokens in F16_GEMM_TILES for row in _gemm_rows("f16", tokens)),
+    *(_gemm_row("w4a16", tokens) for tokens in GEMM_TILES),
+    *(_gemm_row("f16", tokens) for tokens in F16_GEMM_TILES),
     Kernel("rms_norm_f16", "rms_norm", "PPPif", 256, 64),
     Kernel("head_f16", "head_f16", "PPPPPiiif", 256, 128),
     Kernel("head_int8_4", "head_int8", "PPPPPPiiif", 256, 128),

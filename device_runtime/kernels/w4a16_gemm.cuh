@@ -1,15 +1,16 @@
 // y = W x for 9 tokens and more, W in 4-bit codes: the linear layers of a prompt.
 //
-//   w4a16_gemm       out[t,m]      = fp16(y[t,m] + bias[m])
-//   w4a16_gemm_silu  out[t,i]      = fp16(silu(y[t,2i]) * y[t,2i+1])
-//   w4a16_gemm_add   residual[t,m] = residual[t,m] + y[t,m] + bias[m]
+//   w4a16_gemm, by its last argument `output`:
+//     kHalf  result[t,m] = fp16(y[t,m] + bias[m])
+//     kSilu  result[t,i] = fp16(silu(y[t,2i]) * y[t,2i+1])
+//     kAdd   result[t,m] = result[t,m] + y[t,m] + bias[m]
 //   y[t,m] = sum_k w[k,m] x[t,k] in fp32
 //   w[k,m] = fp16((q[k,m] - z[k div group_size, m]) * s[k div group_size, m]), rounded once and
 //            without subnormals: the weight that the reference engine uses
 //
-//   out fp16 [num_tokens][outputs] or [num_tokens][outputs / 2]; residual fp32 [num_tokens][outputs]
-//   (updated); x fp16 [num_tokens][inputs]; bias fp16 [outputs] or null; codes uint32
-//   [inputs * outputs / 8] and scales_zeros uint32 [inputs / group_size][outputs] as in
+//   result fp16 [num_tokens][outputs], fp16 [num_tokens][outputs / 2] or fp32 [num_tokens][outputs]
+//   (updated); x fp16 [num_tokens][inputs]; bias fp16 [outputs] or null, not read for kSilu; codes
+//   uint32 [inputs * outputs / 8] and scales_zeros uint32 [inputs / group_size][outputs] as in
 //   package_format/SPEC.md; workspace fp32 and tickets uint32 as in gemm.cuh, tickets zero at first.
 // One source file for each tile of 16, 32, 64 or 128 tokens.
 // Launch: block and dynamic shared memory of gemm_shape.py's GemmShape, any grid up to
@@ -138,11 +139,11 @@ struct QuantizedWeights {
   };
 };
 
-template <Output kOutput, class T>
+template <class T>
 __device__ __forceinline__ void run_w4a16_gemm(const Destination& destination, const fp16* x,
                                                const uint4* codes, const uint32_t* scales_zeros,
                                                const Shape& shape, int stream_tiles) {
-  run_gemm<T, QuantizedWeights<T>, kOutput>(
+  run_gemm<T, QuantizedWeights<T>>(
       QuantizedWeights<T>{codes, scales_zeros, shape.inputs, shape.outputs}, x, shape, destination,
       stream_tiles);
 }

@@ -194,6 +194,8 @@ struct EmulatedHalf {
 };
 EmulatedHalf to_fp16(float value) { return {emulated_to_bits(value)}; }
 
+int thread_index_here() { return threadIdx.x; }
+
 char* dynamic_shared_bytes() { return emulator::my_block().shared; }
 
 EMULATED_INLINE void copy16_async(void* shared, const void* global) {

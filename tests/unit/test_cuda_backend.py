@@ -30,6 +30,7 @@ from device_runtime.errors import (
     PackageError,
     UsageError,
 )
+from device_runtime.kernels.gemm_shape import GemmOutput
 from device_runtime.package_format.kv_scale import KvScale
 from device_runtime.package_format.package import open_package
 
@@ -74,7 +75,11 @@ def tokens_of(engine: Engine, prompts, generation) -> list[list[int]]:
 
 
 def names_of(fake: FakeCuda) -> list[str]:
-    return [launched.name for launched in fake.launches]
+    """Kernels in order, those of a GEMM with what becomes of the product."""
+    return [
+        f"{row.name} {GemmOutput(row.arguments[-1]).name}" if "_gemm_" in row.name else row.name
+        for row in fake.launches
+    ]
 
 
 def test_auto_takes_cuda_where_a_gpu_has_kernels(root, fake) -> None:
@@ -250,12 +255,12 @@ def test_fp16_models_run_norm_and_gemm_at_every_width(tmp_path, fake) -> None:
     first = names.index("sample_top_f32") + 2
     assert names[first : first + 7] == [
         "rms_norm_f16",
-        "f16_gemm_8",
+        "f16_gemm_8 HALF",
         "decode_attention_half",
-        "f16_gemm_add_8",
+        "f16_gemm_8 ADD",
         "rms_norm_f16",
-        "f16_gemm_silu_8",
-        "f16_gemm_add_8",
+        "f16_gemm_8 SILU",
+        "f16_gemm_8 ADD",
     ]
 
 
@@ -276,24 +281,24 @@ def test_linears_that_stay_fp16_take_their_own_kernels(tmp_path, fake) -> None:
     first = names.index("sample_top_f32") + 2
     assert names[first : first + 11] == [
         "rms_norm_f16",
-        "f16_gemm_8",
+        "f16_gemm_8 HALF",
         "decode_attention_half",
         "w4a16_gemv_paired_add_1",
         "rms_norm_f16",
-        "f16_gemm_silu_8",
+        "f16_gemm_8 SILU",
         "w4a16_gemv_paired_add_1",
         "w4a16_gemv_norm_1",
         "decode_attention_half",
         "w4a16_gemv_paired_add_1",
         "w4a16_gemv_norm_silu_1",
     ]
-    assert names[first + 11] == "f16_gemm_add_8"
+    assert names[first + 11] == "f16_gemm_8 ADD"
     # 57 and 40 tokens: tile 64 of both kinds.
     passes = [
-        *("rms_norm_f16", "f16_gemm_64", "w4a16_gemm_add_64"),
-        *("rms_norm_f16", "f16_gemm_silu_64", "w4a16_gemm_add_64"),
-        *("rms_norm_f16", "w4a16_gemm_64", "w4a16_gemm_add_64"),
-        *("rms_norm_f16", "w4a16_gemm_silu_64", "f16_gemm_add_64"),
+        *("rms_norm_f16", "f16_gemm_64 HALF", "w4a16_gemm_64 ADD"),
+        *("rms_norm_f16", "f16_gemm_64 SILU", "w4a16_gemm_64 ADD"),
+        *("rms_norm_f16", "w4a16_gemm_64 HALF", "w4a16_gemm_64 ADD"),
+        *("rms_norm_f16", "w4a16_gemm_64 SILU", "f16_gemm_64 ADD"),
     ]
     assert prompts == passes * 2
 

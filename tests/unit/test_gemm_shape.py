@@ -12,6 +12,7 @@ import device_runtime.kernels
 from device_runtime.kernels.gemm_shape import (
     F16_TILES,
     W4A16_TILES,
+    GemmOutput,
     GemmShape,
     GemmTile,
     fastest_tile,
@@ -41,6 +42,15 @@ def test_a_source_builds_the_tile_of_its_name(kind: str, tokens: int, tile: Gemm
     assert built == tile
     assert tile.tokens == tokens
     assert kernel(f"{kind}_gemm_{tokens}").block == tile.threads
+
+
+def test_outputs_have_the_same_numbers() -> None:
+    found = re.search(
+        r"enum class Output : int32_t \{ (.*?) \}", (KERNELS / "gemm.cuh").read_text()
+    )
+    assert found
+    assert found[1].split(", ") == [f"k{output.name.title()}" for output in GemmOutput]
+    assert list(GemmOutput) == [0, 1, 2]
 
 
 def test_the_table_has_every_tile() -> None:

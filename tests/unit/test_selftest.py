@@ -91,7 +91,7 @@ def test_the_command_fails_where_kernels_do_nothing(tmp_path, monkeypatch, capsy
     facts = json.loads(capsys.readouterr().out)
     assert facts["device"] == "Fake GPU, sm_90"
     names = " ".join(row["name"] for row in facts["checks"])
-    for word in ("embed", "rms_norm", "head_f16", "head_int8", "f16_gemm_add", "group 64"):
+    for word in ("embed", "rms_norm", "head_f16", "head_int8", "f16_gemm_8 add", "group 64"):
         assert word in names
     assert not any(row["is_passed"] for row in facts["checks"])
     assert cli.main(["selftest"]) == DeviceError.exit_code

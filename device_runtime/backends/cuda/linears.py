@@ -10,7 +10,13 @@ from dataclasses import dataclass
 
 from device_runtime.backends.cuda.kernel_set import KernelSet
 from device_runtime.backends.cuda.weights import has_half_matrices, layer_name
-from device_runtime.kernels.gemm_shape import F16_TILES, W4A16_TILES, GemmShape, fastest_tile
+from device_runtime.kernels.gemm_shape import (
+    F16_TILES,
+    W4A16_TILES,
+    GemmOutput,
+    GemmShape,
+    fastest_tile,
+)
 from device_runtime.kernels.gemv_shape import GemvShape, pair_gemv, plan_gemv
 from device_runtime.kernels.graphs import Launch
 from device_runtime.kernels.table import GEMV_STAGES
@@ -148,9 +154,8 @@ class Linears:
             ),
             lambda size: ((size.num_tokens, 1, 1), {}),
         )
-        bias = () if is_silu else (matrix.bias,)
-        kind = "_silu" if is_silu else ""
-        return [norm_step, self._gemm(kind, out, buffers["normed"], bias, matrix, num_tokens)]
+        output = GemmOutput.SILU if is_silu else GemmOutput.HALF
+        return [norm_step, self._gemm(output, out, buffers["normed"], matrix, num_tokens)]
 
     def added(self, x: int, matrix: Matrix, num_tokens: int) -> list[Step]:
         """Return ``residual += matrix @ x``."""
@@ -163,7 +168,7 @@ class Linears:
             head = (buffers["residual"], buffers["gemv_sums"], *activations, matrix.bias)
             name = shape.add_kernel
             return [*steps, self._launch_gemv(name, shape, head, matrix, num_tokens, ())]
-        return [self._gemm("_add", buffers["residual"], x, (matrix.bias,), matrix, num_tokens)]
+        return [self._gemm(GemmOutput.ADD, buffers["residual"], x, matrix, num_tokens)]
 
     def program_key(self, num_tokens: int) -> int:
         """Return a number that passes share which differ in `Step.resize` alone."""
@@ -240,32 +245,27 @@ class Linears:
         )
 
     def _gemm(
-        self,
-        kind: str,
-        out: int,
-        x: int,
-        bias: tuple[int | None, ...],
-        matrix: Matrix,
-        num_tokens: int,
+        self, output: GemmOutput, result: int, x: int, matrix: Matrix, num_tokens: int
     ) -> Step:
         shape = self._gemm_shape(matrix, num_tokens)
-        prefix = "w4a16_gemm" if matrix.is_quantized else "f16_gemm"
-        name = f"{prefix}{kind}_{shape.tile.tokens}"
+        kind = "w4a16" if matrix.is_quantized else "f16"
+        name = f"{kind}_gemm_{shape.tile.tokens}"
         arguments = (
-            out,
+            result,
             self._buffers["gemm_sums"],
             self._buffers["gemm_tickets"],
             x,
-            *bias,
+            None if output is GemmOutput.SILU else matrix.bias,
             *matrix.parts,
             num_tokens,
             matrix.num_inputs,
             matrix.num_outputs,
             shape.stream_tiles,
+            int(output),
         )
         group_size = self._model.group_size if matrix.is_quantized else 0
         shared_bytes = shape.tile.shared_bytes(group_size)
-        first_number = 4 + len(bias) + len(matrix.parts)
+        first_number = 5 + len(matrix.parts)
 
         def resized(size: PassSize) -> Resized:
             wanted = self._gemm_shape(matrix, size.num_tokens)

@@ -10,7 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from device_runtime.backends.cuda.array_launch import ArrayLaunch
-from device_runtime.kernels.gemm_shape import F16_TILES, W4A16_TILES, GemmShape, GemmTile
+from device_runtime.kernels.gemm_shape import (
+    F16_TILES,
+    W4A16_TILES,
+    GemmOutput,
+    GemmShape,
+    GemmTile,
+)
 from device_runtime.kernels.gemv_shape import pair_gemv, plan_gemv
 from device_runtime.kernels.head_shape import HeadShape
 from device_runtime.kernels.reference import linear as twin
@@ -59,9 +65,8 @@ def check_quantized(run: ArrayLaunch, group_size: int, rng: np.random.Generator)
     for width in GEMV_STAGES:
         yield from _check_gemv(run, matrix, group_size, width, rng)
     for tile in W4A16_TILES:
-        yield from _check_gemm(
-            run, f"w4a16_gemm{{}}_{tile}", W4A16_TILES[tile], matrix, group_size, rng
-        )
+        name = f"w4a16_gemm_{tile}"
+        yield from _check_gemm(run, name, W4A16_TILES[tile], matrix, group_size, rng)
 
 
 def check_half(run: ArrayLaunch, rng: np.random.Generator) -> Iterator[Check]:
@@ -69,7 +74,7 @@ def check_half(run: ArrayLaunch, rng: np.random.Generator) -> Iterator[Check]:
     weights = (rng.standard_normal((NUM_INPUTS, NUM_OUTPUTS)) / 24).astype(np.float16)
     matrix = _Matrix(weights.astype(np.float64), (weights,), *_vectors(rng))
     for tile in F16_TILES:
-        yield from _check_gemm(run, f"f16_gemm{{}}_{tile}", F16_TILES[tile], matrix, 0, rng)
+        yield from _check_gemm(run, f"f16_gemm_{tile}", F16_TILES[tile], matrix, 0, rng)
 
 
 def check_norm_and_head(run: ArrayLaunch, rng: np.random.Generator) -> Iterator[Check]:
@@ -159,20 +164,22 @@ def _check_gemm(
     tickets = np.zeros(max(1, shape.num_tiles), np.uint32)
     sizes = (num_tokens, NUM_INPUTS, NUM_OUTPUTS, shape.stream_tiles)
     grid, shared = (shape.grid, 1, 1), tile.shared_bytes(group_size)
-    out = np.full((num_tokens, NUM_OUTPUTS), np.nan, np.float16)
-    plain = name.format("")
-    run(plain, grid, (out, sums, tickets, x, matrix.bias, *matrix.arrays, *sizes), shared)
     product = twin.linear(x, matrix.weights, None)
-    yield _check(plain, group_size, out, product + matrix.bias.astype(np.float64))
-    halves = np.full((num_tokens, NUM_OUTPUTS // 2), np.nan, np.float16)
-    silu = name.format("_silu")
-    run(silu, grid, (halves, sums, tickets, x, *matrix.arrays, *sizes), shared)
-    yield _check(silu, group_size, halves, twin.silu_product(product))
+    biased = product + matrix.bias.astype(np.float64)
     added = rng.standard_normal((num_tokens, NUM_OUTPUTS)).astype(np.float32)
-    want = added + product + matrix.bias.astype(np.float64)
-    add = name.format("_add")
-    run(add, grid, (added, sums, tickets, x, matrix.bias, *matrix.arrays, *sizes), shared)
-    yield _check(add, group_size, added, want)
+    results = {
+        GemmOutput.HALF: (np.full(product.shape, np.nan, np.float16), biased),
+        GemmOutput.SILU: (
+            np.full((num_tokens, NUM_OUTPUTS // 2), np.nan, np.float16),
+            twin.silu_product(product),
+        ),
+        GemmOutput.ADD: (added, added + biased),
+    }
+    for output, (got, want) in results.items():
+        bias = None if output is GemmOutput.SILU else matrix.bias
+        arguments = (got, sums, tickets, x, bias, *matrix.arrays, *sizes, int(output))
+        run(name, grid, arguments, shared)
+        yield _check(f"{name} {output.name.lower()}", group_size, got, want)
 
 
 def _check(name: str, group_size: int, got: NDArray[Any], want: NDArray[Any]) -> Check:
