@@ -178,7 +178,20 @@ struct fp16;
 
 namespace {
 
-float emulated_to_float(uint16_t bits) { _Float16 value; memcpy(&value, &bits, 2); return value; }
+// As the compiler's own conversion, which is a call where the CPU may have none for fp16.
+inline float emulated_to_float(uint16_t bits) {
+  const bool is_finite = (bits & 0x7c00) != 0x7c00;
+  const uint32_t word = (bits & 0x7fff) << 13 | (is_finite ? 0 : 0x7f800000);
+  const uint32_t sign = (bits & 0x8000) << 16;
+  float value;
+  memcpy(&value, &word, 4);
+  if (is_finite) value *= 0x1p112f;  // exponents of fp16 are biased by 15, those of fp32 by 127
+  uint32_t result;
+  memcpy(&result, &value, 4);
+  result |= sign;
+  memcpy(&value, &result, 4);
+  return value;
+}
 uint16_t emulated_to_bits(float value) {
   const _Float16 half = static_cast<_Float16>(value);
   uint16_t bits;
@@ -295,6 +308,13 @@ void wait_for_inputs() { race_wait_for_inputs(); }
 
 int byte_of(uint64_t word, int index) { return static_cast<int>(word >> 8 * index & 0xff); }
 
+inline int dot4_u8_s8(uint32_t a, uint32_t b, int d) {
+  return d + static_cast<int>(a & 0xff) * static_cast<int8_t>(b) +
+         static_cast<int>(a >> 8 & 0xff) * static_cast<int8_t>(b >> 8) +
+         static_cast<int>(a >> 16 & 0xff) * static_cast<int8_t>(b >> 16) +
+         static_cast<int>(a >> 24) * static_cast<int8_t>(b >> 24);
+}
+
 // PTX ISA "Matrix Fragments for mma.m16n8k32", u8 and s8.
 void mma_u8_s8(int (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
                uint32_t b1) {
@@ -303,18 +323,10 @@ void mma_u8_s8(int (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, 
   const int lane = emulator::my_lane();
   for (int i = 0; i < 4; ++i) {
     const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
-    int sum = 0;
-    for (int k = 0; k < 32; ++k) {
-      const int a = byte_of(slots[row % 8 * 4 + k % 16 / 4].words[row / 8 + k / 16 * 2], k % 4);
-      const int b = byte_of(slots[column * 4 + k % 16 / 4].words[4 + k / 16], k % 4);
-      sum += a * static_cast<int8_t>(b);
-    }
-    d[i] += sum;
+    for (int k = 0; k < 8; ++k)  // four bytes each
+      d[i] = dot4_u8_s8(slots[row % 8 * 4 + k % 4].words[row / 8 + k / 4 * 2],
+                        slots[column * 4 + k % 4].words[4 + k / 4], d[i]);
   }
-}
-int dot4_u8_s8(uint32_t a, uint32_t b, int d) {
-  for (int i = 0; i < 4; ++i) d += byte_of(a, i) * static_cast<int8_t>(byte_of(b, i));
-  return d;
 }
 uint4 load_streaming(const uint4* pointer) { return *pointer; }
 uint64_t nanoseconds() { return clock64(); }

@@ -6,16 +6,22 @@ namespace {
 // PTX ISA "Matrix Fragments for mma.m16n8k16", fp16 with fp32 sums.
 void mma_f16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
              uint32_t b1) {
-  const uint64_t mine[6] = {a0, a1, a2, a3, b0, b1};
+  const uint32_t words[6] = {a0, a1, a2, a3, b0, b1};
+  float mine[6][2];
+  for (int i = 0; i < 12; ++i) mine[i / 2][i % 2] = emulated_to_float(words[i / 2] >> i % 2 * 16);
   const emulator::Slot* slots = emulator::exchange(mine, sizeof mine, kOpMmaHalf);
+  const auto values = [=](int lane, int word) {
+    return reinterpret_cast<const float*>(slots[lane].words) + 2 * word;
+  };
   const int lane = emulator::my_lane();
   for (int i = 0; i < 4; ++i) {
     const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
     float sum = 0;
-    for (int k = 0; k < 16; ++k) {
-      const uint64_t a = slots[row % 8 * 4 + k % 8 / 2].words[row / 8 + k / 8 * 2];
-      const uint64_t b = slots[column * 4 + k % 8 / 2].words[4 + k / 8];
-      sum += emulated_to_float(a >> k % 2 * 16 & 0xffff) * emulated_to_float(b >> k % 2 * 16 & 0xffff);
+    for (int k = 0; k < 8; ++k) {
+      const float* const a = values(row % 8 * 4 + k % 4, row / 8 + k / 4 * 2);
+      const float* const b = values(column * 4 + k % 4, 4 + k / 4);
+      sum += a[0] * b[0];
+      sum += a[1] * b[1];
     }
     d[i] += sum;
   }
