@@ -10,7 +10,14 @@ from concurrent.futures import as_completed
 from pathlib import Path
 
 from device_runtime.errors import DeviceError, PackageError, UsageError
-from device_runtime.kernels.cubins import RECORD, SOURCES, Cubin, read_record, write_record
+from device_runtime.kernels.cubins import (
+    RECORD,
+    SOURCES,
+    Cubin,
+    interface_of,
+    read_record,
+    write_record,
+)
 from device_runtime.package_format import durable
 from device_runtime.package_format.boards import Board
 from device_runtime.package_format.model_config import ModelConfig
@@ -162,6 +169,7 @@ def _write(folder: Path, unit: Unit, cubin: bytes) -> Cubin:
         is_plain=unit.build.is_plain,
         sha256=hashlib.sha256(cubin).hexdigest(),
         sources_sha256=sources_sha256(unit.source),
+        interface=interface_of(unit.source),
         flags=unit.flags,
     )
 

@@ -7,6 +7,7 @@ also those of 12, JetPack 7 all.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -18,12 +19,22 @@ from device_runtime.kernels.table import KERNELS
 
 RECORD = "kernels.json"
 """Lists the cubins beside it."""
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Version 1 had no `Cubin.interface`."""
 GROUP_SIZES = (128, 64, 32)
 """Values of TURBOJET_GROUP_SIZE that sources of 4-bit matrices are built for."""
 MAX_RECORD_BYTES = 1 << 20
 SOURCES = tuple(dict.fromkeys(row.source for row in KERNELS))
 """Every .cu file without its suffix."""
+
+
+def interface_of(source: str) -> str:
+    """Return what Python must know to launch a source's kernels, as 16 hexadecimal digits.
+
+    Cubins of another turbojet that takes other arguments must not run.
+    """
+    rows = (f"{row.name} {row.arguments} {row.block}" for row in KERNELS if row.source == source)
+    return hashlib.sha256("\n".join(rows).encode()).hexdigest()[:16]
 
 
 def has_group_size(source: str) -> bool:
@@ -44,6 +55,7 @@ class Cubin:
         is_plain: built with TURBOJET_PLAIN.
         sha256: of the file.
         sources_sha256: of the sources it was made of.
+        interface: `interface_of` its source when it was made.
         flags: of the compiler.
     """
 
@@ -55,6 +67,7 @@ class Cubin:
     is_plain: bool
     sha256: str
     sources_sha256: str
+    interface: str
     flags: tuple[str, ...]
 
     @property
@@ -102,11 +115,12 @@ def read_record(folder: Path) -> tuple[Cubin, ...]:
             raise ValueError(f"more than {MAX_RECORD_BYTES} bytes")
         record = json.loads(path.read_text(encoding="utf-8"))
         version = record["format_version"]
-        if version != FORMAT_VERSION:
+        if version not in (1, FORMAT_VERSION):
             raise PackageError(
                 f"{path} has format {version}, this turbojet reads {FORMAT_VERSION}; update it"
             )
-        return tuple(_cubin(row) for row in record["cubins"])
+        earlier = {"interface": ""} if version == 1 else {}
+        return tuple(_cubin({**earlier, **row}) for row in record["cubins"])
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise PackageError(f"{path} is damaged: {error}; pack again") from error
 

@@ -112,7 +112,7 @@ def write_kernels(folder: Path, digests: dict[str, str]) -> None:
     write_record(
         folder / "kernels",
         [
-            Cubin(f"{source}.cubin", source, 90, "13.0", 0, False, "", digest, ())
+            Cubin(f"{source}.cubin", source, 90, "13.0", 0, False, "", digest, "", ())
             for source, digest in digests.items()
         ],
     )

@@ -31,8 +31,8 @@ def test_a_variant_is_the_base_with_some_sources_compiled_anew(tmp_path: Path) -
     base.mkdir()
     usual = cached_unit(unit, CACHE)
     (base / unit.file).write_bytes(usual)
-    row = Cubin(unit.file, unit.source, 90, "13.0", 128, False, "", "", unit.flags)
-    other = Cubin("other.cubin", "embedding", 90, "13.0", 0, False, "", "", ())
+    row = Cubin(unit.file, unit.source, 90, "13.0", 128, False, "", "", "", unit.flags)
+    other = Cubin("other.cubin", "embedding", 90, "13.0", 0, False, "", "", "", ())
     (base / other.file).write_bytes(b"as it is")
     write_record(base, [row, other])
     switches = {1: {"READ_ONCE": 0, "GEMV_PARTS": 2}}

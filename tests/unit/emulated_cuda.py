@@ -19,6 +19,7 @@ from device_runtime.kernels.cubins import (
     Cubin,
     cubin_file,
     has_group_size,
+    interface_of,
     write_record,
 )
 from device_runtime.kernels.table import kernel
@@ -138,7 +139,18 @@ def write_emulated_cubins(folder: Path) -> None:
                 (folder / name).write_text(" ".join(["emulated", *flags]), encoding="ascii")
                 digest = sources_sha256(source)
                 cubins.append(
-                    Cubin(name, source, 90, "13.0", group_size, is_plain, "", digest, tuple(flags))
+                    Cubin(
+                        name,
+                        source,
+                        90,
+                        "13.0",
+                        group_size,
+                        is_plain,
+                        "",
+                        digest,
+                        interface_of(source),
+                        tuple(flags),
+                    )
                 )
     write_record(folder, cubins)
 

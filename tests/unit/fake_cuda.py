@@ -17,7 +17,14 @@ import pytest
 from device_runtime.backends.cuda import survey
 from device_runtime.engine import run_ahead
 from device_runtime.kernels import libcuda
-from device_runtime.kernels.cubins import SOURCES, Cubin, cubin_file, has_group_size, write_record
+from device_runtime.kernels.cubins import (
+    SOURCES,
+    Cubin,
+    cubin_file,
+    has_group_size,
+    interface_of,
+    write_record,
+)
 from device_runtime.kernels.table import KERNELS
 
 OUT_OF_MEMORY = 2
@@ -273,6 +280,7 @@ def write_cubins(folder: Path, sm: int = 90, cuda: str = "13.0", group_size: int
         group = group_size if has_group_size(source) else 0
         name = cubin_file(source, sm, cuda, group)
         (folder / name).write_bytes(b"cubin")
-        cubins.append(Cubin(name, source, sm, cuda, group, False, "", "", ("-O3",)))
+        interface = interface_of(source)
+        cubins.append(Cubin(name, source, sm, cuda, group, False, "", "", interface, ("-O3",)))
     write_record(folder, cubins)
     return folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -15,11 +16,13 @@ from device_runtime.backends.cuda.kernel_set import (
     to_arguments,
 )
 from device_runtime.errors import DeviceError, InternalError, PackageError
+from device_runtime.kernels import cubins
 from device_runtime.kernels.cubins import (
     RECORD,
     Cubin,
     choose_cubins,
     cubin_file,
+    interface_of,
     read_record,
     write_record,
 )
@@ -28,16 +31,16 @@ from device_runtime.kernels.table import kernel
 
 def cubin(sm: int, cuda: str, *, group_size: int = 0, is_plain: bool = False) -> Cubin:
     name = cubin_file("embedding", sm, cuda, group_size, is_plain)
-    return Cubin(name, "embedding", sm, cuda, group_size, is_plain, "", "", ())
+    return Cubin(name, "embedding", sm, cuda, group_size, is_plain, "", "", "", ())
 
 
 def test_a_record_reads_back(tmp_path) -> None:
-    cubins = (cubin(72, "11.8", is_plain=True), cubin(87, "12.6", group_size=64))
-    write_record(tmp_path, reversed(cubins))
-    assert read_record(tmp_path) == cubins
+    rows = (cubin(72, "11.8", is_plain=True), cubin(87, "12.6", group_size=64))
+    write_record(tmp_path, reversed(rows))
+    assert read_record(tmp_path) == rows
     assert read_record(tmp_path / "nothing") == ()
-    assert cubins[1].file == "sm_87-cuda12.6.embedding.g64.cubin"
-    assert cubins[0].file == "sm_72-cuda11.8-plain.embedding.cubin"
+    assert rows[1].file == "sm_87-cuda12.6.embedding.g64.cubin"
+    assert rows[0].file == "sm_72-cuda11.8-plain.embedding.cubin"
 
 
 def test_the_latest_release_that_the_driver_takes_is_chosen() -> None:
@@ -63,8 +66,9 @@ def test_the_plain_variant_runs_where_it_is_asked_for_or_nothing_else_can() -> N
         (lambda text: text.replace('"sm": 90', '"sm": "x"'), "an sm or group_size that is no"),
         (lambda text: text.replace('"cuda": "13.0"', '"cuda": "new"'), "is damaged"),
         (lambda text: text.replace('"sm": 90', '"smx": 90'), "a row has the keys"),
-        (lambda text: text.replace('"format_version": 1', '"format_version": 2'), "has format 2"),
+        (lambda text: text.replace('"format_version": 2', '"format_version": 3'), "has format 3"),
         (lambda text: text + " " * (1 << 20), "more than 1048576 bytes"),
+        (lambda text: text.replace('"interface"', '"inter"'), "a row has the keys"),
     ],
 )
 def test_a_damaged_record_is_refused(tmp_path, change, message) -> None:
@@ -211,6 +215,39 @@ def test_kernels_of_another_release_are_told_from_none(tmp_path, monkeypatch) ->
         ),
     ):
         find_cubins((tmp_path,), ("w4a16_gemv_1", "w4a16_gemv_paired_1"), 32, driver)
+
+
+@pytest.mark.parametrize("is_first_version", [False, True])
+def test_kernels_that_take_other_arguments_do_not_run(
+    tmp_path, monkeypatch, is_first_version
+) -> None:
+    install(monkeypatch)
+    write_cubins(tmp_path)
+    record = json.loads((tmp_path / RECORD).read_text())
+    for row in record["cubins"]:
+        if row["source"] == "embedding":
+            row["interface"] = "0" * 16
+        if is_first_version:
+            del row["interface"]
+    if is_first_version:
+        record["format_version"] = 1
+    (tmp_path / RECORD).write_text(json.dumps(record))
+    with CudaDriver() as driver:
+        if not is_first_version:
+            assert find_cubins((tmp_path,), ("rms_norm",), 0, driver)
+        with pytest.raises(DeviceError, match=r"missing embedding.*another turbojet's, so pack ag"):
+            find_cubins((tmp_path,), ("embedding", "rms_norm"), 0, driver)
+
+
+def test_an_interface_is_names_arguments_and_block_sizes(monkeypatch) -> None:
+    before = interface_of("rms_norm")
+    assert len(before) == 16
+    row = kernel("rms_norm_f16")
+    for change in ({"arguments": "PPPii"}, {"block": 512}, {"name": "rms_norm_bf16"}):
+        monkeypatch.setattr(cubins, "KERNELS", (dataclasses.replace(row, **change),))
+        assert interface_of("rms_norm") != before
+    monkeypatch.setattr(cubins, "KERNELS", (dataclasses.replace(row, max_registers=1),))
+    assert interface_of("rms_norm") == before
 
 
 def test_two_blocks_that_share_an_sm_have_its_shared_memory(tmp_path, monkeypatch) -> None:

@@ -9,7 +9,13 @@ from pathlib import Path
 
 from device_runtime.backends.cuda.driver import CudaDriver
 from device_runtime.errors import DeviceError, InternalError, PackageError
-from device_runtime.kernels.cubins import Cubin, choose_cubins, has_group_size, read_record
+from device_runtime.kernels.cubins import (
+    Cubin,
+    choose_cubins,
+    has_group_size,
+    interface_of,
+    read_record,
+)
 from device_runtime.kernels.graphs import Argument, Launch, LaunchShape
 from device_runtime.kernels.libcuda import Module
 from device_runtime.kernels.shared_memory import share_of
@@ -54,7 +60,8 @@ def find_cubins(
             break
     chosen = choose_cubins(found, sm, version, is_plain)
     wanted = {source: group_size if has_group_size(source) else 0 for source in sources}
-    missing = [source for source, group in wanted.items() if (source, group) not in chosen]
+    known = {key: cubin for key, cubin in chosen.items() if cubin.interface == interface_of(key[0])}
+    missing = [item for item in wanted.items() if item not in known]
     if missing:
         built = sorted({cubin.build for cubin in found})
         remedy = f"pack for this board, set {VARIABLE} to a folder of them"
@@ -63,7 +70,8 @@ def find_cubins(
                 f"packages hold those of Jetsons, so set {VARIABLE} to a folder that "
                 f"`turbojet-host kernels --sm {sm}` made, if it can,"
             )
-        kind = has_group_size(missing[0])
+        source = missing[0][0]
+        kind = has_group_size(source)
         others = [item for item in wanted.items() if has_group_size(item[0]) == kind]
         is_of_another = any(item in chosen for item in others)
         if is_of_another:
@@ -71,7 +79,7 @@ def find_cubins(
         raise DeviceError(
             f"{'not all' if is_of_another else 'no'} kernels for sm_{sm} and a driver of CUDA "
             f"{version[0]}.{version[1]} in "
-            f"{' or '.join(str(folder) for folder in folders)} (missing {missing[0]}"
+            f"{' or '.join(str(folder) for folder in folders)} (missing {source}"
             f"{f', group size {group_size}' if group_size else ''}; there are "
             f"{', '.join(built) or 'none'}); {remedy} or use the reference backend"
         )

@@ -167,7 +167,7 @@ def _check_gemm(
     product = twin.linear(x, matrix.weights, None)
     biased = product + matrix.bias.astype(np.float64)
     added = rng.standard_normal((num_tokens, NUM_OUTPUTS)).astype(np.float32)
-    results = {
+    results: dict[GemmOutput, tuple[NDArray[Any], NDArray[Any]]] = {
         GemmOutput.HALF: (np.full(product.shape, np.nan, np.float16), biased),
         GemmOutput.SILU: (
             np.full((num_tokens, NUM_OUTPUTS // 2), np.nan, np.float16),
