@@ -6,6 +6,7 @@ one input of all outputs, which then lies in one piece of memory.
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 
 import torch
@@ -189,5 +190,28 @@ def refit_steps(
     # A group whose codes are all zero leaves a row of zeros.
     ridge = system.diagonal(dim1=1, dim2=2).mean(-1).clamp_(min=1e-20) * 1e-6
     system.diagonal(dim1=1, dim2=2).add_(ridge.unsqueeze(-1))
-    steps: torch.Tensor = torch.linalg.solve(system, wanted.T.unsqueeze(-1))
-    return steps.squeeze(-1).T.contiguous()
+    return solve_systems(system, wanted.T).T.contiguous()
+
+
+_SOLVING = threading.Lock()
+
+
+def solve_systems(systems: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Solve a linear system for each output, on a GPU no two calls at once.
+
+    Torch 2.11 factorizes batches by MAGMA there, of which two threads that use it give wrong
+    results or an illegal access, also on two devices. A call returns when its GPU is done.
+
+    Args:
+        systems: ``[out, n, n]``.
+        wanted: ``[out, n]``.
+
+    Returns:
+        ``[out, n]``.
+    """
+    if not systems.is_cuda:
+        return torch.linalg.solve(systems, wanted.unsqueeze(-1)).squeeze(-1)
+    with _SOLVING:
+        solved = torch.linalg.solve(systems, wanted.unsqueeze(-1))
+        torch.cuda.synchronize(systems.device)
+    return solved.squeeze(-1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 torch = pytest.importorskip("torch", reason="quantize needs torch")
@@ -81,3 +83,23 @@ def test_ranges_cost_what_those_of_the_plain_search_do(
     assert torch.all((after - before).abs() <= 1e-2 * before)
     assert torch.equal(scales, scales.half().float())
     assert torch.all((zeros >= 0) & (zeros <= 15) & (zeros == zeros.round()))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_threads_that_solve_systems_at_once_get_the_same() -> None:
+    # Two GPUs where there are.
+    devices = [torch.device("cuda", index) for index in (0, torch.cuda.device_count() - 1)]
+    generator = torch.Generator().manual_seed(5)
+    roots = torch.randn(3669, 32, 64, generator=generator)
+    systems = roots @ roots.mT + 0.01 * torch.eye(32)
+    wanted = torch.randn(3669, 32, generator=generator)
+    expected = compensation.solve_systems(systems.to(devices[0]), wanted.to(devices[0])).cpu()
+
+    def solve(device: torch.device) -> int:
+        mine, right = systems.to(device), wanted.to(device)
+        found = [compensation.solve_systems(mine, right).cpu() for _ in range(100)]
+        return sum(torch.equal(each, expected) for each in found)
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(solve, devices)) == [100, 100]
+    assert torch.allclose((systems @ expected.unsqueeze(-1)).squeeze(-1), wanted, atol=1e-2)
