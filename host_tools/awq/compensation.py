@@ -209,9 +209,11 @@ def solve_systems(systems: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     Returns:
         ``[out, n]``.
     """
+    solved: torch.Tensor
     if not systems.is_cuda:
-        return torch.linalg.solve(systems, wanted.unsqueeze(-1)).squeeze(-1)
-    with _SOLVING:
         solved = torch.linalg.solve(systems, wanted.unsqueeze(-1))
-        torch.cuda.synchronize(systems.device)
+    else:
+        with _SOLVING:
+            solved = torch.linalg.solve(systems, wanted.unsqueeze(-1))
+            torch.cuda.synchronize(systems.device)
     return solved.squeeze(-1)
