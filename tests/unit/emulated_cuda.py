@@ -11,17 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from emulator import emulator
-from fake_cuda import ATTRIBUTES, FakeCuda, Launched
+from fake_cuda import ATTRIBUTES, FakeCuda, Launched, put_cubin
 
-from device_runtime.kernels.cubins import (
-    GROUP_SIZES,
-    SOURCES,
-    Cubin,
-    cubin_file,
-    has_group_size,
-    interface_of,
-    write_record,
-)
+from device_runtime.kernels.cubins import GROUP_SIZES, SOURCES, has_group_size, write_record
 from device_runtime.kernels.table import kernel
 from host_tools.kernels import sources_sha256
 
@@ -133,25 +125,18 @@ def write_emulated_cubins(folder: Path) -> None:
     for source in SOURCES:
         for group_size in GROUP_SIZES if has_group_size(source) else (0,):
             for is_plain in (False, True):
-                name = cubin_file(source, 90, "13.0", group_size, is_plain)
                 flags = [group_flag(group_size)] if group_size else []
                 flags += [f"{_FLAG}PLAIN=1"] if is_plain else []
-                (folder / name).write_text(" ".join(["emulated", *flags]), encoding="ascii")
-                digest = sources_sha256(source)
-                cubins.append(
-                    Cubin(
-                        name,
-                        source,
-                        90,
-                        "13.0",
-                        group_size,
-                        is_plain,
-                        "",
-                        digest,
-                        interface_of(source),
-                        tuple(flags),
-                    )
+                row = put_cubin(
+                    folder,
+                    source,
+                    group_size,
+                    " ".join(["emulated", *flags]),
+                    is_plain=is_plain,
+                    sources_sha256=sources_sha256(source),
+                    flags=tuple(flags),
                 )
+                cubins.append(row)
     write_record(folder, cubins)
 
 

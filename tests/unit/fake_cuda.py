@@ -272,15 +272,31 @@ def install(monkeypatch: pytest.MonkeyPatch, fake: FakeCuda | None = None) -> Fa
     return fake
 
 
+def put_cubin(
+    folder: Path,
+    source: str,
+    group_size: int,
+    content: str,
+    *,
+    sm: int = 90,
+    cuda: str = "13.0",
+    is_plain: bool = False,
+    sources_sha256: str = "",
+    flags: tuple[str, ...] = ("-O3",),
+) -> Cubin:
+    """Write what stands for a cubin; return its row of the record."""
+    name = cubin_file(source, sm, cuda, group_size, is_plain)
+    (folder / name).write_text(content, encoding="ascii")
+    interface = interface_of(source)
+    return Cubin(name, source, sm, cuda, group_size, is_plain, "", sources_sha256, interface, flags)
+
+
 def write_cubins(folder: Path, sm: int = 90, cuda: str = "13.0", group_size: int = 32) -> Path:
     """Write a set of cubins that hold nothing."""
     folder.mkdir(parents=True, exist_ok=True)
     cubins = []
     for source in SOURCES:
         group = group_size if has_group_size(source) else 0
-        name = cubin_file(source, sm, cuda, group)
-        (folder / name).write_bytes(b"cubin")
-        interface = interface_of(source)
-        cubins.append(Cubin(name, source, sm, cuda, group, False, "", "", interface, ("-O3",)))
+        cubins.append(put_cubin(folder, source, group, "cubin", sm=sm, cuda=cuda))
     write_record(folder, cubins)
     return folder
