@@ -131,8 +131,8 @@ def _int4_rank(tensors, source, target, shape, rank, tp):
         """codes, zeros and scales of a linear, unpacked by the words of section 2.1."""
         linear = f"{source}{name}."
         return (
-            _unpacked(tensors[f"{linear}qweight"].numpy()),
-            _unpacked(tensors[f"{linear}qzeros"].numpy()),
+            unpacked(tensors[f"{linear}qweight"].numpy()),
+            unpacked(tensors[f"{linear}qzeros"].numpy()),
             tensors[f"{linear}scales"].to(torch.float16).numpy(),
         )
 
@@ -168,7 +168,7 @@ def _bias_rank(tensors, source, target, shape, rank, tp, dtype):
     }
 
 
-def _unpacked(words):
+def unpacked(words):
     """[K, M / 8] int32 -> [K, M] codes."""
     unsigned = words.view(np.uint32)
     codes = np.empty((words.shape[0], words.shape[1] * 8), np.uint8)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from spec_workspace import _unpacked, awq_words, model_files
+from spec_workspace import awq_words, model_files, unpacked
 from tiny_checkpoints import add_biases, llama_tensors, write_checkpoint
 from tiny_tokenizer import VOCAB_SIZE, write_tokenizer
 
@@ -232,7 +232,7 @@ def fused_checkpoint(separate, family, shape):
     def of(layer, part, kind):
         tensor = separate[f"model.layers.{layer}.self_attn.{part}_proj.{kind}"]
         if kind in ("qweight", "qzeros"):
-            return torch.from_numpy(_unpacked(tensor.numpy()).T.copy())
+            return torch.from_numpy(unpacked(tensor.numpy()).T.copy())
         return tensor.T if kind == "scales" else tensor
 
     tensors = {

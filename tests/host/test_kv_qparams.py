@@ -39,15 +39,17 @@ def work_dir(tmp_path):
     return write_stats(tmp_path / "work")
 
 
-def write_stats(folder, layers=LAYERS, heads=HEADS, seed=0, name="model.layers.{}"):
-    """Statistics as calibrate writes them, layers in a shuffled order."""
+def write_stats(
+    folder, layers=LAYERS, heads=HEADS, seed=0, name="model.layers.{}", head_dim=DIM, order=reversed
+):
+    """Statistics as calibrate writes them, layers in another order than the model's."""
     folder.mkdir(exist_ok=True)
     generator = torch.Generator().manual_seed(seed)
     for file in ("key_stats.pth", "value_stats.pth"):
         stats = {"max": {}, "min": {}, "absmax": {}}
-        for layer in reversed(range(layers)):
-            first = torch.randn(heads, DIM, generator=generator).half() * 3
-            second = torch.randn(heads, DIM, generator=generator).half() * 3
+        for layer in order(range(layers)):
+            first = torch.randn(heads, head_dim, generator=generator).half() * 3
+            second = torch.randn(heads, head_dim, generator=generator).half() * 3
             key = name.format(layer)
             stats["max"][key] = torch.maximum(first, second)
             stats["min"][key] = torch.minimum(first, second)
