@@ -79,7 +79,7 @@ def download(request: HubRequest, progress: Progress) -> list[Path]:
     Raises:
         FetchError: the hub cannot be reached, lacks or refuses the repository, or serves damaged
             files.
-        UsageError: no file is wanted, or the SDK is not installed.
+        UsageError: no file is wanted, the SDK is not installed, or the token is none.
         PackageError: the hub lists names that could leave the folder.
     """
     _check_sdk()
@@ -164,8 +164,8 @@ class _Worker:
         what, host = self._request.repo_id, hub_host()
         if event["event"] == "refused":
             leaf: type[TurbojetError] = getattr(errors, event["kind"])
-            return leaf(event["message"])
-        kind, reason = event["kind"], event["reason"]
+            return leaf(_without_token(event["message"]))
+        kind, reason = event["kind"], _without_token(event["reason"])
         if kind == "missing":
             revision = self._request.revision
             at = f" at revision {revision}" if revision else ""
@@ -194,14 +194,39 @@ def sdk_environment(base: Mapping[str, str], sdk_folder: Path) -> dict[str, str]
 
     A token stays in the environment; the folder for caches, sessions and credentials is ours and
     is removed after the download, so nothing of it stays on the disk.
+
+    Raises:
+        UsageError: the token has a character that no token has.
     """
     environment = {**_PATIENCE, **base}
+    if TOKEN_VARIABLE in environment:
+        environment[TOKEN_VARIABLE] = _checked_token(environment[TOKEN_VARIABLE])
     for name in ("MODELSCOPE_HOME", "MODELSCOPE_CREDENTIALS_PATH", "MODELSCOPE_CACHE"):
         environment[name] = str(sdk_folder.absolute())
     environment["MODELSCOPE_LOG_LEVEL"] = "40"
     environment["TQDM_DISABLE"] = "1"
     environment["PYTHONWARNINGS"] = "ignore"
     return environment
+
+
+def _checked_token(value: str) -> str:
+    """Return a token without the line's end that a secret's file or a Windows editor leaves.
+
+    A header cannot carry other characters, and the SDK then prints the token with its complaint.
+    """
+    token = value.strip()
+    if not token.isascii() or any(not "!" <= character <= "~" for character in token):
+        raise UsageError(
+            f"{TOKEN_VARIABLE} holds a blank, a control character or a letter beyond ASCII, which "
+            "no token has; copy the token again"
+        )
+    return token
+
+
+def _without_token(text: str) -> str:
+    """Return what the SDK says, the token blackened should it be in it."""
+    token = os.environ.get(TOKEN_VARIABLE, "").strip()
+    return text.replace(token, "***") if token else text
 
 
 def _check_sdk() -> None:

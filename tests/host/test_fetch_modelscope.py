@@ -96,6 +96,34 @@ def test_a_model_is_downloaded_and_a_second_fetch_needs_no_network(
     assert fetch(MODEL, tmp_path / "out", options) == folder
 
 
+@pytest.mark.parametrize("end", ["\r", "\n", " "])
+def test_the_end_of_a_line_after_the_token_does_no_harm(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    monkeypatch.setenv("MODELSCOPE_API_TOKEN", TOKEN + end)
+    hub.token = TOKEN
+    fetch(MODEL, tmp_path / "out")
+    assert all(r.headers["authorization"] == f"Bearer {TOKEN}" for r in hub.requests)
+
+
+@pytest.mark.parametrize("token", ["two words", "a\rb", "schlüssel"])
+def test_what_can_be_no_token_is_refused_and_not_repeated(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, token: str
+) -> None:
+    monkeypatch.setenv("MODELSCOPE_API_TOKEN", token)
+    with pytest.raises(UsageError, match="MODELSCOPE_API_TOKEN holds a blank, a control") as error:
+        fetch(MODEL, tmp_path / "out")
+    assert token not in str(error.value)
+    assert hub.requests == []
+
+
+def test_a_reason_that_spells_the_token_is_said_without_it(monkeypatch) -> None:
+    monkeypatch.setenv("MODELSCOPE_API_TOKEN", f"{TOKEN}\n")
+    worker = hub_module._Worker(HubRequest("team/tiny", "model", None, ""), Progress())
+    event = {"event": "failed", "kind": "unknown", "reason": f"bad header 'Bearer {TOKEN}'"}
+    assert str(worker._failure(event)).endswith(r"(bad header 'Bearer ***')")
+
+
 def test_a_connection_cut_in_the_middle_goes_on_where_it_was(hub: Hub, tmp_path: Path) -> None:
     hub.cuts["model.safetensors"] = [400_000]
     folder = fetch(MODEL, tmp_path / "out")
