@@ -60,7 +60,8 @@ class Checkpoint:
         """Check every tensor against the config.
 
         Raises:
-            PackageError: a tensor is missing, unexpected or of another dtype or shape.
+            PackageError: a tensor is missing, unexpected or of another dtype or shape, or a head
+                that should be the embedding is not.
         """
         self.path = path
         self.config = config
@@ -69,11 +70,14 @@ class Checkpoint:
         self.packed = packed
         self._files = files
         self._check_names(self._check_tensors())
+        self._check_tied_head()
         self.dtype = files.facts(f"{family.embedding}.{WEIGHT}")[0]
 
     @classmethod
     def open(cls, path: Path) -> Checkpoint:
-        """Open a folder; headers alone are read. A LoRA adapter in it is merged on the way.
+        """Open a folder; a LoRA adapter in it is merged on the way.
+
+        Headers alone are read, and both tables where a tied head is stored nevertheless.
 
         Raises:
             PackageError: the folder is no whole checkpoint of a family that we run.
@@ -248,6 +252,21 @@ class Checkpoint:
             for source in family.linears:
                 names.update(self._check_linear(layer, source))
         return names
+
+    def _check_tied_head(self) -> None:
+        """Refuse a stored head unlike the embedding it is tied to: libraries differ on which runs.
+
+        transformers 4 and vLLM take the embedding, transformers 5 the stored head.
+        """
+        if not self.model.tie_word_embeddings or f"{self.family.head}.{WEIGHT}" not in self._files:
+            return
+        head, embedding = self._stored_head, self.embedding()
+        if not torch.equal(head.to(embedding.dtype), embedding):
+            raise PackageError(
+                f'config.json in {self.path} says "tie_word_embeddings": true, but '
+                f"{self.family.head}.{WEIGHT} differs from {self.family.embedding}.{WEIGHT}; say "
+                f"false to use it, or remove it"
+            )
 
     def _check_linear(self, layer: int, source: SourceLinear) -> list[str]:
         module = self.family.module(layer, source.module)

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from device_runtime.errors import PackageError
 from host_tools.checkpoint.synthetic import MARKER, SyntheticFile
-from host_tools.checkpoint_names import SECOND_WEIGHTS
+from host_tools.checkpoint_names import INDEX_SUFFIX, SECOND_WEIGHTS
 from host_tools.shard_index import check_shards, read_index
 
 _SAFETENSORS_DTYPES = {
@@ -180,6 +180,12 @@ class TensorFiles:
             if index.is_file():
                 weight_map = read_index(index)
                 shards = sorted(set(weight_map.values()))
+                whole = index_name.removesuffix(INDEX_SUFFIX)
+                if whole not in shards and (folder / whole).is_file():
+                    raise PackageError(
+                        f"{folder} has {whole} beside {index_name}, which names other files; "
+                        f"remove {whole}, or the index and its shards"
+                    )
                 check_shards(folder, shards)
                 files = cls({name: opener(folder / name) for name in shards})
                 files._check_index(index_name, weight_map)

@@ -54,6 +54,21 @@ def test_a_tied_head_is_the_embedding(tmp_path: Path) -> None:
     assert torch.equal(checkpoint.head(), checkpoint.embedding())
 
 
+def test_a_head_that_is_stored_though_tied_must_be_the_embedding(tmp_path: Path) -> None:
+    folder = edit_config(tiny.write_llama(tmp_path), tie_word_embeddings=True)
+    tensors = tiny.read_tensors(folder)
+    with pytest.raises(
+        PackageError,
+        match=r'"tie_word_embeddings": true, but lm_head\.weight differs from '
+        r"model\.embed_tokens\.weight; say false to use it, or remove it",
+    ):
+        Checkpoint.open(folder)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, folder / "model.safetensors")
+    checkpoint = Checkpoint.open(folder)
+    assert torch.equal(checkpoint.head(), checkpoint.embedding())
+
+
 def test_a_missing_head_is_named_and_how_a_tied_one_is_declared(tmp_path: Path) -> None:
     folder = tiny.write_llama(tmp_path)
     tensors = tiny.read_tensors(folder)
@@ -79,6 +94,32 @@ def test_shards_and_torch_files_hold_the_same_model(tmp_path: Path) -> None:
     expected = Checkpoint.open(whole).layer(0).down.weight
     for folder in (sharded, pickled):
         assert torch.equal(Checkpoint.open(folder).layer(0).down.weight, expected)
+
+
+@pytest.mark.parametrize(
+    ("whole", "index"),
+    [
+        ("model.safetensors", "model.safetensors.index.json"),
+        ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+    ],
+)
+def test_a_whole_file_beside_an_index_of_others_is_refused(
+    tmp_path: Path, whole: str, index: str
+) -> None:
+    """Somebody saved a merged model over shards; transformers reads the file, we the shards."""
+    folder = tiny.write_llama(tmp_path)
+    tensors = tiny.read_tensors(folder)
+    tiny.write_shards(folder, tensors, 2)
+    if whole.endswith(".bin"):
+        for path in folder.glob("model*"):
+            path.unlink()
+        torch.save(tensors, folder / "pytorch_model-00001-of-00001.bin")
+        weight_map = dict.fromkeys(tensors, "pytorch_model-00001-of-00001.bin")
+        (folder / index).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    Checkpoint.open(folder)
+    (folder / whole).write_bytes(b"newer")
+    with pytest.raises(PackageError, match=f"has {whole} beside {index}, which names other files"):
+        Checkpoint.open(folder)
 
 
 def test_the_same_weights_in_their_makers_layout_are_left_alone(tmp_path: Path) -> None:
