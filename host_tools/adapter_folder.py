@@ -24,7 +24,7 @@ from host_tools.checkpoint_names import (
     VOCABULARY_FILES,
 )
 from host_tools.origin import Origin, read_origin, write_origin
-from host_tools.output_folder import check_outside, replace_folder
+from host_tools.output_folder import behind_link, check_outside, replace_folder
 from host_tools.progress import Progress
 from host_tools.stage import RECORD_DIR, exclusive
 
@@ -52,6 +52,7 @@ def adapt(base: Path, adapter: Path, output: Path, progress: Progress) -> Path:
         PackageError: the base has an adapter already, or the adapter's folder lacks its files or
             has a link that leads out of it.
     """
+    output = behind_link(output)
     check_outside(base, output)
     check_folder(adapter)
     _check_adapter(adapter)

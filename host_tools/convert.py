@@ -19,7 +19,7 @@ from host_tools.checkpoint.families import QWEN1
 from host_tools.lmdeploy.limits import check_model_name, check_runs
 from host_tools.lmdeploy.tree import TOP_LEVEL, is_tree, remove_tree, write_tree
 from host_tools.origin import read_origin
-from host_tools.output_folder import check_outside, replace_folder
+from host_tools.output_folder import behind_link, check_outside, replace_folder
 from host_tools.package_facts import describe
 from host_tools.package_options import LMDEPLOY, ConvertOptions
 from host_tools.progress import Progress
@@ -28,7 +28,7 @@ from host_tools.tokenizer_folder import SourceTokenizer
 from host_tools.tokenizer_proof import prove_tokenizer
 from host_tools.turbomind_tensors import global_tensors, layer_tensors
 
-STAGE_VERSION = 3
+STAGE_VERSION = 4
 
 
 def convert(
@@ -52,6 +52,7 @@ def convert(
         PackageError: the checkpoint is damaged or cannot be laid out so, its tokenizer.model or
             qwen.tiktoken cannot be converted exactly, or LMDeploy cannot run the model it is for.
     """
+    output = behind_link(output)
     check_outside(checkpoint_dir, output)
     stage = convert_stage(checkpoint_dir, output, options)
     if is_converted(stage):
@@ -187,7 +188,10 @@ def _check_replaceable(output: Path) -> None:
     if not os.path.lexists(output):
         return
     known = {names.MANIFEST, names.TRITON_MODELS, names.KERNELS_DIR, RECORD_DIR, *TOP_LEVEL}
-    if not output.is_dir() or {path.name for path in output.iterdir()} - known:
+    found = {path.name for path in output.iterdir()} if output.is_dir() else {""}
+    # LMDeploy's own tree has the same names but the first and the record's.
+    is_ours = not found or (found <= known and found & {names.MANIFEST, RECORD_DIR})
+    if not is_ours:
         raise UsageError(
             f"{output} exists and is not a workspace of ours, name another output or remove it"
         )

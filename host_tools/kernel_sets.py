@@ -32,7 +32,7 @@ from host_tools.kernels import (
     units_of,
 )
 from host_tools.nvrtc import WHEELS, fetch_compiler
-from host_tools.output_folder import replace_folder
+from host_tools.output_folder import behind_link, replace_folder
 from host_tools.package_options import KERNELS_AUTO, KERNELS_NONE
 from host_tools.progress import Progress
 from host_tools.worker_processes import worker_processes
@@ -57,6 +57,7 @@ def build_kernels(
         DeviceError: a compiler cannot be fetched or loaded.
         InternalError: a source does not compile.
     """
+    output = behind_link(output)
     if output.exists() and not (output / RECORD).is_file():
         raise UsageError(f"{output} exists and is no folder of kernels, name another output")
     output.parent.mkdir(parents=True, exist_ok=True)

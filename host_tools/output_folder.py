@@ -30,6 +30,11 @@ def check_replaceable(output: Path, stage: Stage) -> None:
         )
 
 
+def behind_link(output: Path) -> Path:
+    """Return the folder that an output means: where a link leads, so that the link stays."""
+    return output.resolve() if output.is_symlink() else output
+
+
 def check_outside(source: Path, *places: Path) -> None:
     """Refuse to write into what is read: stages know their finished work by what is in it.
 
@@ -51,6 +56,8 @@ def check_outside(source: Path, *places: Path) -> None:
 def replace_folder(part: Path, output: Path) -> None:
     """Put the finished folder ``part`` in place of ``output``; a kill leaves one of them whole."""
     old = output.with_name(f".{output.name}.old")
+    if old.is_symlink():
+        old.unlink()
     shutil.rmtree(old, ignore_errors=True)
     if output.is_dir():
         output.rename(old)

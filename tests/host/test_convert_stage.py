@@ -315,6 +315,27 @@ def test_what_is_no_workspace_is_not_replaced(awq_dir, tmp_path, kind):
     assert output.exists()
 
 
+def test_a_tree_of_lmdeploys_own_is_not_replaced(awq_dir, tmp_path):
+    output = tmp_path / "workspace"
+    (output / "triton_models" / "weights").mkdir(parents=True)
+    (output / "model_repository").mkdir()
+    (output / "service_docker_up.sh").write_text("mine")
+    with pytest.raises(UsageError, match="workspace exists and is not a workspace of ours"):
+        run(awq_dir, output)
+    assert (output / "service_docker_up.sh").read_text() == "mine"
+
+
+def test_an_output_behind_a_link_lands_where_the_link_leads(awq_dir, tmp_path):
+    (tmp_path / "bigdisk").mkdir()
+    link = tmp_path / "tm"
+    link.symlink_to("bigdisk")
+    (tmp_path / ".tm.old").symlink_to("bigdisk")
+    for session_len in (64, 128):
+        run(awq_dir, link, config=ConfigValues(session_len=session_len))
+        assert link.is_symlink()
+        assert open_package(tmp_path / "bigdisk").config.session_len == session_len
+
+
 def test_a_failed_run_leaves_the_old_workspace(awq_dir, tmp_path):
     output = run(awq_dir, tmp_path / "tm")
     (awq_dir / "tokenizer.json").write_text("{}")
