@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from device_runtime.package_format import names
 from device_runtime.templates.choose import CHAT_TEMPLATE_FILE
-from device_runtime.tokenization.added_tokens import ADDED_TOKENS, SPECIAL_TOKENS_MAP
+from device_runtime.tokenization.added_tokens import ADDED_TOKENS
 
 CONFIG_JSON = "config.json"
 
@@ -31,7 +31,7 @@ TOKENIZER_FILES = (
     "merges.txt",
     names.TOKENIZER_CONFIG,
     ADDED_TOKENS,
-    SPECIAL_TOKENS_MAP,
+    names.SPECIAL_TOKENS_MAP,
     CHAT_TEMPLATE_FILE,
 )
 """All of a tokenizer, chat template included."""

@@ -14,7 +14,6 @@ from device_runtime.errors import PackageError
 from device_runtime.package_format import names
 from device_runtime.package_format.manifest import SamplingDefaults
 from device_runtime.package_format.sampling_ranges import sampling_fault
-from device_runtime.tokenization.added_tokens import SPECIAL_TOKENS_MAP
 from device_runtime.tokenization.definition import build_tokenizer
 from device_runtime.tokenization.folder import (
     MAX_TOKENIZER_BYTES,
@@ -31,6 +30,7 @@ from host_tools.json_file import read_json
 TOKENIZER_FILES = (
     names.TOKENIZER_JSON,
     names.TOKENIZER_CONFIG,
+    names.SPECIAL_TOKENS_MAP,
     names.GENERATION_CONFIG,
     *ORIGINAL_FILES,
 )
@@ -108,7 +108,7 @@ class SourceTokenizer:
             tokenizer=tokenizer,
             converted=converted,
             config=settings(names.TOKENIZER_CONFIG),
-            special_map=settings(SPECIAL_TOKENS_MAP),
+            special_map=settings(names.SPECIAL_TOKENS_MAP),
             generation=settings(names.GENERATION_CONFIG),
             model_config=settings(CONFIG_JSON),
         )

@@ -16,6 +16,7 @@ CONFIG_PATH = f"{WEIGHTS_DIR}/{CONFIG_INI}"
 
 TOKENIZER_JSON = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
+SPECIAL_TOKENS_MAP = "special_tokens_map.json"
 GENERATION_CONFIG = "generation_config.json"
 TOKENIZER_MODEL = "tokenizer.model"
 TOKENIZER_TIKTOKEN = "qwen.tiktoken"

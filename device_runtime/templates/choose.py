@@ -116,13 +116,17 @@ def open_template(
         special_tokens: spellings that must not come from a message.
 
     Raises:
-        PackageError: there is no such built-in, or tokenizer_config.json cannot be read.
+        PackageError: there is no such built-in, or tokenizer_config.json or
+            special_tokens_map.json cannot be read.
     """
     if choice.kind == "jinja":
         return JinjaTemplate(
             name=choice.name,
             source=choice.source,
-            variables=_token_variables(read_settings(tokenizer_dir / names.TOKENIZER_CONFIG)),
+            variables={
+                **_token_variables(read_settings(tokenizer_dir / names.SPECIAL_TOKENS_MAP)),
+                **_token_variables(read_settings(tokenizer_dir / names.TOKENIZER_CONFIG)),
+            },
             special_tokens=tuple(special_tokens),
         )
     for built in BUILTIN_TEMPLATES:

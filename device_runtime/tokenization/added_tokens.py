@@ -15,7 +15,6 @@ from device_runtime.tokenization.sentencepiece_bpe import MAX_TOKENS
 from device_runtime.tokenization.settings_files import read_settings
 
 ADDED_TOKENS = "added_tokens.json"
-SPECIAL_TOKENS_MAP = "special_tokens_map.json"
 
 INTERNLM2_MARKERS = {
     "[UNUSED_TOKEN_141]": "<|plugin|>",
@@ -86,7 +85,7 @@ class TokenSettings:
             PackageError: one of them is damaged, or they give an id or a spelling twice.
         """
         config = read_settings(folder / names.TOKENIZER_CONFIG)
-        special_map = read_settings(folder / SPECIAL_TOKENS_MAP)
+        special_map = read_settings(folder / names.SPECIAL_TOKENS_MAP)
         special = _special_spellings(special_map) | _special_spellings(config)
         found: dict[int, MarkedToken] = {}
         for content, token_id in read_settings(folder / ADDED_TOKENS).items():

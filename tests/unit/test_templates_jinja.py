@@ -259,6 +259,14 @@ def test_the_models_own_template_is_chosen_first_and_opens_with_its_tokens(tmp_p
     )
 
 
+def test_tokens_that_the_config_leaves_out_come_from_their_map(tmp_path) -> None:
+    write_config(tmp_path, chat_template="{{ bos_token }}{{ eos_token }}", eos_token="</s>")
+    special = {"bos_token": {"content": "<s>"}, "eos_token": "<another>"}
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(special), encoding="utf-8")
+    opened = open_template(choose_template(tmp_path, "any"), tmp_path, special_tokens=())
+    assert "".join(segment.text for segment in opened.render([Message("user", "hi")])) == "<s></s>"
+
+
 def test_a_template_in_its_own_file_goes_before_the_config(tmp_path) -> None:
     write_config(tmp_path, chat_template="config")
     (tmp_path / "chat_template.jinja").write_text("file", encoding="utf-8")
