@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from host_tools.awq.channel_scales import ValueRange
 from host_tools.awq.gram import CONSUMERS, InputMoments
 from host_tools.awq.layer_solver import LayerSolver, QuantizedLayer
 from host_tools.checkpoint.families import LogicalLinear
@@ -52,16 +53,24 @@ class LayerRun:
     times: PhaseTimes
     group_size: int
 
-    def search(self, ready: ReadyLayer, kept: frozenset[LogicalLinear]) -> None:
+    def search(
+        self,
+        ready: ReadyLayer,
+        kept: frozenset[LogicalLinear],
+        values: ValueRange | None,
+    ) -> None:
         """Quantize a layer, tap after tap, take the streams through it and have it stored.
 
         Args:
             ready: the layer.
             kept: its linears that stay fp16.
+            values: what the original's span, None where nothing says so.
         """
         spent = {FORWARD: 0.0, SEARCH: 0.0}
         device, model = self.passes.runner.device, ready.layer.model
-        solver = LayerSolver(ready.layer.weights, model, self.group_size, kept, self.spread.run)
+        solver = LayerSolver(
+            ready.layer.weights, model, self.group_size, kept, self.spread.run, values
+        )
 
         @contextmanager
         def phase(name: str) -> Iterator[None]:

@@ -9,15 +9,18 @@ from device_runtime.errors import PackageError, UsageError
 from device_runtime.package_format.manifest import Calibration
 from device_runtime.package_format.model_config import ModelConfig
 from host_tools.awq.awq_folder import write_awq_folder
+from host_tools.awq.channel_scales import ValueRange
 from host_tools.awq.fused_blocks import is_fused
 from host_tools.calibrate import CALIBRATION_TOKENS, CalibrationTokens, read_calibration_tokens
 from host_tools.checkpoint import Checkpoint
 from host_tools.checkpoint.mixed import kept_linears
 from host_tools.decoder.devices import choose_devices
+from host_tools.kv_qparams import VALUE_STATS, read_extrema
 from host_tools.layer_records import write_quantize_record
 from host_tools.options import GROUP_SIZES, QuantizeOptions
 from host_tools.origin import read_origin, write_origin
 from host_tools.output_folder import (
+    behind_link,
     check_outside,
     check_replaceable,
     replace_folder,
@@ -29,7 +32,7 @@ from host_tools.quantize_layers import LayerQuantizer
 from host_tools.stage import RECORD_DIR, Stage, exclusive
 from host_tools.unfinished import computed_on, keep_finished
 
-VERSION = 4
+VERSION = 5
 """Counted up when the same inputs start to give other codes."""
 
 
@@ -66,6 +69,7 @@ def quantize(
         PackageError: the checkpoint is damaged or quantized already, or not calibrated.
         DeviceError: the device is not there.
     """
+    output_dir = behind_link(output_dir)
     check_outside(checkpoint_dir, work_dir, output_dir)
     times = PhaseTimes()
     stage = quantize_stage(checkpoint_dir, work_dir, output_dir, options)
@@ -88,7 +92,8 @@ def quantize(
             if tokens is not None and any(is_fused(device) for device in devices):
                 place += ", searched by Triton kernels"
             keep_finished(scratch, place, "quantize", progress)
-            quantizer = LayerQuantizer(checkpoint, scratch, options, kept, devices, times)
+            values = () if tokens is None else _value_ranges(work_dir, checkpoint)
+            quantizer = LayerQuantizer(checkpoint, scratch, options, kept, devices, times, values)
             if tokens is None:
                 quantizer.round(progress)
             else:
@@ -117,10 +122,13 @@ def quantize_stage(
     tokens = work_dir / CALIBRATION_TOKENS
     if options.method != "rtn" and not tokens.is_file():
         raise PackageError(f"{work_dir} holds no calibration, run calibrate first")
+    seen = [] if options.method == "rtn" else [tokens]
+    if seen and (work_dir / VALUE_STATS).is_file():
+        seen.append(work_dir / VALUE_STATS)
     return Stage(
         name="quantize",
         folder=output_dir,
-        inputs=(checkpoint_dir,) if options.method == "rtn" else (checkpoint_dir, tokens),
+        inputs=(checkpoint_dir, *seen),
         settings={
             "w_bits": options.w_bits,
             "group_size": options.group_size,
@@ -157,6 +165,16 @@ def check_quantizable(checkpoint: Checkpoint, group_size: int) -> None:
             f"w-group-size {group_size} does not divide all inputs of the linears ({sizes}), "
             f"{advice}"
         )
+
+
+def _value_ranges(work_dir: Path, checkpoint: Checkpoint) -> tuple[ValueRange, ...]:
+    """Return what calibrate saw of each layer's values."""
+    if not (work_dir / VALUE_STATS).is_file():
+        return ()
+    return tuple(
+        ValueRange(*(extreme.float().flatten() for extreme in extrema))
+        for extrema in read_extrema(work_dir / VALUE_STATS, checkpoint.model)
+    )
 
 
 def _write_origin(checkpoint_dir: Path, folder: Path, tokens: CalibrationTokens | None) -> None:

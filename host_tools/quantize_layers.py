@@ -11,6 +11,7 @@ import torch
 
 from device_runtime.errors import PackageError
 from host_tools.awq.awq_folder import LayerFiles
+from host_tools.awq.channel_scales import ValueRange
 from host_tools.awq.layer_solver import round_layer
 from host_tools.awq.linear_solver import search_bytes
 from host_tools.checkpoint import Checkpoint
@@ -50,6 +51,7 @@ class LayerQuantizer:
         devices: that search; the first runs the forward pass of what is quantized so far, the
             second, where there is one, that of the original.
         times: hears of every phase.
+        values: what each layer's values span in the original; empty where nothing says so.
     """
 
     checkpoint: Checkpoint
@@ -58,6 +60,7 @@ class LayerQuantizer:
     kept: KeptLinears
     devices: tuple[torch.device, ...]
     times: PhaseTimes
+    values: tuple[ValueRange, ...] = ()
 
     @cached_property
     def files(self) -> LayerFiles:
@@ -135,7 +138,8 @@ class LayerQuantizer:
             for ready in ready_layers(self.checkpoint, indices, device, self.times):
                 index = ready.index
                 if index in unfinished:
-                    run.search(ready, self.kept.of_layer(index))
+                    values = self.values[index] if self.values else None
+                    run.search(ready, self.kept.of_layer(index), values)
                 else:
                     with self.times.phase(READING):
                         stored = self.files.read(index, self.options.group_size)

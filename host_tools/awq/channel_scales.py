@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,42 @@ MAGNITUDE_EXPONENT = 0.2
 IMPORTANCE_EXPONENT = 0.3
 """Of ``magnitude^a / importance^b`` (AWQ, arXiv 2306.00978, searches a with b = 1 - a): with
 compensation after it, weak scales do best."""
+
+
+MAX_OVERRUN = 1.5
+"""Times the range of the original's values that scaled ones may span. The static int8 cache has its
+parameters from the original; cutting off so little costs less than the half of all its steps."""
+
+
+@dataclass(frozen=True)
+class ValueRange:
+    """What each channel of a layer's values spans in the original.
+
+    Attributes:
+        least: ``[kv_size]`` fp32.
+        most: ``[kv_size]`` fp32.
+    """
+
+    least: torch.Tensor
+    most: torch.Tensor
+
+    def factor(self, divisors: torch.Tensor) -> float:
+        """Return the power of two that keeps values in their range when divisors are multiplied.
+
+        Both ends of a tap scaled by a power of two have the same codes as before.
+
+        Args:
+            divisors: ``[kv_size]`` fp32, greater than 0.
+        """
+        overrun = 1.0
+        for extremes in (self.most.to(divisors.device), -self.least.to(divisors.device)):
+            whole = extremes.max().item()
+            if whole > 0:
+                overrun = max(overrun, (extremes / divisors).max().item() / whole)
+        if overrun <= MAX_OVERRUN:
+            return 1.0
+        fraction, exponent = math.frexp(overrun)
+        return 2.0 ** (exponent if fraction > 0.5 else exponent - 1)
 
 
 @dataclass(frozen=True)

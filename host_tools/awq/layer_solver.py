@@ -9,7 +9,12 @@ from functools import partial
 import torch
 
 from device_runtime.package_format.model_config import ModelConfig
-from host_tools.awq.channel_scales import MAGNITUDE_EXPONENT, HeadSharing, channel_scales
+from host_tools.awq.channel_scales import (
+    MAGNITUDE_EXPONENT,
+    HeadSharing,
+    ValueRange,
+    channel_scales,
+)
 from host_tools.awq.gram import CONSUMERS, InputMoments, Tap
 from host_tools.awq.grid import MIN_SCALE, Grid
 from host_tools.awq.tap_solver import (
@@ -89,6 +94,7 @@ class LayerSolver:
         group_size: int,
         kept: frozenset[LogicalLinear] = frozenset(),
         run_jobs: RunJobs | None = None,
+        values: ValueRange | None = None,
     ) -> None:
         """Begin with the layer as it is.
 
@@ -98,11 +104,13 @@ class LayerSolver:
             group_size: of the codes.
             kept: linears that stay fp16, all of a tap or none.
             run_jobs: spreads a tap's linears over devices; all where the weights lie if None.
+            values: of the layer, which scaled ones then do not leave far; free if None.
         """
         self._weights = weights
         self._group_size = group_size
         self._kept = kept
         self._run_jobs = run_jobs
+        self._values = values
         heads_per_value = model.num_attention_heads // model.num_kv_heads
         self._sharing = HeadSharing(heads_per_value, model.head_dim)
         self._records: dict[LogicalLinear, LinearRecord] = {}
@@ -145,6 +153,8 @@ class LayerSolver:
         if norm is not None:
             folded, scales = fold_into_norm(getattr(self._weights, norm), scales)
             changes[norm] = in_fp16(folded, norm)
+        if sharing is not None and self._values is not None:
+            scales = scales * self._values.factor(sharing.of_producer(scales))
         if producer is not None:
             rows = scales if sharing is None else sharing.of_producer(scales)
             changes[producer] = divided_outputs(self._weights.linear(producer), rows, producer)

@@ -14,6 +14,7 @@ from host_tools import tap_passes
 from host_tools.awq import gram, layer_solver, linear_solver, output_errors
 from host_tools.awq.channel_scales import (
     HeadSharing,
+    ValueRange,
     centred,
     channel_importance,
     channel_scales,
@@ -314,6 +315,47 @@ def test_the_scales_of_all_pairs_cancel_in_floating_point(layer: DecoderLayer, m
     output = run(DecoderLayer.ready(weights, layer.model, CPU), states)
     # Scales are divided out in fp32.
     torch.testing.assert_close(output, run(layer, states), rtol=1e-4, atol=1e-4)
+
+
+def test_a_range_of_values_by_hand() -> None:
+    values = ValueRange(least=torch.tensor([-4.0, -1.0]), most=torch.tensor([2.0, 8.0]))
+    assert values.factor(torch.tensor([8.0, 8.0])) == 1
+    # 8 / 0.8 = 10 passes 8 by a quarter, which may be; 8 / 0.5 = 16 is twice as much.
+    assert values.factor(torch.tensor([1.0, 0.8])) == 1
+    assert values.factor(torch.tensor([1.0, 0.5])) == 2
+    # -4 / 0.2 = -20 is five times -4.
+    assert values.factor(torch.tensor([0.2, 1.0])) == 8
+
+
+def test_scaled_values_stay_near_the_range_that_the_cache_was_told(layer: DecoderLayer) -> None:
+    """A channel that o does not read makes its own scale extreme, and the others' with it."""
+    layer.weights.o.weight[:, 3::16] = 0
+    states = randn(8, 32, 64)
+    seen = layer.attention_input(states) @ layer.weights.v.weight.T + layer.weights.v.bias
+    seen = seen.flatten(0, 1)
+    values = ValueRange(seen.amin(dim=0), seen.amax(dim=0))
+    found = {}
+    for name, told in (("free", None), ("bound", values)):
+        solver = LayerSolver(layer.weights, layer.model, GROUP, values=told)
+        moments = all_moments(layer, states)
+        for tap in CONSUMERS:
+            solver.solve(tap, lambda tap=tap, moments=moments: moments[tap])
+        found[name] = solver.result().weights
+    free, bound = found["free"], found["bound"]
+    for name in LINEARS:
+        for part in ("codes", "zeros"):
+            one, two = (getattr(side.linear(name), part) for side in (free, bound))
+            assert torch.equal(one, two), (name, part)
+    factor = (bound.o.scales.float() / free.o.scales.float()).unique()
+    assert len(factor) == 1 and factor.item() in (2, 4, 8, 16)
+    assert torch.equal(bound.v.scales * factor, free.v.scales.float())
+    spans = {}
+    for name, weights in found.items():
+        stored = DecoderLayer.ready(weights, layer.model, CPU)
+        spans[name] = stored.attention_input(states) @ weights.v.dense(torch.float32, CPU).T
+        spans[name] = spans[name] + weights.v.bias
+    assert spans["free"].abs().max() > 2 * seen.abs().max()
+    assert spans["bound"].abs().max() < 1.6 * seen.abs().max()
 
 
 def test_a_quantized_producer_takes_the_scales_into_its_grids() -> None:
