@@ -55,6 +55,7 @@ def test_file_names_are_those_of_the_code():
             (
                 names.TOKENIZER_JSON,
                 names.TOKENIZER_CONFIG,
+                names.SPECIAL_TOKENS_MAP,
                 names.GENERATION_CONFIG,
                 names.TOKENIZER_MODEL,
                 names.TOKENIZER_TIKTOKEN,
