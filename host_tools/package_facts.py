@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import cast
 
@@ -104,11 +105,10 @@ def quantization_method(checkpoint: Checkpoint) -> Method:
     name = checkpoint.packed.name if checkpoint.packed is not None else "none"
     if name in ("awq", "gptq", "none"):
         return cast(Method, name)
-    try:
-        with (checkpoint.path / RECIPE).open(encoding="utf-8", errors="replace") as stream:
+    recipe, path = "", checkpoint.path / RECIPE
+    if path.is_file():  # a pipe would be waited for
+        with suppress(OSError), path.open(encoding="utf-8", errors="replace") as stream:
             recipe = stream.read(MAX_RECIPE_CHARACTERS)
-    except OSError:
-        recipe = ""
     found = [method for method in ("awq", "gptq") if f"{method.upper()}Modifier" in recipe]
     return cast(Method, "+".join(found) or "rtn")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from device_runtime.errors import PackageError
 from device_runtime.package_format.manifest import read_manifest
 from host_tools.checkpoint import Checkpoint, QuantizedLinear
 from host_tools.convert import convert
+from host_tools.package_facts import MAX_RECIPE_CHARACTERS, quantization_method
 from host_tools.package_options import ConvertOptions
 from host_tools.progress import Progress
 
@@ -183,6 +185,18 @@ def test_the_manifest_says_how_the_weights_were_made(
     converted(tmp_path / "packed", tmp_path / "tm")
     quantization = read_manifest(tmp_path / "tm").quantization
     assert (quantization.method, quantization.group_size) == (method, 32)
+
+
+def test_a_recipe_that_is_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    write(tmp_path, "symmetric")
+    os.mkfifo(tmp_path / "recipe.yaml")
+    # As full as a pipe can be, so that who reads it nevertheless does not wait for ever.
+    pipe = os.open(tmp_path / "recipe.yaml", os.O_RDWR)
+    os.write(pipe, b"GPTQModifier".ljust(MAX_RECIPE_CHARACTERS))
+    try:
+        assert quantization_method(Checkpoint.open(tmp_path)) == "rtn"
+    finally:
+        os.close(pipe)
 
 
 def refused(folder: Path, complaint: str) -> None:
