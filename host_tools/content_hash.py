@@ -103,7 +103,8 @@ class ContentHasher:
         digest = hashlib.sha256()
         hashes = self.hash_files(path for _, path in files)
         for (name, _), content in zip(files, hashes, strict=True):
-            digest.update(f"{content}  {name}\n".encode())
+            # A name is bytes to the system, and need not be UTF-8.
+            digest.update(f"{content}  ".encode() + os.fsencode(name) + b"\n")
         return digest.hexdigest()
 
     def _key(self, path: Path) -> str:

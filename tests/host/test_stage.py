@@ -1,3 +1,4 @@
+import hashlib
 import json
 import multiprocessing
 import os
@@ -49,6 +50,29 @@ def test_content_skips_dotted_names_and_sorts(folders):
     (source / "sub" / "b").write_text("b")
     (source / ".hidden").write_text("h")
     assert [name for name, _ in content_files(source)] == ["a.txt", "sub/b"]
+
+
+def test_the_hash_of_a_folder_is_of_its_names_and_contents(folders):
+    source, output = folders
+    (source / "a.txt").rename(source / "é.txt")
+    expected = hashlib.sha256(f"{ABC_SHA256}  é.txt\n".encode()).hexdigest()
+    assert ContentHasher(output / "hashes.json").hash_tree(source) == expected
+
+
+def test_names_that_are_not_utf8_are_content_too(folders):
+    source, output = folders
+    stage = make_stage(source, output)
+    before = stage.input_hashes
+    with open(os.fsencode(source) + b"/r\xe9sum\xe9.txt", "w") as stream:
+        stream.write("abc")
+    stage = make_stage(source, output)
+    assert stage.input_hashes != before
+    copied = output / os.fsdecode(b"r\xe9sum\xe9.txt")
+    copied.write_text("abc")
+    stage.record([copied])
+    assert make_stage(source, output).is_finished()
+    record = read_record(output, "copy")
+    assert record is not None and (record.size_bytes, record.hashes) == (3, (ABC_SHA256,))
 
 
 def test_a_missing_input_is_named(folders):
