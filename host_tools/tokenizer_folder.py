@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -22,7 +21,7 @@ from device_runtime.tokenization.folder import (
     convert_tokenizer,
     original_file,
 )
-from device_runtime.tokenization.settings_files import read_text
+from device_runtime.tokenization.settings_files import SURROGATE, read_text
 from host_tools.checkpoint.config_values import MAX_NUMBER
 from host_tools.checkpoint.reader import CONFIG_JSON
 from host_tools.json_file import read_json
@@ -35,9 +34,6 @@ TOKENIZER_FILES = (
     *ORIGINAL_FILES,
 )
 """What is copied where it exists; the first is made from an original where it does not."""
-
-_SURROGATE = re.compile("[\ud800-\udfff]")
-"""Half a character, which JSON can spell and UTF-8 cannot."""
 
 _SAMPLING_OFF = SamplingDefaults(
     temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0
@@ -181,7 +177,7 @@ class SourceTokenizer:
         text = token.get("content") if isinstance(token, dict) else token
         if text is None and self.converted is not None:
             text = self.converted.bos_token if kind == "bos" else self.converted.eos_token
-        if isinstance(text, str) and _SURROGATE.search(text) is None:  # no token holds one
+        if isinstance(text, str) and SURROGATE.search(text) is None:  # no token holds one
             token_id = self.tokenizer.token_to_id(text)
             if token_id is not None:
                 found.append(token_id)

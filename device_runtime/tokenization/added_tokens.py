@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Tokenizer
 from device_runtime.errors import PackageError
 from device_runtime.package_format import names
 from device_runtime.tokenization.sentencepiece_bpe import MAX_TOKENS
-from device_runtime.tokenization.settings_files import read_settings
+from device_runtime.tokenization.settings_files import SURROGATE, read_settings
 
 ADDED_TOKENS = "added_tokens.json"
 
@@ -82,18 +82,21 @@ class TokenSettings:
         """Read tokenizer_config.json, added_tokens.json and special_tokens_map.json of a folder.
 
         Raises:
-            PackageError: one of them is damaged, or they give an id or a spelling twice.
+            PackageError: one of them is damaged or spells a token with half a character, or they
+                give an id or a spelling twice.
         """
         config = read_settings(folder / names.TOKENIZER_CONFIG)
         special_map = read_settings(folder / names.SPECIAL_TOKENS_MAP)
-        special = _special_spellings(special_map) | _special_spellings(config)
+        path = folder / names.TOKENIZER_CONFIG
+        special = _special_spellings(special_map, folder / names.SPECIAL_TOKENS_MAP)
+        special |= _special_spellings(config, path)
         found: dict[int, MarkedToken] = {}
         for content, token_id in read_settings(folder / ADDED_TOKENS).items():
             number = _token_id(token_id, folder / ADDED_TOKENS)
+            _check_spelling(content, folder / ADDED_TOKENS)
             # The file of older checkpoints does not tell; what looks like markup is.
             is_special = content in special or is_marker(content)
             found[number] = MarkedToken(number, content, is_special)
-        path = folder / names.TOKENIZER_CONFIG
         listed = config.get("added_tokens_decoder", {})
         if not isinstance(listed, dict):
             raise PackageError(f"added_tokens_decoder in {path} is not a JSON object")
@@ -186,6 +189,7 @@ def _read_token(key: object, value: object, path: Path) -> MarkedToken:
         raise PackageError(f"the added token {token_id} in {path} has no content")
     if not value["content"]:
         raise PackageError(f"the added token {token_id} in {path} is empty")
+    _check_spelling(value["content"], path)
 
     def flag(name: str) -> bool:
         return value.get(name) is True
@@ -206,12 +210,23 @@ def _token_id(value: object, path: Path) -> int:
     raise PackageError(f"{path} has an added token whose id is not 0 to {MAX_TOKENS - 1}")
 
 
-def _special_spellings(settings: Mapping[str, object]) -> set[str]:
+def _check_spelling(spelling: str, path: Path) -> None:
+    """Refuse a token that no text can hold."""
+    if SURROGATE.search(spelling) is not None:
+        raise PackageError(
+            f"{path} has the token {spelling[:60]!a}, which holds half a character; fetch it again"
+        )
+
+
+def _special_spellings(settings: Mapping[str, object], path: Path) -> set[str]:
     """Return bos_token and its like, and the additional ones."""
     additional = settings.get("additional_special_tokens")
     values = list(additional) if isinstance(additional, list) else []
     values += [value for key, value in settings.items() if key.endswith("_token")]
-    return {spelling for spelling in map(_spelling, values) if spelling}
+    spellings = {spelling for spelling in map(_spelling, values) if spelling}
+    for spelling in sorted(spellings):
+        _check_spelling(spelling, path)
+    return spellings
 
 
 def _spelling(value: object) -> str | None:

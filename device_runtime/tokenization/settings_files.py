@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 from device_runtime.errors import PackageError
 
 MAX_SETTINGS_BYTES = 64 << 20
+
+SURROGATE = re.compile("[\ud800-\udfff]")
+"""Half a character, which JSON can spell and UTF-8 cannot."""
 
 
 def read_bytes(path: Path, max_bytes: int) -> bytes:

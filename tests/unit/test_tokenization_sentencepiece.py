@@ -159,6 +159,26 @@ def test_added_tokens_rename_pieces_and_follow_the_vocabulary(tmp_path):
         ("added_tokens.json", {"a": 999}, "'a' has the id 999, the vocabulary of .* end at 277"),
         ("added_tokens.json", {"hello": 4}, "has 'hello' at 273, an added token has it at 4"),
         ("special_tokens_map.json", [], "special_tokens_map.json is not a JSON object"),
+        (
+            "added_tokens.json",
+            {"\ud83d": 277},
+            r"added_tokens.json has the token '\\ud83d', which holds half a character",
+        ),
+        (
+            "tokenizer_config.json",
+            {"added_tokens_decoder": {"277": {"content": "a\udc00"}}},
+            r"tokenizer_config.json has the token 'a\\udc00', which holds half a character",
+        ),
+        (
+            "tokenizer_config.json",
+            {"bos_token": "\ud83d"},
+            r"tokenizer_config.json has the token '\\ud83d', which holds half a character",
+        ),
+        (
+            "special_tokens_map.json",
+            {"additional_special_tokens": [{"content": "\ud83d"}]},
+            r"special_tokens_map.json has the token '\\ud83d', which holds half a character",
+        ),
     ],
 )
 def test_settings_that_cannot_be_are_refused(tmp_path, file, value, message):
