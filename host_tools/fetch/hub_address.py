@@ -19,7 +19,11 @@ REACH_TIMEOUT_S = 8.0
 
 
 def hub_host() -> str:
-    """Return the host that the SDK asks first."""
+    """Return the host that the SDK asks first.
+
+    Raises:
+        FetchError: the address that was chosen is none.
+    """
     address = _chosen_address()
     if address is not None:
         return urlparse(address).hostname or address
@@ -31,7 +35,7 @@ def check_reachable(what: str) -> None:
     """Find out in seconds whether any hub host answers; a proxy is left to the SDK.
 
     Raises:
-        FetchError: none does.
+        FetchError: none does, or the address that was chosen is none.
     """
     address = _chosen_address()
     places = [address] if address is not None else [DEFAULT_HOST, INTERNATIONAL_HOST]
@@ -54,7 +58,15 @@ def _chosen_address() -> str | None:
     for name in ENDPOINT_VARIABLES:
         value = os.environ.get(name, "").strip()
         if value:
-            return value if "://" in value else f"https://{value}"
+            address = value if "://" in value else f"https://{value}"
+            try:
+                urlparse(address)
+            except ValueError as error:
+                raise FetchError(
+                    f"{name} is {value[:80]!r}, which is no address ({error}); set it to one such "
+                    f"as https://{DEFAULT_HOST}"
+                ) from error
+            return address
     return None
 
 

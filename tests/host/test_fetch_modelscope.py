@@ -326,6 +326,19 @@ def test_a_name_that_does_not_resolve_is_no_network(
         hub_address.check_reachable("x")
 
 
+@pytest.mark.parametrize("variable", hub_address.ENDPOINT_VARIABLES)
+def test_an_endpoint_that_is_no_address_is_named(
+    monkeypatch: pytest.MonkeyPatch, hub: Hub, variable: str
+) -> None:
+    monkeypatch.delenv("MODELSCOPE_ENDPOINT")
+    monkeypatch.setenv(variable, "https://[::1")
+    with pytest.raises(
+        FetchError,
+        match=rf"^{variable} is 'https://\[::1', which is no address \(Invalid IPv6 URL\)",
+    ):
+        hub_address.check_reachable("x")
+
+
 def test_a_host_that_never_answers_is_not_waited_for(
     monkeypatch: pytest.MonkeyPatch, hub: Hub
 ) -> None:
