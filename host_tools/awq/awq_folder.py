@@ -96,7 +96,8 @@ def write_awq_folder(
         "quantization_config": quantization_config(group_size, _kept_modules(checkpoint, layers)),
     }
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-    (folder / CONFIG_JSON).write_text(text, encoding="utf-8")
+    # Half a character, which a note may hold, is written as JSON spells it.
+    (folder / CONFIG_JSON).write_text(text, encoding="utf-8", errors="backslashreplace")
     # Other engines need the Python of families that transformers has no class for; we never run it.
     code = sorted(path.name for path in checkpoint.path.glob(f"*{PYTHON}"))
     for name in (*COPIED_FILES, *code):

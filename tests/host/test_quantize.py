@@ -125,6 +125,14 @@ def test_other_parts_are_kept_in_fp16(tmp_path: Path) -> None:
     assert torch.equal(stored.layer(1).ffn_norm, source.layer(1).ffn_norm.half())
 
 
+def test_half_a_character_in_a_config_is_written_as_it_was(tmp_path: Path) -> None:
+    folder = tiny.write_llama(tmp_path / "checkpoint", note="é\ud800")
+    awq = quantize(folder, tmp_path / "work", tmp_path / "awq", RTN, Progress())
+    text = (awq / "config.json").read_text(encoding="utf-8")
+    assert r'"note": "é\ud800"' in text
+    assert json.loads(text)["note"] == "é\ud800"
+
+
 def test_a_fused_module_is_fused_again(tmp_path: Path) -> None:
     folder, _ = internlm2_folder(tmp_path / "internlm2")
     work = calibrated(folder, tmp_path / "work")
