@@ -11,18 +11,34 @@ from host_tools.json_file import read_json
 
 _NUMBERED = re.compile(r"^(?P<stem>.+)-(?P<part>\d{5})-of-(?P<total>\d{5})\.(safetensors|bin)$")
 
+MAX_NAME_BYTES = 255
+"""No file has a longer name (Linux, NAME_MAX in linux/limits.h)."""
+
 
 def read_index(path: Path) -> dict[str, str]:
     """Return the shard of each tensor as an index file states it.
 
     Raises:
-        PackageError: the file is too large, unreadable, empty, or points outside of its folder.
+        PackageError: the file is too large, unreadable, empty, or points outside of its folder or
+            to what is no name of a file.
     """
     weight_map = read_json(path, MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(weight_map, dict):
         raise PackageError(f"{path} has no weight_map, fetch it again")
-    entries = {name: str(file) for name, file in weight_map.items()}
+    for name, file in weight_map.items():
+        if not isinstance(file, str):
+            raise PackageError(
+                f"{path} says that tensor {name[:80]!r} is in {repr(file)[:60]}, expected the "
+                f"name of a file; fetch it again"
+            )
+    entries: dict[str, str] = weight_map
     for file in set(entries.values()):
+        length = len(file.encode(errors="surrogatepass"))
+        if length > MAX_NAME_BYTES:
+            raise PackageError(
+                f"{path} points to {file[:80]!r} and on, a name of {length} bytes, expected at "
+                f"most {MAX_NAME_BYTES}; fetch it again"
+            )
         if file in ("", ".", "..") or "/" in file or "\\" in file or "\0" in file:
             raise PackageError(
                 f"{path} points to {file[:80]!r}, outside of the checkpoint's folder"

@@ -244,7 +244,7 @@ def index(*files: str) -> str:
         ({"model.safetensors.index.json": '{"weight_map": 3}'}, "has no weight_map"),
         (
             {"model.safetensors.index.json": '{"weight_map": {"a": 3}}'},
-            "lacks 1 of the 1 weight files that its index names, such as '3'",
+            "says that tensor 'a' is in 3, expected the name of a file; fetch it again",
         ),
     ],
 )

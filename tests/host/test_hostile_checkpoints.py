@@ -161,6 +161,22 @@ def test_an_index_that_points_outside_is_refused(sharded: Path) -> None:
         refused(sharded, "outside of the checkpoint's folder")
 
 
+@pytest.mark.parametrize(
+    ("file", "complaint"),
+    [
+        (None, "says that tensor 'x' is in None, expected the name of a file; fetch it again"),
+        (["model.safetensors"], r"tensor 'x' is in \['model.safetensors'\], expected the name"),
+        # 129 letters of two bytes each
+        ("é" * 129, "points to 'é{80}' and on, a name of 258 bytes, expected at most 255; fetch"),
+        ("a" * 5000, "points to 'a{80}' and on, a name of 5000 bytes, expected at most 255"),
+        ("\ud800", "is missing in"),
+    ],
+)
+def test_an_index_that_names_no_file_is_refused(sharded: Path, file, complaint: str) -> None:
+    (sharded / INDEX).write_text(json.dumps({"weight_map": {"x": file}}))
+    refused(sharded, complaint)
+
+
 def test_an_index_that_is_no_index_is_refused(sharded: Path) -> None:
     for text, complaint in (
         ("{", "index.json is no JSON"),
