@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from device_runtime.errors import PackageError
@@ -39,6 +40,18 @@ def folder_name(folder: Path) -> str:
     return real.name.replace(_CACHED_DOT, ".")
 
 
+def check_path(path: Path) -> None:
+    """Check that a path is UTF-8: the libraries open no other file, and no manifest names one.
+
+    Raises:
+        PackageError: it is not.
+    """
+    try:
+        os.fsencode(path).decode()
+    except UnicodeError as error:
+        raise PackageError(f"the path {path} is not UTF-8, rename what is not") from error
+
+
 def check_folder(folder: Path) -> None:
     """Check that the files of a folder are where they seem to be and what they seem to be.
 
@@ -46,11 +59,12 @@ def check_folder(folder: Path) -> None:
         folder: of a checkpoint; folders inside are not looked at.
 
     Raises:
-        PackageError: a link leads out or nowhere, a file is a pointer of Git LFS, or the folder is
-            one of Hugging Face's cache above the checkpoint.
+        PackageError: a link leads out or nowhere, a file is a pointer of Git LFS, the folder is one
+            of Hugging Face's cache above the checkpoint, or its path is not UTF-8.
     """
     if not folder.is_dir():
         return
+    check_path(folder.resolve())
     _check_cache(folder)
     for path in sorted(folder.iterdir()):
         if path.is_symlink():

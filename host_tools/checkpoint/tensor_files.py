@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from device_runtime.errors import PackageError
 from host_tools.checkpoint.synthetic import MARKER, SyntheticFile
+from host_tools.checkpoint_folder import check_path
 from host_tools.checkpoint_names import INDEX_SUFFIX, SECOND_WEIGHTS
 from host_tools.shard_index import check_shards, read_index
 
@@ -64,7 +65,13 @@ class SafetensorsFile:
     """A safetensors file: the library checks header, offsets and length when it opens."""
 
     def __init__(self, path: Path) -> None:
+        """Open a file.
+
+        Raises:
+            PackageError: it is damaged, or its path is not UTF-8.
+        """
         self._path = path
+        check_path(path)
         _check_header(path)
         try:
             self._file: Any = safe_open(path, framework="pt", device="cpu")
@@ -101,6 +108,7 @@ class PickledFile:
     """A ``pytorch_model*.bin`` file, read with torch's unpickler that knows tensors alone."""
 
     def __init__(self, path: Path) -> None:
+        check_path(path)
         _check_archive(path)
         try:
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

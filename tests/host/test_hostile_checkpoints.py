@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from device_runtime.errors import PackageError
 from host_tools.checkpoint import Checkpoint
-from host_tools.checkpoint.tensor_files import TensorFiles
+from host_tools.checkpoint.tensor_files import PickledFile, SafetensorsFile, TensorFiles
 from host_tools.checkpoint_names import MAX_INDEX_BYTES
 from host_tools.json_file import MAX_CONFIG_BYTES
 
@@ -273,6 +273,22 @@ def test_weights_may_lie_elsewhere_and_settings_inside(folder: Path, tmp_path: P
     (folder / "config.json").rename(folder / "settings" / "config.json")
     (folder / "config.json").symlink_to("settings/config.json")
     Checkpoint.open(folder)
+
+
+def test_a_path_that_is_not_utf8_is_told_of(folder: Path, monkeypatch) -> None:
+    other = folder.with_name(os.fsdecode(b"r\xe9sum\xe9"))
+    folder.rename(other)
+    refused(other, r"^the path .*/r\udce9sum\udce9 is not UTF-8, rename what is not")
+    monkeypatch.chdir(other)
+    refused(Path(), r"^the path .*/r\udce9sum\udce9 is not UTF-8")
+
+
+@pytest.mark.parametrize("opener", [SafetensorsFile, PickledFile])
+def test_a_weight_file_whose_name_is_not_utf8_is_told_of(tmp_path: Path, opener) -> None:
+    path = tmp_path / os.fsdecode(b"mod\xe9l")
+    path.write_bytes(b"")
+    with pytest.raises(PackageError, match=r"^the path .*/mod\udce9l is not UTF-8, rename"):
+        opener(path)
 
 
 def test_weights_that_cannot_be_read_are_named(folder: Path, monkeypatch) -> None:
