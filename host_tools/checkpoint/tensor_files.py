@@ -11,7 +11,7 @@ from typing import Any, Protocol, cast
 import torch
 from safetensors import SafetensorError, safe_open
 
-from device_runtime.errors import PackageError
+from device_runtime.errors import DeviceError, PackageError
 from host_tools.checkpoint.synthetic import MARKER, SyntheticFile
 from host_tools.checkpoint_folder import check_path
 from host_tools.checkpoint_names import INDEX_SUFFIX, SECOND_WEIGHTS
@@ -69,6 +69,7 @@ class SafetensorsFile:
 
         Raises:
             PackageError: it is damaged, or its path is not UTF-8.
+            DeviceError: the machine cannot map it.
         """
         self._path = path
         check_path(path)
@@ -78,6 +79,12 @@ class SafetensorsFile:
         except (SafetensorError, OSError) as error:
             raise PackageError(
                 f"{path.name} is no whole safetensors file ({_first_line(error)}), fetch it again"
+            ) from error
+        except RuntimeError as error:  # torch maps the file once more, as if it were to be written
+            reason = str(error).rpartition(": ")[2]
+            raise DeviceError(
+                f"{path.name} has {path.stat().st_size} bytes, which this machine cannot map "
+                f"({reason[:160]}); take a checkpoint of smaller shards or a machine of more memory"
             ) from error
 
     def names(self) -> list[str]:

@@ -13,8 +13,8 @@ import tiny_checkpoints as tiny
 import torch
 from safetensors.torch import save_file
 
-from device_runtime.errors import PackageError
-from host_tools.checkpoint import Checkpoint
+from device_runtime.errors import DeviceError, PackageError
+from host_tools.checkpoint import Checkpoint, tensor_files
 from host_tools.checkpoint.tensor_files import PickledFile, SafetensorsFile, TensorFiles
 from host_tools.checkpoint_names import MAX_INDEX_BYTES
 from host_tools.json_file import MAX_CONFIG_BYTES
@@ -289,6 +289,22 @@ def test_a_weight_file_whose_name_is_not_utf8_is_told_of(tmp_path: Path, opener)
     path.write_bytes(b"")
     with pytest.raises(PackageError, match=r"^the path .*/mod\udce9l is not UTF-8, rename"):
         opener(path)
+
+
+def test_a_shard_that_cannot_be_mapped_is_the_machines_fault(folder: Path, monkeypatch) -> None:
+    def refuse(path: Path, **more: object) -> None:
+        # What torch says of a file of 1 TB.
+        raise RuntimeError(
+            f"unable to mmap 9 bytes from file <{path}>: Cannot allocate memory (12)"
+        )
+
+    monkeypatch.setattr(tensor_files, "safe_open", refuse)
+    size = (folder / "model.safetensors").stat().st_size
+    complaint = (
+        rf"^model.safetensors has {size} bytes, .* map \(Cannot allocate memory \(12\)\); take"
+    )
+    with pytest.raises(DeviceError, match=complaint):
+        Checkpoint.open(folder)
 
 
 def test_weights_that_cannot_be_read_are_named(folder: Path, monkeypatch) -> None:
