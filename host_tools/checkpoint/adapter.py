@@ -24,6 +24,9 @@ from host_tools.checkpoint.tensor_files import (
 )
 from host_tools.checkpoint_names import ADAPTER_CONFIG, ADAPTER_DIR, ADAPTER_WEIGHTS, SAFETENSORS
 
+_FACTOR_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Torch finds no least and greatest of other floating-point types, such as fp8."""
+
 MERGED_ROWS = 1024
 """Outputs that are in fp64 at once."""
 
@@ -133,7 +136,12 @@ class Adapter:
 
     def _check_shape(self, name: str, expected: tuple[int, ...]) -> None:
         dtype, shape = self._files.facts(name)
-        if shape != expected or not dtype.is_floating_point:
+        if dtype not in _FACTOR_DTYPES:
+            raise PackageError(
+                f"tensor {name[:120]} of the adapter is {dtype}, expected fp16, bf16, fp32 or "
+                f"fp64; save the merged checkpoint and use that"
+            )
+        if shape != expected:
             raise PackageError(
                 f"tensor {name[:120]} of the adapter is {dtype} {list(shape)}, the base and rank "
                 f"{self._config.rank} mean {list(expected)}; name the checkpoint that it was "

@@ -191,6 +191,26 @@ def test_a_pickled_adapter_with_older_names_is_read(tmp_path, base) -> None:
     assert torch.equal(found, want)
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int32, torch.complex64])
+def test_factors_of_other_types_are_refused(tmp_path, base, adapter, dtype) -> None:
+    (adapter / "adapter_model.safetensors").unlink()
+    tensors = factors(tiny.read_tensors(base), ("v_proj",))
+    torch.save(
+        {name: value.to(dtype) for name, value in tensors.items()}, adapter / "adapter_model.bin"
+    )
+    complaint = rf"lora_A.weight of the adapter is {dtype}, expected fp16, bf16, fp32 or fp64; save"
+    with pytest.raises(PackageError, match=complaint):
+        opened(base, adapter, tmp_path / "both")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_wider_factors_of_the_same_values_give_the_same_weights(tmp_path, base, adapter, dtype):
+    expected = opened(base, adapter, tmp_path / "one").layer(0).q.weight
+    tensors = factors(tiny.read_tensors(base), ("q_proj", "down_proj"))
+    write_adapter(adapter, {name: value.to(dtype) for name, value in tensors.items()})
+    assert torch.equal(opened(base, adapter, tmp_path / "two").layer(0).q.weight, expected)
+
+
 def test_modules_to_save_replace_the_bases(tmp_path, base) -> None:
     head = torch.randn(128, 64)
     name = "base_model.model.lm_head.modules_to_save.default.weight"
