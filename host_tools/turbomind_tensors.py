@@ -48,7 +48,7 @@ def layer_tensors(weights: LayerWeights, model: ModelConfig, layer: int) -> Iter
         layer: its number.
 
     Raises:
-        PackageError: a value is too large for fp16, or an int4 linear is floating-point.
+        PackageError: a value is too large for fp16 or bf16, or an int4 linear is floating-point.
     """
     yield from _norms(weights, model, layer)
     ranks = model.tensor_para_size
@@ -77,20 +77,21 @@ def float_array(tensor: torch.Tensor, model: ModelConfig, name: str) -> NDArray[
         name: of the tensor, for the error.
 
     Raises:
-        PackageError: a value does not fit in fp16.
+        PackageError: a value does not fit in the element type.
     """
-    if model.weight_type == "bf16":
-        bits = tensor.to(torch.bfloat16).contiguous().view(torch.int16)
-        return cast(NDArray[Any], bits.numpy().view(BF16_BITS))
-    converted = tensor.to(torch.float16)
-    if tensor.dtype != torch.float16 and tensor.numel():
+    is_bf16 = model.weight_type == "bf16"
+    dtype = torch.bfloat16 if is_bf16 else torch.float16
+    converted = tensor.to(dtype).contiguous()
+    if tensor.dtype != dtype and tensor.numel():
         low, high = torch.aminmax(converted)
         if not (torch.isfinite(low) and torch.isfinite(high)):
             raise PackageError(
-                f"{name} holds {float(tensor.abs().max()):g}, fp16 ends at 65504; "
-                f"such a checkpoint cannot be converted"
+                f"{name} holds {float(tensor.abs().max()):g}, {'bf16' if is_bf16 else 'fp16'} ends "
+                f"at {torch.finfo(dtype).max:g}; such a checkpoint cannot be converted"
             )
-    return converted.contiguous().numpy()
+    if is_bf16:
+        return cast(NDArray[Any], converted.view(torch.int16).numpy().view(BF16_BITS))
+    return converted.numpy()
 
 
 def _norms(weights: LayerWeights, model: ModelConfig, layer: int) -> Iterator[NamedTensor]:

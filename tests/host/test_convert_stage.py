@@ -368,6 +368,16 @@ def test_a_value_beyond_fp16_is_refused_by_name(tmp_path):
         run(source, tmp_path / "tm")
 
 
+def test_a_value_beyond_bf16_is_refused_by_name(tmp_path):
+    config = GQA_64.config(torch_dtype="bfloat16")
+    tensors = llama_tensors(config, dtype=torch.float32)
+    # bf16 has 8 bits: it ends at (2 - 2**-7) * 2**127, and what is nearer to 2**128 is infinity.
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = 3.4e38
+    source = write_source(tmp_path / "wide", config, tensors)
+    with pytest.raises(PackageError, match=r"layers.1 holds 3.4e\+38, bf16 ends at 3.38953e\+38"):
+        run(source, tmp_path / "tm")
+
+
 def test_a_float_linear_in_the_place_of_codes_is_refused(tmp_path):
     source = write_source(tmp_path / "float", GQA_64.config(), llama_tensors(GQA_64.config()))
     checkpoint = Checkpoint.open(source)
