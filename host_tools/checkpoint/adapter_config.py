@@ -24,6 +24,8 @@ _REFUSED = {
     "layer_replication": "repeated layers",
     "target_parameters": "parameters that are no linear's",
     "trainable_token_indices": "single trained embeddings",
+    "alora_invocation_tokens": "activated LoRA",
+    "use_bdlora": "block-diagonal LoRA",
 }
 """Keys of peft's LoraConfig that must be off, with what they ask for."""
 

@@ -48,6 +48,8 @@ CONFIG = {
     "task_type": "CAUSAL_LM",
     "use_dora": False,
     "use_rslora": False,
+    "alora_invocation_tokens": None,
+    "use_bdlora": None,
 }
 TARGETS = {
     "internlm2-chat-7b": ("attention.wqkv", "attention.wo", "feed_forward.w1", "feed_forward.w2"),
@@ -273,6 +275,11 @@ def test_the_package_is_named_after_both(tmp_path, base, adapter) -> None:
         ({"fan_in_fan_out": True}, "asks for transposed weights"),
         ({"alpha_pattern": {"q_proj": 3}}, "asks for another alpha for some modules"),
         ({"rank_pattern": {"q_proj": 3}}, "asks for another rank for some modules"),
+        (
+            {"alora_invocation_tokens": [1, 2]},
+            r"asks for activated LoRA \(alora_invocation_tokens \[1, 2\]\)",
+        ),
+        ({"use_bdlora": {"nblocks": 2}}, r"asks for block-diagonal LoRA \(use_bdlora {'nblocks'"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa': the adapter belongs to a ch"),
         ({"r": 0}, r"adapter_config.json says r 0, expected an integer from 1"),
         ({"lora_alpha": "big"}, "adapter_config.json says lora_alpha 'big', expected a positive"),
