@@ -21,6 +21,7 @@ from host_tools.checkpoint.tensor_files import (
     SafetensorsFile,
     TensorFile,
     TensorFiles,
+    is_finite,
 )
 from host_tools.checkpoint_names import ADAPTER_CONFIG, ADAPTER_DIR, ADAPTER_WEIGHTS, SAFETENSORS
 
@@ -108,12 +109,25 @@ class Adapter:
         return base.wrapped(lambda file: _MergedFile(file, self))
 
     def change(self, name: str, value: torch.Tensor) -> torch.Tensor:
-        """Return a tensor of the base as the adapter changes it, in the base's dtype."""
+        """Return a tensor of the base as the adapter changes it, in the base's dtype.
+
+        Raises:
+            PackageError: the dtype ends below a value that the adapter makes.
+        """
+        if name not in self._replaced and name not in self._factors:
+            return value
+        changed = self._changed(name, value)
+        if not is_finite(changed) and is_finite(value):
+            raise PackageError(
+                f"the adapter takes {name[:120]} beyond {value.dtype}, which ends at "
+                f"{torch.finfo(value.dtype).max:g}; name the checkpoint that it was trained on"
+            )
+        return changed
+
+    def _changed(self, name: str, value: torch.Tensor) -> torch.Tensor:
         if name in self._replaced:
             return self._files.tensor(self._replaced[name]).to(value.dtype)
-        pair = self._factors.get(name)
-        if pair is None:
-            return value
+        pair = self._factors[name]
         a, b = (self._files.tensor(factor).double() for factor in (pair.a, pair.b))
         # A product in fp32 would depend on how precise the process's products are just then
         # (`tensor_cores`), and this may run in a thread beside them.

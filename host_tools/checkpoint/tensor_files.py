@@ -240,13 +240,10 @@ class TensorFiles:
         """
         file_name = self._file_of[name]
         value = self._files[file_name].tensor(name)
-        if value.is_floating_point() and value.numel():
-            # aminmax hands NaN on and is an order of magnitude faster than isfinite.
-            low, high = torch.aminmax(value)
-            if not (torch.isfinite(low) and torch.isfinite(high)):
-                raise PackageError(
-                    f"tensor {name} of {file_name} holds NaN or infinity, fetch the file again"
-                )
+        if value.is_floating_point() and not is_finite(value):
+            raise PackageError(
+                f"tensor {name} of {file_name} holds NaN or infinity, fetch the file again"
+            )
         return value
 
     def _check_index(self, index_name: str, weight_map: dict[str, str]) -> None:
@@ -256,6 +253,15 @@ class TensorFiles:
                     f"{index_name} says that tensor {name[:80]} is in {file_name}, "
                     f"which does not hold it; fetch the checkpoint again"
                 )
+
+
+def is_finite(value: torch.Tensor) -> bool:
+    """Tell whether a floating-point tensor holds neither NaN nor infinity."""
+    if not value.numel():
+        return True
+    # aminmax hands NaN on and is an order of magnitude faster than isfinite.
+    low, high = torch.aminmax(value)
+    return bool(torch.isfinite(low) and torch.isfinite(high))
 
 
 def _check_header(path: Path) -> None:

@@ -386,6 +386,31 @@ def test_an_adapter_whose_weights_are_not_numbers_is_refused(tmp_path, base, ada
         opened(base, adapter, tmp_path / "both").layer(0)
 
 
+@pytest.mark.parametrize("is_replaced", [False, True])
+def test_an_adapter_that_overflows_the_base_is_named(tmp_path, is_replaced: bool) -> None:
+    base = tiny.write_llama(tmp_path / "base", dtype=torch.float16)
+    name = "base_model.model.lm_head"
+    # Scale 16 / 4, 4 ranks, 8 x 512: the product is 65536.
+    tensors = {
+        f"{name}.lora_A.weight": torch.full((RANK, 64), 8.0),
+        f"{name}.lora_B.weight": torch.full((128, RANK), 512.0),
+    }
+    if is_replaced:
+        tensors = {f"{name}.weight": torch.full((128, 64), 65536.0)}
+    folder = write_adapter(tmp_path / "tuned", tensors)
+    complaint = r"^the adapter takes lm_head.weight beyond torch.float16, which ends at 65504; name"
+    with pytest.raises(PackageError, match=complaint):
+        opened(base, folder, tmp_path / "both").head()
+
+
+def test_what_the_base_holds_is_not_the_adapters_fault(tmp_path, base, adapter) -> None:
+    tensors = tiny.read_tensors(base)
+    tensors["model.layers.0.self_attn.q_proj.weight"][3, 5] = math.inf
+    save_file(tensors, base / "model.safetensors")
+    with pytest.raises(PackageError, match=r"q_proj.weight of model.safetensors holds NaN or infi"):
+        opened(base, adapter, tmp_path / "both").layer(0)
+
+
 def test_folders_that_are_no_adapter_are_refused(tmp_path, base, adapter, capsys) -> None:
     with pytest.raises(PackageError, match=r"base has no adapter_config.json, name the folder"):
         adapt(base, base, tmp_path / "both", Progress())
