@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,6 +13,7 @@ import torch
 from torch.nn import functional
 
 from device_runtime.errors import DeviceError, PackageError
+from device_runtime.package_format.amounts import format_bytes
 from host_tools.checkpoint import Checkpoint
 from host_tools.decoder.free_memory import return_free_memory
 from host_tools.decoder.layer import BLOCKS, SILENT, Block, DecoderLayer, Observer, rms_norm
@@ -57,11 +60,16 @@ class Activations:
         Args:
             shape: of the states.
             folder: where a large one is spilled; the system's folder for temporary files if None.
+
+        Raises:
+            DeviceError: the disk of the folder has no room for them.
         """
-        if 4 * int(np.prod(shape)) <= SPILL_BYTES:
+        num_bytes = 4 * int(np.prod(shape))
+        if num_bytes <= SPILL_BYTES:
             return cls(torch.empty(shape, dtype=torch.float32))
         with tempfile.TemporaryFile(dir=folder) as stream:
-            spilled = np.memmap(stream, dtype=np.float32, mode="w+", shape=shape)
+            _reserve(stream.fileno(), num_bytes, folder)
+            spilled = np.memmap(stream, dtype=np.float32, mode="r+", shape=shape)
         return cls(torch.from_numpy(spilled))
 
     @classmethod
@@ -117,6 +125,20 @@ class Activations:
         num_samples, seqlen = self.states.shape[:2]
         step = max(1, max_tokens // seqlen)
         return (slice(start, start + step) for start in range(0, num_samples, step))
+
+
+def _reserve(descriptor: int, num_bytes: int, folder: Path | None) -> None:
+    """Give a new file all of its room: a full disk would end a process that stores in a map."""
+    try:
+        os.posix_fallocate(descriptor, 0, num_bytes)
+    except OSError as error:
+        place = folder or Path(tempfile.gettempdir())
+        elsewhere = "" if folder else ", set TMPDIR to a larger disk"
+        raise DeviceError(
+            f"the activations need {format_bytes(num_bytes)} in {place}, which has "
+            f"{format_bytes(shutil.disk_usage(place).free)} free "
+            f"({error.strerror}); make room there{elsewhere} or use fewer windows"
+        ) from error
 
 
 class LayerRunner:

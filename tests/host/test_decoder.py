@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -144,6 +147,27 @@ def test_large_activations_are_spilled_and_unchanged(tmp_path: Path, monkeypatch
     for activations in (kept, spilled):
         runner.advance(runner.layer(0), activations)
     assert torch.equal(spilled.states, kept.states)
+
+
+@pytest.mark.parametrize("is_named", [True, False])
+def test_a_disk_without_room_for_activations_is_said(tmp_path: Path, monkeypatch, is_named) -> None:
+    def full(descriptor: int, offset: int, num_bytes: int) -> None:
+        assert (offset, num_bytes) == (0, 3 << 20)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    usage = shutil.disk_usage(tmp_path)._replace(free=2 << 20)
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: {tmp_path: usage}[folder])
+    monkeypatch.setattr(stream, "SPILL_BYTES", 0)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    elsewhere = "" if is_named else ", set TMPDIR to a larger disk"
+    complaint = (
+        rf"the activations need 3\.1 MB in {tmp_path}, which has 2\.1 MB free "
+        rf"\(No space left on device\); make room there{elsewhere} or use fewer windows"
+    )
+    with pytest.raises(DeviceError, match=complaint):
+        Activations.allocate((3, 1 << 10, 1 << 8), tmp_path if is_named else None)
+    assert not list(tmp_path.iterdir())
 
 
 def test_batches_cover_every_sample_once(tmp_path: Path) -> None:
