@@ -60,6 +60,16 @@ class Grid:
         # The product is exact in fp32, so this is the kernels' one rounding.
         return steps.mul_(self.scales.unsqueeze(-1)).half().float().view_as(codes)
 
+    @property
+    def greatest(self) -> torch.Tensor:
+        """The greatest ``|value|`` that any code of each group has, ``[out, groups]`` fp32."""
+        return torch.maximum(self.zeros, MAX_CODE - self.zeros).mul_(self.scales)
+
+    def reach(self, codes: torch.Tensor) -> torch.Tensor:
+        """Return the greatest ``|value|`` of these codes in each group, ``[out, groups]`` fp32."""
+        least, greatest = torch.aminmax(grouped(codes, self.scales.shape[1]), dim=-1)
+        return torch.maximum(self.zeros - least, greatest - self.zeros).mul_(self.scales)
+
     def nearest(self, weight: torch.Tensor) -> torch.Tensor:
         """Return the nearest values on the grid; not rounded to fp16, for searching.
 

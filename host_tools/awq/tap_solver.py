@@ -162,13 +162,15 @@ def _solve(tap: PreparedTap, copies: _Copies, strip: Strip, device: torch.device
     linear = job.linears[strip.name]
     rows = slice(strip.start, strip.end)
     aimed = tap.aimed[strip.name][rows].to(device)
+    bias = None if linear.bias is None else linear.bias[rows]
     with single_thread(device):
         solved = solve_rows(aimed * curvature.scales, curvature, job.group_size)
+        # First: what does not fit fp16 is refused here, and its errors cannot be measured.
+        stored = stored_linear(solved.grid, solved.codes, job.group_size, bias, strip.name)
         errors = StripErrors.of(
             curvature, aimed, solved, first_output=strip.start, num_outputs=len(linear.weight)
         )
-    bias = None if linear.bias is None else linear.bias[rows]
-    return stored_linear(solved.grid, solved.codes, job.group_size, bias, strip.name), errors
+    return stored, errors
 
 
 def _joined(parts: Sequence[QuantizedLinear]) -> QuantizedLinear:
@@ -219,10 +221,13 @@ def stored_linear(
     Raises:
         PackageError: a value does not fit fp16.
     """
+    scales = in_fp16(grid.scales, f"scales of {name}").T.contiguous()
+    if float(grid.greatest.max()) > torch.finfo(torch.float16).max:
+        in_fp16(grid.reach(codes), f"weight of {name}")
     return QuantizedLinear(
         codes=on_host(codes.to(torch.uint8).T.contiguous()),
         zeros=on_host(grid.zeros.to(torch.uint8).T.contiguous()),
-        scales=in_fp16(grid.scales, f"scales of {name}").T.contiguous(),
+        scales=scales,
         group_size=group_size,
         bias=None if bias is None else in_fp16(bias, f"bias of {name}"),
     )

@@ -31,7 +31,7 @@ from host_tools.awq.layer_solver import (
     round_layer,
     solve_layer,
 )
-from host_tools.awq.tap_solver import PreparedTap, TapResult
+from host_tools.awq.tap_solver import PreparedTap, TapResult, stored_linear
 from host_tools.checkpoint import Checkpoint, DenseLinear, LayerWeights, QuantizedLinear
 from host_tools.checkpoint.families import LINEARS
 from host_tools.decoder.layer import DecoderLayer, Observer
@@ -538,3 +538,42 @@ def test_weights_beyond_fp16_are_refused(layer: DecoderLayer) -> None:
     huge = replace(layer.weights, o=DenseLinear(layer.weights.o.weight, torch.full((64,), 1e6)))
     with pytest.raises(PackageError, match=r"bias of o reaches 1e\+06, beyond the 65504 of fp16"):
         round_layer(huge, GROUP)
+
+
+def with_a_weight(layer: DecoderLayer, value: float) -> DecoderLayer:
+    """Return the layer with one weight of down changed, and 1 in place of all that share its group.
+
+    Then the group's step is a 15th of the weight, and only the greatest code stands for it.
+    """
+    weight = layer.weights.down.weight.clone()
+    weight[3, :GROUP] = 1.0
+    weight[3, 7] = value
+    return replace(layer, weights=replace(layer.weights, down=DenseLinear(weight, None)))
+
+
+@pytest.mark.parametrize(
+    ("value", "complaint"),
+    [
+        # 1e5 / 15 is in fp16 6668, 15 of them are 100020.
+        (1e5, r"weight of down reaches 1e\+05, beyond the 65504 of fp16"),
+        (2e6, "scales of down reaches inf, beyond the 65504 of fp16"),
+        (1e30, "scales of down reaches inf, beyond the 65504 of fp16"),
+    ],
+)
+def test_a_weight_whose_codes_leave_fp16_is_refused_by_either_method(
+    layer: DecoderLayer, value: float, complaint: str
+) -> None:
+    changed = with_a_weight(layer, value)
+    with pytest.raises(PackageError, match=complaint):
+        round_layer(changed.weights, GROUP)
+    with pytest.raises(PackageError, match=complaint.split(" reaches")[0]):
+        solved_layer(changed, randn(8, 32, 64))
+
+
+def test_codes_that_no_weight_has_may_leave_fp16() -> None:
+    # 4400 * 15 is 66000, which is no fp16; 4400 * 14 is 61600.
+    grid = Grid(torch.tensor([[4400.0]]), torch.tensor([[0.0]]))
+    codes = torch.tensor([[0.0, 14.0]])
+    assert stored_linear(grid, codes, 2, None, "down").weight.tolist() == [[0.0, 61600.0]]
+    with pytest.raises(PackageError, match=r"weight of down reaches 6.6e\+04, beyond the 65504"):
+        stored_linear(grid, codes + 1, 2, None, "down")
