@@ -8,6 +8,7 @@ from pathlib import Path
 
 from device_runtime.package_format import strict_json
 from device_runtime.package_format.durable import write_atomically
+from host_tools.perplexity_figures import shown
 
 COSTS = "costs.json"
 """In the work folder."""
@@ -80,8 +81,8 @@ def cost_sentences(report: CostReport) -> tuple[str, ...]:
     remedies = {STATIC_KV: "--quant-policy 8 costs less", INT8_HEAD: "--head fp16 costs nothing"}
     sentences = []
     for cost in report.costs:
-        figures = f"{report.perplexity:.3f} -> {cost.perplexity:.3f} on {text}"
-        sentence = f"{cost.name} costs {100 * cost.increase:.2f} % perplexity ({figures})"
+        figures = f"{shown(report.perplexity, '.3f')} -> {shown(cost.perplexity, '.3f')} on {text}"
+        sentence = f"{cost.name} costs {shown(100 * cost.increase, '.2f')} % perplexity ({figures})"
         if cost.increase > NOTABLE_INCREASE:
             remedy = remedies.get(cost.name, "see each alone")
             sentence = f"warning: {sentence}, more than 1 %; {remedy}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -17,6 +16,7 @@ from device_runtime.errors import UsageError
 from host_tools.datasets import WindowRequest, evaluation_windows
 from host_tools.evaluation_targets import Target, dataset_cache_dir, open_target
 from host_tools.options import EvaluateOptions
+from host_tools.perplexity_figures import capped, perplexity_of
 from host_tools.progress import Progress
 
 
@@ -27,7 +27,7 @@ class PerplexityResult:
     Attributes:
         target: as the person wrote it.
         kind: what it is and how it ran.
-        perplexity: e to the mean negative log-likelihood of a token.
+        perplexity: e to the mean negative log-likelihood of a token, at most `MAX_FIGURE`.
         num_predictions: tokens predicted; the first of each window has nothing before it.
         seconds_s: that the target took.
     """
@@ -46,7 +46,7 @@ class Comparison:
     Attributes:
         target: the other one.
         perplexity_increase: relative; 0.01 is one percent worse.
-        kl_divergence: mean over tokens of KL(first || other), in nats.
+        kl_divergence: mean over tokens of KL(first || other), in nats, at most `MAX_FIGURE`.
         top1_agreement: share of tokens for which both rank the same token first.
     """
 
@@ -156,7 +156,7 @@ class _Tally:
         return PerplexityResult(
             target=self.target.name,
             kind=self.target.kind,
-            perplexity=math.exp(self._loss / self._num_predictions),
+            perplexity=perplexity_of(self._loss, self._num_predictions),
             num_predictions=self._num_predictions,
             seconds_s=self.seconds_s,
         )
@@ -166,7 +166,7 @@ class _Tally:
         return Comparison(
             target=self.target.name,
             perplexity_increase=self.result().perplexity / first.result().perplexity - 1,
-            kl_divergence=self._divergence / self._num_tokens,
+            kl_divergence=capped(self._divergence / self._num_tokens),
             top1_agreement=self._num_agreed / self._num_tokens,
         )
 

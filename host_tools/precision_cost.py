@@ -7,7 +7,6 @@ text that ships with the host tools are enough to see a cost that matters.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +34,7 @@ from host_tools.decoder.devices import choose_devices
 from host_tools.decoder.layer import Observer, rms_norm
 from host_tools.decoder.stream import HEAD_ROWS, Activations, LayerRunner
 from host_tools.int8_head import dequantize_rows, quantize_rows
+from host_tools.perplexity_figures import perplexity_of
 from host_tools.progress import Progress
 from host_tools.stage import Stage
 from host_tools.tokenizer_folder import SourceTokenizer
@@ -214,7 +214,7 @@ def _perplexity(
     token_ids: torch.Tensor,
     device: torch.device,
 ) -> float:
-    """Return e to the mean negative log-likelihood of the windows' tokens but the first."""
+    """Return e to the mean negative log-likelihood of the windows' tokens but the first, capped."""
     norm = checkpoint.final_norm().to(device=device, dtype=torch.float32)
     loss, num_predictions = 0.0, 0
     for sample, ids in enumerate(token_ids):
@@ -231,4 +231,4 @@ def _perplexity(
             scores = logits.log_softmax(-1).gather(1, targets[:, None])
             loss -= float(scores.sum(dtype=torch.float64))
             num_predictions += len(targets)
-    return math.exp(loss / num_predictions)
+    return perplexity_of(loss, num_predictions)

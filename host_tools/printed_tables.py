@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from device_runtime.package_format.amounts import MIB, format_bytes
+from host_tools.perplexity_figures import shown
 
 if TYPE_CHECKING:
     from host_tools.build import BuildReport
@@ -81,11 +82,16 @@ def print_evaluation(report: EvaluationReport) -> None:
     for title in titles:
         table.add_column(title, justify="right", no_wrap=True)
     for result, comparison in zip(report.results, (None, *report.comparisons), strict=True):
-        row = [result.target, result.kind, f"{result.perplexity:.3f}", f"{result.seconds_s:.1f}"]
+        row = [
+            result.target,
+            result.kind,
+            shown(result.perplexity, ".3f"),
+            f"{result.seconds_s:.1f}",
+        ]
         if comparison is not None:
             row += [
-                f"{100 * comparison.perplexity_increase:+.2f}%",
-                f"{comparison.kl_divergence:.4f}",
+                f"{shown(100 * comparison.perplexity_increase, '+.2f')}%",
+                shown(comparison.kl_divergence, ".4f"),
                 f"{100 * comparison.top1_agreement:.1f}%",
             ]
         table.add_row(*row)

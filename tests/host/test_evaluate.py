@@ -19,6 +19,7 @@ from host_tools.evaluation_targets import dataset_cache_dir
 from host_tools.options import EvaluateOptions, QuantizeOptions
 from host_tools.pack import pack
 from host_tools.package_options import ConvertOptions, PackOptions
+from host_tools.perplexity_figures import MAX_FIGURE, capped, perplexity_of, shown
 from host_tools.progress import Progress
 from host_tools.quantize import quantize
 
@@ -171,6 +172,47 @@ def test_data_sets_are_kept_in_the_cache_of_the_user(tmp_path: Path, monkeypatch
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
     monkeypatch.setenv("HOME", "/home/someone")
     assert dataset_cache_dir() == Path("/home/someone/.cache/turbojet/datasets")
+
+
+@pytest.mark.parametrize("size", [1e5, 1e38])
+def test_a_ruined_model_has_a_finite_perplexity(
+    tmp_path: Path, checkpoint_dir: Path, options, capsys, size: float
+) -> None:
+    # Logits of 1e5 have a mean loss beyond the 709 of the greatest float, those of 1e38 NaN.
+    ruined = tiny.write_llama(tmp_path / "ruined", dtype=torch.bfloat16)
+    tensors = tiny.read_tensors(ruined)
+    tensors["lm_head.weight"] *= size
+    tiny.write_checkpoint(ruined, json.loads((ruined / "config.json").read_text()), tensors)
+    tiny.write_tokenizer(ruined)
+    argv = ["evaluate", str(checkpoint_dir), str(ruined), str(ruined), "--device", "cpu"]
+    argv += ["--dataset", options.dataset, "--samples", "2", "--seqlen", "20"]
+
+    def refuse(token: str) -> None:
+        raise AssertionError(token)
+
+    assert cli.main([*argv, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert report["results"][0]["perplexity"] < 1000
+    assert report["results"][1]["perplexity"] == MAX_FIGURE
+    assert report["comparisons"][0]["perplexity_increase"] > 1e297
+    assert 0 < report["comparisons"][0]["kl_divergence"] <= MAX_FIGURE
+    assert cli.main(argv) == 0
+    assert "1e+300" in capsys.readouterr().out
+
+
+def test_figures_of_any_size_stay_short() -> None:
+    assert perplexity_of(2 * math.log(7.0), 2) == pytest.approx(7.0)
+    assert perplexity_of(1400.0, 2) == MAX_FIGURE  # e^700 is 1e304
+    assert [capped(value) for value in (0.5, -0.5, math.inf, -math.inf, math.nan)] == [
+        0.5,
+        -0.5,
+        MAX_FIGURE,
+        MAX_FIGURE,
+        MAX_FIGURE,
+    ]
+    assert shown(999999.25, ".3f") == "999999.250"
+    assert (shown(1234567.0, ".3f"), shown(-0.5, "+.2f")) == ("1.23e+06", "-0.50")
+    assert shown(1e302, "+.2f") == "+1e+302"
 
 
 def test_the_command_prints_a_table_or_json(checkpoint_dir: Path, options, capsys) -> None:

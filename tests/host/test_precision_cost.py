@@ -19,6 +19,7 @@ from host_tools import costs, precision_cost
 from host_tools.convert import convert
 from host_tools.datasets import BUILTIN, WindowRequest, calibration_windows
 from host_tools.package_options import ConfigValues, ConvertOptions
+from host_tools.perplexity_figures import MAX_FIGURE
 from host_tools.precision_cost import measure_costs
 from host_tools.progress import Progress
 from host_tools.tokenizer_folder import SourceTokenizer
@@ -127,6 +128,20 @@ def test_nothing_is_measured_where_nothing_is_saved(source, tmp_path):
     (tmp_path / costs.COSTS).write_text("of an earlier build")
     assert measure_costs(source, workspace, tmp_path, "cpu", Progress()) is None
     assert costs.read_costs(tmp_path) is None
+
+
+def test_the_costs_of_a_ruined_model_are_finite(tmp_path):
+    tensors = int4_tensors(GQA_64, 64)
+    tensors["lm_head.weight"] = tensors["lm_head.weight"] * 1e4  # a mean loss beyond 709
+    source = write_checkpoint(tmp_path / "ruined", GQA_64.config(), tensors)
+    write_tokenizer(source)
+    workspace = converted(source, tmp_path / "tm")
+    report = measure_costs(source, workspace, tmp_path, "cpu", Progress())
+    assert report == costs.read_costs(tmp_path)
+    assert report.perplexity == report.costs[0].perplexity == MAX_FIGURE
+    assert costs.cost_sentences(report)[0].startswith(
+        "static int8 KV costs 0.00 % perplexity (1e+300 -> 1e+300 on 2 windows"
+    )
 
 
 def test_a_build_warns_above_one_percent_and_says_what_to_do():
