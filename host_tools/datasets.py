@@ -9,6 +9,7 @@ from importlib import resources
 from pathlib import Path
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
@@ -180,15 +181,16 @@ def _check_length(token_ids: Windows, request: WindowRequest) -> int:
 
 def _random_windows(token_ids: Windows, request: WindowRequest, draw: random.Random) -> Windows:
     last = _check_length(token_ids, request)
-    starts = [draw.randint(0, last) for _ in range(request.num_samples)]
-    return np.stack([token_ids[start : start + request.seqlen] for start in starts])
+    draws = (draw.randint(0, last) for _ in range(request.num_samples))
+    starts = np.fromiter(draws, np.int64, request.num_samples)
+    return sliding_window_view(token_ids, request.seqlen)[starts]
 
 
 def _even_windows(token_ids: Windows, request: WindowRequest) -> Windows:
     last = _check_length(token_ids, request)
     steps = max(1, request.num_samples - 1)
-    starts = [index * last // steps for index in range(request.num_samples)]
-    return np.stack([token_ids[start : start + request.seqlen] for start in starts])
+    starts = np.arange(request.num_samples, dtype=np.int64) * last // steps
+    return sliding_window_view(token_ids, request.seqlen)[starts]
 
 
 def _sample_documents(

@@ -12,6 +12,9 @@ METHODS = ("awq", "rtn")
 GROUP_SIZES = (128, 64, 32)
 """Group sizes that the kernels know, best compression first."""
 
+MAX_CALIBRATION_TOKENS = 1 << 26
+"""256 times the default: their states take 1 TiB in a model of 4096 channels, in fp32."""
+
 
 @dataclass(frozen=True)
 class CalibrateOptions:
@@ -37,10 +40,18 @@ class CalibrateOptions:
         """Refuse what cannot be.
 
         Raises:
-            UsageError: a count below 1, a seed that no manifest holds, or an unknown device.
+            UsageError: a count below 1, more tokens than there is room for, a seed that no manifest
+                holds, or an unknown device.
         """
         check_at_least_one("calib-samples", self.num_samples)
         check_at_least_one("calib-seqlen", self.seqlen)
+        num_tokens = self.num_samples * self.seqlen
+        if num_tokens > MAX_CALIBRATION_TOKENS:
+            raise UsageError(
+                f"calib-samples {self.num_samples} x calib-seqlen {self.seqlen} are {num_tokens} "
+                f"tokens, expected at most {MAX_CALIBRATION_TOKENS}; ask for fewer or shorter "
+                f"windows"
+            )
         if abs(self.seed) > MAX_INTEGER:
             raise UsageError(f"seed is {self.seed}, expected at most {MAX_INTEGER}")
         check_choice("device", self.device, DEVICES)

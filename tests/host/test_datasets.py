@@ -6,8 +6,10 @@ import gzip
 import json
 import os
 import random
+import tracemalloc
 import zipfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +70,20 @@ def test_windows_of_a_file_start_where_python_random_says(
     assert windows[1].tolist() == list(range(54, 64))
     random.seed(0)
     assert [random.randint(0, 90) for _ in range(3)] == [49, 53, 5]
+
+
+def test_many_windows_take_little_more_than_their_token_ids() -> None:
+    token_ids = np.arange(100, dtype=np.int32)
+    request = WindowRequest("a.txt", 20_000, 4)
+    make = partial(datasets._random_windows, token_ids, request, random.Random(0))
+    for cut in (make, partial(datasets._even_windows, token_ids, request)):
+        tracemalloc.start()
+        windows = cut()
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        # 16 bytes a window, and 8 of its place, twice while even ones are computed.
+        assert windows.nbytes == 320_000
+        assert peak_bytes < 320_000 + 2 * 160_000 + 20_000
 
 
 def test_a_text_of_exactly_one_window_is_enough(tokenizer: Tokenizer, tmp_path: Path) -> None:

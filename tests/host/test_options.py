@@ -22,6 +22,11 @@ def test_defaults_are_those_of_lmdeploy_lite():
         (lambda: CalibrateOptions(num_samples=0), "calib-samples is 0, expected at least 1"),
         (lambda: CalibrateOptions(seed=2**63), "seed is 9223372036854775808, expected at most"),
         (lambda: CalibrateOptions(seqlen=0), "calib-seqlen is 0, expected at least 1"),
+        (
+            lambda: CalibrateOptions(num_samples=99999999, seqlen=256),
+            "calib-samples 99999999 x calib-seqlen 256 are 25599999744 tokens, expected at most "
+            "67108864; ask for fewer or shorter windows",
+        ),
         (lambda: CalibrateOptions(device="tpu"), "device is 'tpu', choose one of auto, cpu, cuda"),
         (lambda: QuantizeOptions(w_bits=3), "w-bits is 3, only 4 can be quantized and run"),
         (lambda: QuantizeOptions(group_size=48), "w-group-size is 48, choose 128, 64 or 32"),
@@ -39,6 +44,12 @@ def test_defaults_are_those_of_lmdeploy_lite():
 def test_values_that_cannot_be_are_refused(make, sentence):
     with pytest.raises(UsageError, match=sentence):
         make()
+
+
+def test_as_many_calibration_tokens_as_there_is_room_for_are_allowed():
+    assert CalibrateOptions(num_samples=1 << 15, seqlen=1 << 11).num_samples == 1 << 15
+    with pytest.raises(UsageError, match="calib-samples 32769 x calib-seqlen 2048 are 67110912"):
+        CalibrateOptions(num_samples=(1 << 15) + 1, seqlen=1 << 11)
 
 
 def test_devices_are_a_list_with_commas():
