@@ -25,7 +25,7 @@ from host_tools.checkpoint import Checkpoint
 from host_tools.checkpoint.mixed import kept_linears
 from host_tools.content_hash import content_files
 from host_tools.convert import convert, target_model
-from host_tools.costs import COSTS
+from host_tools.costs import COSTS, forget_costs
 from host_tools.fetch.fetch import fetch
 from host_tools.fetch.sources import FolderSource, parse_source
 from host_tools.kv_qparams import kv_qparams
@@ -168,6 +168,8 @@ class _Build:
             )
         if converter.config.quant_policy == QUANT_POLICY_STATIC_INT8 or converter.head == "int8":
             self._stage("costs", work, lambda: self._costs(weights_dir, workspace))
+        else:
+            forget_costs(work)
         packer = PackOptions(options.target, options.kernels)
         self._stage(
             "pack", work, lambda: pack_once(workspace, self._output, work, packer, progress)

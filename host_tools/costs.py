@@ -75,6 +75,11 @@ def read_costs(work_dir: Path) -> CostReport | None:
     return strict_json.decode(CostReport, value, path.name)
 
 
+def forget_costs(work_dir: Path) -> None:
+    """Drop what was measured of a package that saved: the one that is built now does not."""
+    (work_dir / COSTS).unlink(missing_ok=True)
+
+
 def cost_sentences(report: CostReport) -> tuple[str, ...]:
     """Return a sentence for each cost, a warning where it is above `NOTABLE_INCREASE`."""
     text = f"{report.num_samples} windows of {report.seqlen} tokens of the {report.dataset} text"

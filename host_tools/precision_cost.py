@@ -20,12 +20,12 @@ from device_runtime.package_format.package import Package, open_package
 from host_tools.checkpoint import Checkpoint
 from host_tools.costs import (
     BOTH,
-    COSTS,
     INT8_HEAD,
     STATIC_KV,
     Cost,
     CostReport,
     cost_sentences,
+    forget_costs,
     read_costs,
     write_costs,
 )
@@ -75,7 +75,7 @@ def measure_costs(
     Args:
         checkpoint_dir: what the workspace was converted from.
         workspace: with its static KV parameters, where it uses them.
-        work_dir: gets :data:`COSTS`.
+        work_dir: gets what `costs.write_costs` writes.
         device: auto, cpu or cuda.
         progress: hears of every layer, and a sentence for each cost.
         devices: GPU numbers in place of ``device``; the first one measures.
@@ -91,7 +91,7 @@ def measure_costs(
     is_static = package.config.quant_policy == QUANT_POLICY_STATIC_INT8 and package.has_kv_scales
     has_int8_head = package.model.head_type == "int8"
     if not (is_static or has_int8_head):
-        (work_dir / COSTS).unlink(missing_ok=True)
+        forget_costs(work_dir)
         return None
     stage = _stage(checkpoint_dir, package, work_dir, is_static=is_static)
     if stage.is_finished():

@@ -193,6 +193,16 @@ def test_an_int8_head_and_the_static_kv_cache_say_what_they_cost(source, tmp_pat
     assert [stage.name for stage in report.stages if not stage.is_kept] == ["fetch"]
 
 
+def test_costs_go_with_the_savings(source, tmp_path):
+    run(source, tmp_path, method="rtn", head="int8")
+    assert [table.title for table in collect_report(tmp_path / "work").perplexities] == [
+        "savings of this package"
+    ]
+    run(source, tmp_path, method="rtn")
+    assert read_costs(tmp_path / "work") is None
+    assert not collect_report(tmp_path / "work").perplexities
+
+
 def test_a_quantized_source_is_converted_as_it_is(tmp_path):
     awq = tmp_path / "awq"
     write_checkpoint(awq, GQA_64.config(), int4_tensors(GQA_64, 64))
