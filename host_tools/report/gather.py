@@ -1,4 +1,8 @@
-"""Gathers what the stages of a build noted and writes report.json and report.html."""
+"""Gathers what the stages of a build noted and writes report.json and report.html.
+
+A work folder keeps what earlier builds made, for a later one to use again: where a build ended
+there, only what its own stages noted is told.
+"""
 
 from __future__ import annotations
 
@@ -76,9 +80,9 @@ def collect_report(work_dir: Path) -> Report:
         PackageError: a record is damaged, or config.ini holds what no device runs.
     """
     build = read_build_record(work_dir)
-    quantize = _quantize_record(work_dir)
     package = _package(work_dir)
-    records = dict(_stage_records(work_dir))
+    records = {name: r for name, r in _stage_records(work_dir) if _ran(build, name)}
+    quantize = _quantize_record(work_dir) if _is_quantized(build, package) else None
     if build is None and quantize is None and package is None and not records:
         raise UsageError(f"{work_dir} holds nothing to report, name the work folder of a build")
     manifest = package.manifest if package else None
@@ -88,7 +92,9 @@ def collect_report(work_dir: Path) -> Report:
         archive=build.archive if build else None,
         package=_package_facts(package, manifest, build) if package and manifest else None,
         quantize=quantize,
-        kv_ranges=_kv_ranges(work_dir, package.model) if package else (),
+        kv_ranges=_kv_ranges(work_dir, package.model)
+        if package and _ran(build, "calibrate")
+        else (),
         stages=_stages(build, records),
         perplexities=tuple(_perplexities(work_dir)),
         settings=tuple(_settings(records)),
@@ -100,6 +106,18 @@ def _package(work_dir: Path) -> Package | None:
     """Open the workspace that ``build`` converts into; one in the making counts as none."""
     root = work_dir / WORKSPACE_DIR
     return open_package(root) if (root / names.MANIFEST).is_file() else None
+
+
+def _ran(build: BuildRecord | None, name: str) -> bool:
+    """Tell whether a stage was part of the last build; stages that were run one by one all were."""
+    return build is None or any(stage.name == name for stage in build.stages)
+
+
+def _is_quantized(build: BuildRecord | None, package: Package | None) -> bool:
+    """Tell whether the weights of the package come from the quantization in the work folder."""
+    manifest = package.manifest if package else None
+    is_float = manifest is not None and manifest.quantization.method == "none"
+    return _ran(build, "quantize") and not is_float
 
 
 def _package_facts(package: Package, manifest: Manifest, build: BuildRecord | None) -> PackageFacts:

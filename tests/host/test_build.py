@@ -193,6 +193,16 @@ def test_an_int8_head_and_the_static_kv_cache_say_what_they_cost(source, tmp_pat
     assert [stage.name for stage in report.stages if not stage.is_kept] == ["fetch"]
 
 
+def test_a_report_tells_nothing_of_an_earlier_build(source, tmp_path):
+    run(source, tmp_path, config=ConfigValues(quant_policy=4))
+    run(source, tmp_path, method="none")
+    found = collect_report(tmp_path / "work")
+    assert (found.quantize, found.kv_ranges, found.perplexities) == (None, (), ())
+    assert {setting.stage for setting in found.settings} == {"convert", "pack"}
+    page = (tmp_path / "work" / "report.html").read_text(encoding="utf-8")
+    assert "against plain rounding" not in page and "Clipping" not in page
+
+
 def test_costs_go_with_the_savings(source, tmp_path):
     run(source, tmp_path, method="rtn", head="int8")
     assert [table.title for table in collect_report(tmp_path / "work").perplexities] == [

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 import pytest
 import torch
 from test_convert_bytes import GQA_64, int4_tensors
-from tiny_checkpoints import write_checkpoint
+from tiny_checkpoints import llama_tensors, write_checkpoint
 from tiny_tokenizer import write_tokenizer
 
 from device_runtime.errors import PackageError, UsageError
@@ -47,6 +47,7 @@ STAGES = (
     StageFigures("quantize", 30.0, 2_000_000, 3_000_000),
     StageFigures("pack", 1.5, 1_000_000, 1_234_567),
 )
+CALIBRATE = StageFigures("calibrate", 5.0, 2_000_000, 4_000_000)
 
 
 def linear(name, signal, rounded, final, bits=4):
@@ -88,7 +89,8 @@ def work(workspace, tmp_path):
     (tmp_path / "awq" / ".turbojet").mkdir(parents=True)
     (tmp_path / "awq" / ".turbojet" / "quantize.json").write_text(json.dumps(stage))
     records.write_quantize_record(tmp_path, QUANTIZE)
-    write_build_record(tmp_path, BuildRecord("orin-nano-8gb,agx-orin-64gb", ARCHIVE, STAGES))
+    stages = (CALIBRATE, *STAGES)
+    write_build_record(tmp_path, BuildRecord("orin-nano-8gb,agx-orin-64gb", ARCHIVE, stages))
     write_costs(tmp_path, CostReport("builtin", 8, 512, 20.0, (Cost(STATIC_KV, 20.3, 0.015),)))
     rows = (
         PerplexityRow(HOSTILE, "checkpoint", 22.552),
@@ -273,6 +275,27 @@ def test_notes_of_another_quantization_are_left_out(work):
     assert collect_report(work).quantize is None
     page = Page(write_report(work).read_text())
     assert "no errors were noted: nothing was searched" in page.texts
+
+
+def test_stages_of_an_earlier_build_are_left_out(work):
+    (work / "build.json").unlink()
+    one_by_one = collect_report(work)
+    assert one_by_one.quantize == QUANTIZE and one_by_one.kv_ranges and one_by_one.settings
+    write_build_record(work, BuildRecord("orin-nano-8gb", ARCHIVE, STAGES[1:]))
+    found = collect_report(work)
+    assert (found.quantize, found.kv_ranges) == (None, ())
+    assert not [setting for setting in found.settings if setting.stage == "quantize"]
+    texts = Page(write_report(work).read_text()).texts
+    assert "output error" not in texts and "Clipping" not in texts
+
+
+def test_a_quantization_is_not_that_of_a_float_package(work, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("float")
+    write_checkpoint(folder / "tiny", GQA_64.config(), llama_tensors(GQA_64.config()))
+    write_tokenizer(folder / "tiny")
+    (work / "turbomind").unlink()
+    convert(folder / "tiny", work / "turbomind", ConvertOptions("tiny"), Progress())
+    assert collect_report(work).quantize is None
 
 
 def test_a_folder_with_little_in_it_has_a_small_report(tmp_path):
