@@ -151,6 +151,21 @@ def test_targets_that_are_none_are_refused(tmp_path: Path, checkpoint_dir: Path,
         perplexity(tmp_path, options, Progress())
 
 
+def test_every_target_is_opened_before_the_first_is_measured(
+    tmp_path: Path, checkpoint_dir: Path, options, monkeypatch
+) -> None:
+    def measured(*_: object) -> None:
+        raise AssertionError("the first target was measured")
+
+    monkeypatch.setattr(evaluation_targets.CheckpointTarget, "prepare", measured)
+    with pytest.raises(UsageError, match=r"there is no .*nowhere, name a checkpoint"):
+        evaluate([checkpoint_dir, tmp_path / "nowhere"], options, Progress())
+    short = tiny.write_llama(tmp_path / "short", eos_token_id=127, max_position_embeddings=16)
+    tiny.write_tokenizer(short)
+    with pytest.raises(UsageError, match=r"the context of .*short has 16 tokens"):
+        evaluate([checkpoint_dir, short], options, Progress())
+
+
 def test_a_damaged_tokenizer_of_a_package_is_refused(workspace: Path, options) -> None:
     (workspace / "triton_models" / "tokenizer" / "tokenizer.json").write_text("{}")
     with pytest.raises(PackageError, match=r"tokenizer.json is not a tokenizer: it has no model"):
