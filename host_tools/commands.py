@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from dataclasses import asdict, replace
+from pathlib import Path
 
 from device_runtime.package_format.amounts import format_bytes
 from host_tools.fetch.options import FetchOptions
@@ -124,15 +125,21 @@ def run_evaluate(args: argparse.Namespace) -> int:
     from host_tools.evaluate import evaluate
 
     if args.work_dir is not None:
+        from host_tools.evaluation_targets import check_target
         from host_tools.report.gather import collect_report
+        from host_tools.report.records import measured_targets
 
         collect_report(args.work_dir)  # what cannot be reported on is said before hours of work
+        for target in args.targets:
+            check_target(Path(target))
+        # An archive that is built anew meanwhile is not the one that was opened.
+        measured = measured_targets(args.work_dir, args.targets)
     report = evaluate(args.targets, evaluate_options(args), make_progress())
     if args.work_dir is not None:
         from host_tools.report.gather import write_report
         from host_tools.report.records import add_evaluation, evaluation_table
 
-        add_evaluation(args.work_dir, evaluation_table(report))
+        add_evaluation(args.work_dir, evaluation_table(report), measured)
         print(f"report: {write_report(args.work_dir)}", file=sys.stderr)
     if args.json:
         print(json.dumps(asdict(report), indent=1))

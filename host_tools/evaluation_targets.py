@@ -135,16 +135,24 @@ def open_target(path: Path, options: EvaluateOptions) -> Target:
         UsageError: nothing is there, or a KV format was asked of a checkpoint.
         PackageError: it is damaged, or neither checkpoint nor package.
     """
+    check_target(path)
+    return PackageTarget(path, options) if _is_package(path) else CheckpointTarget(path, options)
+
+
+def check_target(path: Path) -> None:
+    """Refuse what cannot be opened, as far as names tell.
+
+    Raises:
+        UsageError: nothing is there.
+        PackageError: it is neither checkpoint nor package.
+    """
     if not path.exists():
         raise UsageError(f"there is no {path}, name a checkpoint, AWQ folder, package or archive")
-    if path.is_file() or (path / names.TRITON_MODELS).is_dir():
-        return PackageTarget(path, options)
-    if not (path / CONFIG_JSON).is_file():
+    if not (_is_package(path) or (path / CONFIG_JSON).is_file()):
         raise PackageError(
             f"{path} has neither {CONFIG_JSON} nor {names.TRITON_MODELS}, it is no checkpoint and "
             f"no package"
         )
-    return CheckpointTarget(path, options)
 
 
 def dataset_cache_dir() -> Path:
@@ -152,6 +160,10 @@ def dataset_cache_dir() -> Path:
     base = os.environ.get("XDG_CACHE_HOME", "")
     cache = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
     return cache / "turbojet" / "datasets"
+
+
+def _is_package(path: Path) -> bool:
+    return path.is_file() or (path / names.TRITON_MODELS).is_dir()
 
 
 def _check_context(target: Target, options: EvaluateOptions) -> None:

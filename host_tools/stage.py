@@ -124,6 +124,20 @@ class Stage:
         self.record_path.unlink(missing_ok=True)
 
 
+def content_sha256(folder: Path, path: Path) -> str:
+    """Return the sha256 of a file, or of the names and contents in a folder, in hex.
+
+    Args:
+        folder: whose stages remember the hashes of files.
+        path: file or folder.
+
+    Raises:
+        PackageError: nothing is there.
+    """
+    hasher = _hasher(folder)
+    return hasher.hash_files([path])[0] if path.is_file() else hasher.hash_tree(path)
+
+
 def _hasher(folder: Path) -> ContentHasher:
     return ContentHasher(folder / RECORD_DIR / "hashes.json")
 

@@ -39,7 +39,7 @@ from host_tools.report.data import (
     StageFigures,
 )
 from host_tools.report.page import render_page
-from host_tools.report.records import BuildRecord, read_build_record, read_evaluations
+from host_tools.report.records import BuildRecord, current_tables, read_build_record
 from host_tools.stage import RECORD_DIR
 
 AWQ_DIR = "awq"
@@ -96,7 +96,7 @@ def collect_report(work_dir: Path) -> Report:
         if package and _ran(build, "calibrate")
         else (),
         stages=_stages(build, records),
-        perplexities=tuple(_perplexities(work_dir)),
+        perplexities=tuple(_perplexities(work_dir, build)),
         settings=tuple(_settings(records)),
         versions=manifest.provenance.tools if manifest else tool_versions(),
     )
@@ -174,8 +174,8 @@ def _kv_ranges(work_dir: Path, model: ModelConfig) -> tuple[KvRange, ...]:
     )
 
 
-def _perplexities(work_dir: Path) -> Iterator[PerplexityTable]:
-    yield from read_evaluations(work_dir)
+def _perplexities(work_dir: Path, build: BuildRecord | None) -> Iterator[PerplexityTable]:
+    yield from current_tables(work_dir, build.archive if build else None)
     costs = read_costs(work_dir)
     if costs is None:
         return

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import compress
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from device_runtime.errors import PackageError
 from device_runtime.package_format import strict_json
@@ -17,6 +19,7 @@ from host_tools.report.data import (
     PerplexityTable,
     StageFigures,
 )
+from host_tools.stage import content_sha256
 
 if TYPE_CHECKING:
     from host_tools.evaluate import EvaluationReport
@@ -26,8 +29,6 @@ EVALUATIONS = "evaluations.json"
 MAX_BYTES = 4 << 20
 MAX_TABLES = 16
 """Evaluations that are kept; the oldest go first."""
-
-Record = TypeVar("Record")
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,33 @@ class BuildRecord:
 
 
 @dataclass(frozen=True)
-class Evaluations:
-    """Tables that ``evaluate`` was told to keep, oldest first."""
+class Measured:
+    """What a row of an evaluation was measured on.
 
-    tables: tuple[PerplexityTable, ...] = ()
+    Attributes:
+        path: from the work folder, for the two move together.
+        is_archive: whether it was a file.
+        sha256: of its content, in hex.
+    """
+
+    path: str
+    is_archive: bool
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A table that ``evaluate`` was told to keep, and what each of its rows was measured on."""
+
+    table: PerplexityTable
+    measured: tuple[Measured, ...]
+
+
+@dataclass(frozen=True)
+class Evaluations:
+    """What ``evaluate`` was told to keep, oldest first."""
+
+    evaluations: tuple[Evaluation, ...] = ()
 
 
 def write_build_record(
@@ -74,11 +98,32 @@ def read_build_record(work_dir: Path) -> BuildRecord | None:
     Raises:
         PackageError: the file is damaged.
     """
-    return _read(BuildRecord, work_dir / BUILD_RECORD)
+    path = work_dir / BUILD_RECORD
+    value = _parsed(path)
+    return None if value is None else strict_json.decode(BuildRecord, value, path.name)
 
 
-def add_evaluation(work_dir: Path, table: PerplexityTable) -> None:
+def measured_targets(work_dir: Path, targets: Sequence[str | Path]) -> tuple[Measured, ...]:
+    """Return what the targets of an evaluation are now.
+
+    Raises:
+        PackageError: one is not there.
+    """
+    home = work_dir.resolve()
+    found = []
+    for path in map(Path, targets):
+        place = os.path.relpath(path.parent.resolve() / path.name, home)
+        found.append(Measured(place, path.is_file(), content_sha256(work_dir, path)))
+    return tuple(found)
+
+
+def add_evaluation(work_dir: Path, table: PerplexityTable, measured: Sequence[Measured]) -> None:
     """Keep a table; one of the same targets and windows is replaced.
+
+    Args:
+        work_dir: of the build.
+        table: what was found.
+        measured: what each row was measured on.
 
     Raises:
         PackageError: the file of earlier tables is damaged.
@@ -88,19 +133,50 @@ def add_evaluation(work_dir: Path, table: PerplexityTable) -> None:
         rows = [(row.target, row.kind) for row in other.rows]
         return other.title, other.dataset, other.num_samples, other.seqlen, rows
 
-    others = [known for known in read_evaluations(work_dir) if key(known) != key(table)]
+    others = [known for known in read_evaluations(work_dir) if key(known.table) != key(table)]
     work_dir.mkdir(parents=True, exist_ok=True)
-    _write(work_dir / EVALUATIONS, Evaluations((*others, table)[-MAX_TABLES:]))
+    kept = (*others, Evaluation(table, tuple(measured)))[-MAX_TABLES:]
+    _write(work_dir / EVALUATIONS, Evaluations(kept))
 
 
-def read_evaluations(work_dir: Path) -> Sequence[PerplexityTable]:
-    """Read the tables that were kept.
+def read_evaluations(work_dir: Path) -> Sequence[Evaluation]:
+    """Read the evaluations that were kept.
 
     Raises:
         PackageError: the file is damaged.
     """
-    found = _read(Evaluations, work_dir / EVALUATIONS)
-    return found.tables if found else ()
+    path = work_dir / EVALUATIONS
+    value = _parsed(path)
+    if value is None or "tables" in value:  # of before, when nothing said what was measured
+        return ()
+    return strict_json.decode(Evaluations, value, path.name).evaluations
+
+
+def current_tables(work_dir: Path, archive: ArchiveFacts | None) -> Iterator[PerplexityTable]:
+    """Yield the tables that were kept, without rows of what is no longer what was measured.
+
+    The rows are held against the first; where that one goes, so do they.
+
+    Args:
+        work_dir: of the build.
+        archive: that the last build wrote, wherever it is now.
+
+    Raises:
+        PackageError: the file is damaged.
+    """
+    for found in read_evaluations(work_dir):
+        rows = found.table.rows
+        are_current = [_is_current(work_dir, target, archive) for target in found.measured]
+        if any(are_current[:1]):
+            yield replace(found.table, rows=tuple(compress(rows, are_current)))
+
+
+def _is_current(work_dir: Path, target: Measured, archive: ArchiveFacts | None) -> bool:
+    """Tell whether a target is as it was measured; a folder that is gone was not made anew."""
+    path = Path(os.path.normpath(work_dir.resolve() / target.path))
+    if path.is_file() or path.is_dir():
+        return content_sha256(work_dir, path) == target.sha256
+    return not target.is_archive or (archive is not None and archive.sha256 == target.sha256)
 
 
 def evaluation_table(report: EvaluationReport) -> PerplexityTable:
@@ -129,8 +205,7 @@ def _write(path: Path, record: object) -> None:
     write_atomically(path, json.dumps(strict_json.encode(record), indent=1).encode("ascii"))
 
 
-def _read(kind: type[Record], path: Path) -> Record | None:
+def _parsed(path: Path) -> dict[str, object] | None:
     if not path.is_file():
         return None
-    value = strict_json.parse_object(path.read_bytes(), path.name, MAX_BYTES)
-    return strict_json.decode(kind, value, path.name)
+    return strict_json.parse_object(path.read_bytes(), path.name, MAX_BYTES)

@@ -15,6 +15,7 @@ from tiny_tokenizer import write_tokenizer
 from device_runtime.errors import UsageError
 from device_runtime.package_format.archive_reader import extract_archive
 from device_runtime.package_format.package import verify_package
+from host_tools import cli
 from host_tools.build import build
 from host_tools.costs import read_costs
 from host_tools.options import CalibrateOptions
@@ -201,6 +202,23 @@ def test_a_report_tells_nothing_of_an_earlier_build(source, tmp_path):
     assert {setting.stage for setting in found.settings} == {"convert", "pack"}
     page = (tmp_path / "work" / "report.html").read_text(encoding="utf-8")
     assert "against plain rounding" not in page and "Clipping" not in page
+
+
+def test_an_evaluation_goes_with_the_archive_that_it_was_of(source, tmp_path):
+    run(source, tmp_path, method="rtn")
+    targets = [str(source), str(tmp_path / "x.tgz")]
+    sizes = ["--dataset", str(source.parent / "text.txt"), "--samples", "1", "--seqlen", "16"]
+    work = ["--work-dir", str(tmp_path / "work"), "--device", "cpu"]
+    assert cli.main(["evaluate", *targets, *sizes, *work]) == 0
+
+    def shown():
+        (table,) = collect_report(tmp_path / "work").perplexities
+        return [row.target for row in table.rows]
+
+    run(source, tmp_path, method="rtn")
+    assert shown() == ["tiny-llama", "x.tgz"]
+    run(source, tmp_path, method="rtn", group_size=32)
+    assert shown() == ["tiny-llama"]
 
 
 def test_costs_go_with_the_savings(source, tmp_path):

@@ -1,5 +1,6 @@
 """The report of a build: gathered from records made by hand, drawn, and read again."""
 
+import hashlib
 import json
 import shutil
 from html.parser import HTMLParser
@@ -34,8 +35,12 @@ from host_tools.report.plots import Scale, round_step
 from host_tools.report.records import (
     MAX_TABLES,
     BuildRecord,
+    Evaluation,
+    Measured,
     add_evaluation,
+    current_tables,
     evaluation_table,
+    measured_targets,
     read_build_record,
     read_evaluations,
     write_build_record,
@@ -48,6 +53,7 @@ STAGES = (
     StageFigures("pack", 1.5, 1_000_000, 1_234_567),
 )
 CALIBRATE = StageFigures("calibrate", 5.0, 2_000_000, 4_000_000)
+GONE = Measured("../checkpoint", False, "cd" * 32)
 
 
 def linear(name, signal, rounded, final, bits=4):
@@ -96,7 +102,8 @@ def work(workspace, tmp_path):
         PerplexityRow(HOSTILE, "checkpoint", 22.552),
         PerplexityRow("x.tgz", "package", 24.8, 0.0997, 0.0912, 0.805),
     )
-    add_evaluation(tmp_path, PerplexityTable("evaluate", "wikitext2", 16, 1024, rows))
+    table = PerplexityTable("evaluate", "wikitext2", 16, 1024, rows)
+    add_evaluation(tmp_path, table, (GONE, Measured("../x.tgz", True, ARCHIVE.sha256)))
     for file, top in (("key_stats.pth", 8.0), ("value_stats.pth", 2.0)):
         shape = (open_package(workspace).model.num_kv_heads, GQA_64.head_dim)
         stats = {"max": {}, "min": {}}
@@ -358,13 +365,58 @@ def test_an_evaluation_is_kept_once_and_only_the_last_ones(tmp_path):
         PerplexityRow("checkpoint", "checkpoint", 20.0),
         PerplexityRow("x.tgz", "package", 21.0, 0.05, 0.02, 0.9),
     )
-    add_evaluation(tmp_path, table)
-    add_evaluation(tmp_path, table)
-    assert list(read_evaluations(tmp_path)) == [table]
+    add_evaluation(tmp_path, table, (GONE, Measured("x.tgz", True, "ef" * 32)))
+    add_evaluation(tmp_path, table, (GONE, GONE))
+    assert list(read_evaluations(tmp_path)) == [Evaluation(table, (GONE, GONE))]
     for seqlen in range(2, 2 + MAX_TABLES):
-        add_evaluation(tmp_path, PerplexityTable("evaluate", "x", 1, seqlen, table.rows))
-    assert len(read_evaluations(tmp_path)) == MAX_TABLES
-    assert table not in read_evaluations(tmp_path)
+        other = PerplexityTable("evaluate", "x", 1, seqlen, table.rows)
+        add_evaluation(tmp_path, other, (GONE, GONE))
+    tables = [found.table for found in read_evaluations(tmp_path)]
+    assert len(tables) == MAX_TABLES and table not in tables
+
+
+def test_rows_are_shown_while_their_targets_are_what_was_measured(tmp_path):
+    work, base, archive = tmp_path / "x.work", tmp_path / "base", tmp_path / "x.tgz"
+    for folder in (work, base):
+        folder.mkdir()
+    (base / "config.json").write_text("{}")
+    archive.write_bytes(b"first")
+    rows = (
+        PerplexityRow("base", "checkpoint", 20.0),
+        PerplexityRow("x.tgz", "package", 21.0, 0.05),
+    )
+    table = PerplexityTable("evaluate", "builtin", 2, 64, rows)
+    measured = measured_targets(work, [base, archive])
+    first = ArchiveFacts("x.tgz", 5, hashlib.sha256(b"first").hexdigest())
+    assert measured[1] == Measured("../x.tgz", True, first.sha256)
+    add_evaluation(work, table, measured)
+
+    def shown(built=None, folder=work):
+        return [found.rows for found in current_tables(folder, built)]
+
+    assert shown() == [rows]
+    archive.write_bytes(b"other")
+    assert shown() == [rows[:1]]
+    archive.unlink()  # it may have gone to a board
+    assert shown(first) == [rows]
+    assert shown() == shown(ARCHIVE) == [rows[:1]]
+    archive.write_bytes(b"first")
+    moved = tmp_path.rename(tmp_path.with_name("moved"))
+    assert shown(folder=moved / "x.work") == [rows]
+    (moved / "base" / "config.json").write_text("{ }")
+    assert shown(folder=moved / "x.work") == []
+    (moved / "base" / "config.json").unlink()
+    (moved / "base").rmdir()  # gone to save the space, not made anew
+    assert shown(folder=moved / "x.work") == [rows]
+    moved.rename(tmp_path)
+
+
+def test_tables_that_do_not_say_what_was_measured_are_left_out(tmp_path):
+    (tmp_path / "evaluations.json").write_text('{"tables": []}')
+    assert list(read_evaluations(tmp_path)) == []
+    (tmp_path / "evaluations.json").write_text("{")
+    with pytest.raises(PackageError, match=r"evaluations\.json is not JSON"):
+        read_evaluations(tmp_path)
 
 
 def test_the_verb_prints_the_page(work, capsys):
@@ -389,6 +441,8 @@ def test_evaluate_adds_its_table(work, workspace, tmp_path, capsys):
     ]
     rows = {row[0]: row for row in Page((work / "report.html").read_text()).rows}
     assert rows["turbomind"][2] == f"{measured[1]['perplexity']:.3f}"
+    assert cli.main([*arguments[:2], str(tmp_path / "nowhere"), *arguments[3:]]) == 2
+    assert "nowhere, name a checkpoint" in capsys.readouterr().err
 
 
 def test_scales_have_round_ticks():
