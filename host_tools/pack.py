@@ -16,6 +16,7 @@ from device_runtime.engine.options import EngineOptions
 from device_runtime.errors import PackageError, UsageError
 from device_runtime.package_format import durable, names
 from device_runtime.package_format.archive_gzip import GZIP_MAGIC
+from device_runtime.package_format.archive_names import MAX_PART_BYTES
 from device_runtime.package_format.archive_writer import ArchiveSummary, write_archive
 from device_runtime.package_format.boards import BOARDS, parse_targets
 from device_runtime.package_format.checksums import hash_files
@@ -77,11 +78,17 @@ def pack(workspace: Path, output: Path, options: PackOptions, progress: Progress
 
 
 def check_archive_place(output: Path) -> None:
-    """Refuse to write over what is no archive.
+    """Refuse a name that no file can have, and to write over what is no archive.
 
     Raises:
-        UsageError: a folder is there, a device, or a file of another kind.
+        UsageError: the name is too long, or a folder is there, a device, or a file of another kind.
     """
+    name_bytes = len(os.fsencode(output.name + durable.PART_SUFFIX))
+    if name_bytes > MAX_PART_BYTES:
+        raise UsageError(
+            f"{output.name}{durable.PART_SUFFIX}, as the archive is called while it is written, "
+            f"has {name_bytes} bytes, a file's name at most {MAX_PART_BYTES}; name a shorter output"
+        )
     if output.is_dir():
         raise UsageError(f"{output} is a folder, name the archive to write in it")
     if not output.exists():

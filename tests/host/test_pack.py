@@ -159,6 +159,16 @@ def test_a_folder_as_output_is_refused(workspace, tmp_path):
         pack(workspace, tmp_path, NANO, Progress())
 
 
+def test_a_name_that_leaves_no_room_for_what_is_written_beside_it_is_refused(workspace, tmp_path):
+    # 251 bytes and the five of .part are one more than a file's name can have.
+    with pytest.raises(UsageError, match=r"has 256 bytes, a file's name at most 255; name a sho"):
+        pack(workspace, tmp_path / f"{'x' * 247}.tgz", PackOptions("thor", "none"), Progress())
+    with pytest.raises(UsageError, match=r"has 309 bytes"):
+        pack(workspace, tmp_path / f"{'x' * 300}.tgz", PackOptions("thor", "none"), Progress())
+    longest = tmp_path / f"{'x' * 246}.tgz"
+    assert pack(workspace, longest, PackOptions("thor", "none"), Progress()).path == longest
+
+
 def test_a_file_that_is_no_archive_is_not_written_over(workspace, tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     with pytest.raises(UsageError, match="exists and is no archive, name another output or remov"):
