@@ -17,7 +17,9 @@ from device_runtime.errors import PackageError, UsageError
 from device_runtime.package_format.boards import Board, parse_targets
 from device_runtime.package_format.config_ini import QUANT_POLICY_STATIC_INT8
 from device_runtime.package_format.manifest import PlannedMemory
+from device_runtime.package_format.model_config import ModelConfig
 from device_runtime.package_format.package import open_package
+from host_tools.build_checks import check_package, check_places
 from host_tools.build_choices import default_name, largest_group_size
 from host_tools.calibrate import calibrate
 from host_tools.calibration_time import cpu_notice
@@ -32,14 +34,14 @@ from host_tools.kv_qparams import kv_qparams
 from host_tools.meter import Meter
 from host_tools.options import QuantizeOptions
 from host_tools.output_folder import check_outside
-from host_tools.pack import check_archive_place, pack_once, planned_manifest
+from host_tools.pack import pack_once, planned_manifest
 from host_tools.package_options import (
     ALL_TARGETS,
     BuildOptions,
     ConvertOptions,
     PackOptions,
 )
-from host_tools.plan import plan_config
+from host_tools.plan import fitting_boards, plan_config
 from host_tools.precision_cost import measure_costs
 from host_tools.progress import Progress
 from host_tools.quantize import quantize
@@ -107,7 +109,7 @@ def build(
         TurbojetError: what the stages raise; sizes that do not fit a board are found before the
             long stages begin.
     """
-    check_archive_place(output)
+    check_places(output, work_dir)
     boards = parse_targets(options.target)
     found = parse_source(source)
     if isinstance(found, FolderSource):
@@ -127,6 +129,7 @@ class _Build:
         self._work = work_dir
         self._options = options
         self._progress = progress
+        self._is_for_all = options.target == ALL_TARGETS
         self._reports: list[StageReport] = []
 
     def run(self, boards: tuple[Board, ...]) -> BuildReport:
@@ -138,8 +141,11 @@ class _Build:
         )
         checkpoint = Checkpoint.open(source_dir)
         quantizer = self._quantizer(checkpoint)
-        converter = self._planned(checkpoint, quantizer, boards)
+        model = self._target_model(checkpoint, quantizer)
+        converter = self._planned(model, boards)
         is_calibrated = self._is_calibrated(checkpoint, quantizer, converter)
+        fitting, _ = fitting_boards(model, boards, options.config, is_all=self._is_for_all)
+        check_package(checkpoint, model, converter, options.kernels, fitting)
         del checkpoint  # its mapped files would count as ours while other stages run
         if is_calibrated:
             if notice := cpu_notice(source_dir, work, options.calibrate):
@@ -241,32 +247,37 @@ class _Build:
             keep_fp16=options.keep_fp16,
         )
 
-    def _planned(
-        self, checkpoint: Checkpoint, quantizer: QuantizeOptions | None, boards: tuple[Board, ...]
-    ) -> ConvertOptions:
-        """Return how the workspace is written, its values planned for the boards."""
+    def _converter(self) -> ConvertOptions:
+        """Return how the workspace is written, as far as the person said."""
         options = self._options
-        named = ConvertOptions(
+        return ConvertOptions(
             options.model_name or default_name(self._source, options.fetch.adapter),
             options.tp,
             template=options.template,
             head=options.head,
         )
-        model = target_model(checkpoint, named)
-        if quantizer is not None:
-            kept = kept_linears(quantizer.keep_fp16, model.num_hidden_layers)
-            model = replace(
-                model,
-                weight_type="int4",
-                group_size=quantizer.group_size,
-                fp16_linears=kept.fp16_linears,
-            )
-        values, notes = plan_config(
-            model, boards, options.config, is_all=options.target == ALL_TARGETS
+
+    def _target_model(
+        self, checkpoint: Checkpoint, quantizer: QuantizeOptions | None
+    ) -> ModelConfig:
+        """Return the model as the workspace will hold it."""
+        model = target_model(checkpoint, self._converter())
+        if quantizer is None:
+            return model
+        kept = kept_linears(quantizer.keep_fp16, model.num_hidden_layers)
+        return replace(
+            model,
+            weight_type="int4",
+            group_size=quantizer.group_size,
+            fp16_linears=kept.fp16_linears,
         )
+
+    def _planned(self, model: ModelConfig, boards: tuple[Board, ...]) -> ConvertOptions:
+        """Return how the workspace is written, its values planned for the boards."""
+        values, notes = plan_config(model, boards, self._options.config, is_all=self._is_for_all)
         for note in notes:
             self._progress.note(note)
-        return replace(named, config=values)
+        return replace(self._converter(), config=values)
 
     def _is_calibrated(
         self, checkpoint: Checkpoint, quantizer: QuantizeOptions | None, converter: ConvertOptions

@@ -101,6 +101,23 @@ def kernels_fingerprint(source: str) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
+def check_kernels(source: str, model: ModelConfig, boards: Iterable[Board]) -> None:
+    """Refuse a folder of kernels that a package for these boards cannot be made with.
+
+    Args:
+        source: as `PackOptions.kernels`.
+        model: of the package.
+        boards: that it is for.
+
+    Raises:
+        UsageError: the folder has no record, lacks a cubin, or has one of another version's
+            sources.
+        PackageError: its record is damaged.
+    """
+    if source not in (KERNELS_AUTO, KERNELS_NONE):
+        _listed_units(Path(source), package_units(model, boards))
+
+
 def write_package_kernels(
     folder: Path,
     model: ModelConfig,
@@ -175,7 +192,8 @@ def _write(folder: Path, unit: Unit, cubin: bytes) -> Cubin:
     )
 
 
-def _copy_units(source: Path, folder: Path, units: Sequence[Unit]) -> None:
+def _listed_units(source: Path, units: Sequence[Unit]) -> list[Cubin]:
+    """Return the rows of a folder's record for these units."""
     rows = {cubin.file: cubin for cubin in read_record(source)}
     if not rows:
         raise UsageError(f"{source} is no folder of kernels, turbojet-host kernels makes one")
@@ -188,8 +206,14 @@ def _copy_units(source: Path, folder: Path, units: Sequence[Unit]) -> None:
                 f"{name} in {source} is made of other sources than those of this turbojet-host; "
                 "make it again"
             )
-        data = (source / name).read_bytes()
-        if hashlib.sha256(data).hexdigest() != rows[name].sha256:
-            raise PackageError(f"{source / name} is not what its record says; make it again")
-        durable.write_atomically(folder / name, data)
-    write_record(folder, [rows[unit.file] for unit in units])
+    return [rows[unit.file] for unit in units]
+
+
+def _copy_units(source: Path, folder: Path, units: Sequence[Unit]) -> None:
+    cubins = _listed_units(source, units)
+    for cubin in cubins:
+        data = (source / cubin.file).read_bytes()
+        if hashlib.sha256(data).hexdigest() != cubin.sha256:
+            raise PackageError(f"{source / cubin.file} is not what its record says; make it again")
+        durable.write_atomically(folder / cubin.file, data)
+    write_record(folder, cubins)

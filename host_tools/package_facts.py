@@ -117,11 +117,18 @@ def choose(source: SourceTokenizer, options: ConvertOptions, origin: Origin) -> 
     """Return the chat template: the one asked for, the model's own, or its family's.
 
     The family is told by the package's name, or by the name of what it was made from.
+
+    Raises:
+        UsageError: there is no template of the name asked for.
+        PackageError: the model's own template is broken.
     """
     name = options.model_name
     if find_builtin(name) is None:
         name = origin.provenance.source.rpartition("/")[2]
-    return choose_template(source.folder, name, requested=options.template or None)
+    try:
+        return choose_template(source.folder, name, requested=options.template or None)
+    except PackageError as error:
+        raise PackageError(f"{error} (in {source.folder})") from error
 
 
 def tokenizer_facts(source: SourceTokenizer, choice: TemplateChoice) -> TokenizerFacts:

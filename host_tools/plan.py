@@ -69,6 +69,14 @@ def choose_boards(
     return fitting, tuple(f"left out: {sentence}" for sentence in sentences)
 
 
+def fitting_boards(
+    model: ModelConfig, boards: Sequence[Board], values: ConfigValues, *, is_all: bool
+) -> tuple[tuple[Board, ...], tuple[str, ...]]:
+    """Return what `choose_boards` does for a workspace that is yet to be written."""
+    short = replace(_request(model, values), session_len=MIN_SESSION, max_batch_size=1)
+    return choose_boards(model, short, boards, is_all=is_all)
+
+
 def plan_config(
     model: ModelConfig, boards: Sequence[Board], values: ConfigValues, *, is_all: bool = False
 ) -> tuple[ConfigValues, tuple[str, ...]]:
@@ -90,17 +98,9 @@ def plan_config(
         UsageError: the model, the session or the pages asked for do not fit on a board.
     """
     check_session(model, values)
-    policy = QUANT_POLICY_ONLINE_INT8 if values.quant_policy is None else values.quant_policy
-    request = CacheRequest(
-        cache_max_entry_count=values.cache_max_entry_count or MAX_KV_SHARE,
-        page_size=values.cache_block_seq_len or PAGE_SIZE,
-        session_len=values.session_len or model.context_tokens,
-        max_batch_size=values.max_batch_size or 1,
-        max_tokens_per_step=DEFAULT_TOKENS_PER_STEP,
-        kv_format=KvFormat(policy),
-    )
-    short = replace(request, session_len=MIN_SESSION, max_batch_size=1)
-    boards, left_out = choose_boards(model, short, boards, is_all=is_all)
+    request = _request(model, values)
+    policy = request.kv_format.value
+    boards, left_out = fitting_boards(model, boards, values, is_all=is_all)
     board = min(boards, key=lambda candidate: fitting_tokens(model, request, candidate))
     _check_workspace(model, request, board)
     _check_pages(model, request, board)
@@ -198,6 +198,19 @@ def describe_plan(plan: PlannedMemory, page_size: int) -> str:
         f"{plan.workspace_bytes // MIB} MiB + {pages} = {total // MIB} of "
         f"{plan.usable_bytes // MIB} MiB usable; "
         f"{plan.num_pages * page_size} tokens in all, session_len {plan.session_len}"
+    )
+
+
+def _request(model: ModelConfig, values: ConfigValues) -> CacheRequest:
+    """Return what is asked of the engine before the boards have their say."""
+    policy = QUANT_POLICY_ONLINE_INT8 if values.quant_policy is None else values.quant_policy
+    return CacheRequest(
+        cache_max_entry_count=values.cache_max_entry_count or MAX_KV_SHARE,
+        page_size=values.cache_block_seq_len or PAGE_SIZE,
+        session_len=values.session_len or model.context_tokens,
+        max_batch_size=values.max_batch_size or 1,
+        max_tokens_per_step=DEFAULT_TOKENS_PER_STEP,
+        kv_format=KvFormat(policy),
     )
 
 

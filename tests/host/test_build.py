@@ -1,9 +1,11 @@
 """The whole pipeline on a tiny checkpoint: what comes out, what is kept, what a kill leaves."""
 
 import hashlib
+import json
 import multiprocessing
 import random
 import re
+import shutil
 import time
 from pathlib import Path
 
@@ -12,7 +14,8 @@ from test_convert_bytes import GQA_64, int4_tensors
 from tiny_checkpoints import llama_tensors, write_checkpoint
 from tiny_tokenizer import write_tokenizer
 
-from device_runtime.errors import UsageError
+from device_runtime.errors import PackageError, UsageError
+from device_runtime.kernels.cubins import Cubin, write_record
 from device_runtime.package_format.archive_reader import extract_archive
 from device_runtime.package_format.package import verify_package
 from host_tools import cli
@@ -248,6 +251,65 @@ def test_a_model_too_large_for_its_board_stops_before_the_long_stages(source, tm
     with pytest.raises(UsageError, match="session-len 99999999 does not fit on orin-nano-8gb"):
         run(source, tmp_path, config=ConfigValues(session_len=99999999))
     assert not (tmp_path / "work" / "key_stats.pth").exists()
+
+
+def refused_early(source, folder, error, match, **changes):
+    with pytest.raises(error, match=match):
+        run(source, folder, **changes)
+    assert not (folder / "work" / "key_stats.pth").exists()
+
+
+def test_a_source_without_an_eos_token_stops_before_the_long_stages(source, tmp_path):
+    copy = shutil.copytree(source, source.parent / "endless")
+    write_tokenizer(copy, eos_token=None)
+    (copy / "generation_config.json").unlink()
+    message = f"{copy} names no eos token in .*, add eos_token_id to config.json"
+    refused_early(copy, tmp_path, PackageError, message)
+    config = {**json.loads((copy / "config.json").read_text()), "eos_token_id": 2}
+    (copy / "config.json").write_text(json.dumps(config))
+    assert run(copy, tmp_path, method="none").archive.is_file()
+
+
+def test_a_broken_chat_template_stops_before_the_long_stages(source, tmp_path):
+    copy = shutil.copytree(source, source.parent / "broken")
+    write_tokenizer(copy, chat_template="{% for %}")
+    message = rf"the chat template of tokenizer_config\.json is not usable: .* \(in {copy}\)"
+    refused_early(copy, tmp_path, PackageError, message)
+
+
+def test_an_unknown_chat_template_stops_before_the_long_stages(source, tmp_path):
+    message = "there is no chat template 'nonsense', expected one of"
+    refused_early(source, tmp_path, UsageError, message, template="nonsense")
+
+
+def test_kernels_that_are_not_there_stop_before_the_long_stages(source, tmp_path):
+    folder = tmp_path / "kernels"
+    message = "kernels is no folder of kernels, turbojet-host kernels makes one"
+    refused_early(source, tmp_path, UsageError, message, kernels=str(folder), target="all")
+    folder.mkdir()
+    write_record(folder, [Cubin("x.cubin", "x", 87, "12.6", 0, False, "", "", "", ())])
+    message = r"kernels has no sm_87-cuda11\.8\..*\.cubin, which a target board needs"
+    refused_early(source, tmp_path, UsageError, message, kernels=str(folder))
+
+
+@pytest.mark.parametrize("place", ["x.tgz", "x.tgz/work"])
+def test_a_work_folder_in_the_archives_place_is_refused(source, tmp_path, place):
+    with pytest.raises(UsageError, match=r"would lie where the archive .*x\.tgz goes, name anoth"):
+        build(str(source), tmp_path / "x.tgz", tmp_path / place, options(source), Progress())
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_archive_in_the_workspace_is_refused(source, tmp_path):
+    work = tmp_path / "work"
+    with pytest.raises(UsageError, match=r"x\.tgz lies in .*turbomind, which stays as it is"):
+        build(str(source), work / "turbomind" / "x.tgz", work, options(source), Progress())
+    assert not work.exists()
+
+
+def test_an_archives_name_that_is_too_long_stops_before_anything(source, tmp_path):
+    with pytest.raises(UsageError, match=r"has 256 bytes, a file's name at most 255"):
+        build(str(source), tmp_path / ("x" * 251), tmp_path / "work", options(source), Progress())
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_unknown_board_stops_before_anything(source, tmp_path):
