@@ -10,6 +10,7 @@ from device_runtime.package_format.config_ini import (
 from host_tools.costs import NOTABLE_INCREASE
 from host_tools.layer_records import CLIP_STEPS, LINEARS, LinearName, LinearRecord
 from host_tools.markup import Markup, element, table
+from host_tools.perplexity_figures import shown
 from host_tools.report.data import Report, StageFigures
 from host_tools.report.figures import STEPS, clip_shares, layer_means, relative
 from host_tools.report.plots import (
@@ -110,12 +111,12 @@ def perplexity_section(report: Report) -> Markup:
             increase = None
             if row.increase is not None:
                 kind = "warn" if row.increase > NOTABLE_INCREASE else None
-                increase = element("span", f"{100 * row.increase:+.2f} %", class_=kind)
+                increase = element("span", f"{shown(100 * row.increase, '+.2f')} %", class_=kind)
             more = (
-                "" if row.kl_divergence is None else f"{row.kl_divergence:.4f}",
+                "" if row.kl_divergence is None else shown(row.kl_divergence, ".4f"),
                 "" if row.top1_agreement is None else f"{100 * row.top1_agreement:.1f} %",
             )
-            cells = (row.target, row.kind, f"{row.perplexity:.3f}", increase)
+            cells = (row.target, row.kind, shown(row.perplexity, ".3f"), increase)
             rows.append((*cells, *(more if has_more else ())))
         parts.append(table(heads, rows, num_words=2))
     return _section(title, "", *parts)
