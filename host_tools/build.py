@@ -44,7 +44,7 @@ from host_tools.package_options import (
 from host_tools.plan import fitting_boards, plan_config
 from host_tools.precision_cost import measure_costs
 from host_tools.progress import Progress
-from host_tools.quantize import quantize
+from host_tools.quantize import check_quantizable, quantize
 from host_tools.report.data import ArchiveFacts, StageFigures
 from host_tools.report.gather import AWQ_DIR, CHECKPOINT_DIR, WORKSPACE_DIR, write_report
 from host_tools.report.records import BuildRecord, write_build_record
@@ -264,13 +264,20 @@ class _Build:
         model = target_model(checkpoint, self._converter())
         if quantizer is None:
             return model
+        check_quantizable(checkpoint, quantizer.group_size)
         kept = kept_linears(quantizer.keep_fp16, model.num_hidden_layers)
-        return replace(
-            model,
-            weight_type="int4",
-            group_size=quantizer.group_size,
-            fp16_linears=kept.fp16_linears,
-        )
+        try:
+            return replace(
+                model,
+                weight_type="int4",
+                group_size=quantizer.group_size,
+                fp16_linears=kept.fp16_linears,
+            )
+        except PackageError as error:
+            raise UsageError(
+                f"w-group-size {quantizer.group_size} does not fit tp {model.tensor_para_size}: "
+                f"{error}; choose a smaller one"
+            ) from error
 
     def _planned(self, model: ModelConfig, boards: tuple[Board, ...]) -> ConvertOptions:
         """Return how the workspace is written, its values planned for the boards."""

@@ -47,8 +47,9 @@ def convert(
 
     Raises:
         UsageError: ``output`` holds something else or lies in the checkpoint, another process
-            writes it, or the group size is not the checkpoint's, or the library of its tokenizer is
-            not installed, or the name is none of LMDeploy's where the workspace is for it.
+            writes it, or the group size is not the checkpoint's, or its sizes do not split over the
+            ranks, or the library of its tokenizer is not installed, or the name is none of
+            LMDeploy's where the workspace is for it.
         PackageError: the checkpoint is damaged or cannot be laid out so, its tokenizer.model or
             qwen.tiktoken cannot be converted exactly, or LMDeploy cannot run the model it is for.
     """
@@ -147,8 +148,8 @@ def target_model(checkpoint: Checkpoint, options: ConvertOptions) -> ModelConfig
     becomes fp16 or stays int4 (spec section 1.2).
 
     Raises:
-        UsageError: the group size asked for is not the checkpoint's.
-        PackageError: the sizes do not split over the ranks.
+        UsageError: the group size asked for is not the checkpoint's, or the sizes do not split over
+            the ranks.
     """
     model = checkpoint.model
     if options.group_size not in (0, model.group_size):
@@ -164,7 +165,12 @@ def target_model(checkpoint: Checkpoint, options: ConvertOptions) -> ModelConfig
     if options.engine == LMDEPLOY:
         # It knows no tied heads: without the file it would run on whatever memory holds.
         model = replace(model, tie_word_embeddings=False)
-    return replace(model, tensor_para_size=options.tp, head_type=options.head)
+    try:
+        return replace(model, tensor_para_size=options.tp, head_type=options.head)
+    except PackageError as error:
+        raise UsageError(
+            f"tp {options.tp} does not fit {checkpoint.path}: {error}; choose fewer ranks"
+        ) from error
 
 
 def _write_tensors(checkpoint: Checkpoint, writer: WorkspaceWriter, progress: Progress) -> None:

@@ -312,6 +312,20 @@ def test_an_archives_name_that_is_too_long_stops_before_anything(source, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
+def test_sizes_that_do_not_fit_the_model_are_the_callers_to_change(source, tmp_path):
+    with pytest.raises(UsageError, match=r"tp 8 does not fit .*: num_kv_heads 4 is not a multiple"):
+        run(source, tmp_path, tp=8)
+    misfit = "w-group-size 128 does not fit tp 4: intermediate_size 64 is not a multiple"
+    with pytest.raises(UsageError, match=misfit):
+        run(source, tmp_path, tp=4, group_size=128)
+    config = GQA_64.config(intermediate_size=160)
+    odd = write_checkpoint(tmp_path / "odd", config, llama_tensors(config))
+    write_tokenizer(odd)
+    with pytest.raises(UsageError, match=r"w-group-size 64 does not divide .* use 32"):
+        build(str(odd), tmp_path / "x.tgz", tmp_path / "w", options(source, group_size=64), Notes())
+    assert not (tmp_path / "w" / "calibration_tokens.safetensors").exists()
+
+
 def test_an_unknown_board_stops_before_anything(source, tmp_path):
     with pytest.raises(UsageError, match="no board is called 'nano'"):
         run(source, tmp_path, target="nano")
