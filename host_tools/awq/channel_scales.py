@@ -17,8 +17,8 @@ compensation after it, weak scales do best."""
 
 
 MAX_OVERRUN = 1.5
-"""Times the range of the original's values that scaled ones may span. The static int8 cache has its
-parameters from the original; cutting off so little costs less than the half of all its steps."""
+"""Times the range of the original's values that scaled ones may span, for the static int8 cache has
+its parameters from the original. A lower bound would double the steps of layers that need not."""
 
 
 @dataclass(frozen=True)
